@@ -1,0 +1,1 @@
+"""Programs at their last stage, made into files and run."""

@@ -1,0 +1,62 @@
+"""NPU ops computed on a CPU as their documents have it: not verified on a device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from kvc8.backends.npu.emulation import (
+    activation,
+    attention,
+    cache,
+    matmul,
+    norm,
+    paged_attention,
+    quantization,
+    rope,
+)
+
+
+def _kernels() -> dict[str, Callable[..., Any]]:
+    return {
+        "npu::npu_quantize": quantization.npu_quantize,
+        "npu::npu_dynamic_quant": quantization.npu_dynamic_quant,
+        "npu::npu_anti_quant": quantization.npu_anti_quant,
+        "npu::npu_trans_quant_param": matmul.npu_trans_quant_param,
+        "npu::npu_quant_matmul": matmul.npu_quant_matmul,
+        "npu::npu_scatter_pa_kv_cache": cache.npu_scatter_pa_kv_cache,
+        "npu::npu_scatter_pa_kv_cache_functional": cache.npu_scatter_pa_kv_cache_functional,
+        "npu::npu_scatter_nd_update_": cache.npu_scatter_nd_update_,
+        "npu::npu_quant_scatter_": cache.npu_quant_scatter_,
+        "npu::npu_fused_infer_attention_score": attention.npu_fused_infer_attention_score,
+        "npu::npu_incre_flash_attention": attention.npu_incre_flash_attention,
+        "npu::npu_rms_norm": norm.npu_rms_norm,
+        "npu::npu_add_rms_norm": norm.npu_add_rms_norm,
+        "npu::npu_rms_norm_quant": norm.npu_rms_norm_quant,
+        "npu::npu_add_rms_norm_quant": norm.npu_add_rms_norm_quant,
+        "npu::npu_rotary_mul": rope.npu_rotary_mul,
+        "npu::npu_apply_rotary_pos_emb": rope.npu_apply_rotary_pos_emb,
+        "npu::npu_rope_quant_kvcache": rope.npu_rope_quant_kvcache,
+        "npu::npu_dequant_rope_quant_kvcache": rope.npu_dequant_rope_quant_kvcache,
+        "npu::npu_qkv_rms_norm_rope_cache": rope.npu_qkv_rms_norm_rope_cache,
+        "npu::npu_swiglu": activation.npu_swiglu,
+        "npu::npu_swiglu_quant": activation.npu_swiglu_quant,
+        "npu::npu_dequant_swiglu_quant": activation.npu_dequant_swiglu_quant,
+        "atb::_npu_reshape_and_cache": cache.npu_reshape_and_cache,
+        "atb::_npu_paged_attention": paged_attention.npu_paged_attention,
+        "atb::_npu_paged_attention_quant": paged_attention.npu_paged_attention_quant,
+        "atb::_npu_quantize_per_tensor": quantization.npu_quantize_per_tensor,
+    }
+
+
+def _register(libraries: dict[str, torch.library.Library]) -> None:
+    for qualified, kernel in _kernels().items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+            namespace, name = qualified.split("::")
+            libraries[namespace].impl(name, kernel, "CPU")
+
+
+# Kernels live as long as the Library objects do.
+_NPU = torch.library.Library("npu", "IMPL")
+_ATB = torch.library.Library("atb", "IMPL")
+_register({"npu": _NPU, "atb": _ATB})

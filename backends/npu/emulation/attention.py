@@ -1,0 +1,229 @@
+"""npu_fused_infer_attention_score and npu_incre_flash_attention on a CPU: one sequence at a time.
+
+The sources are op-plugin's npu_fused_infer_attention_score.md and npu_incre_flash_attention.md and
+the host checks of ops-transformer. What they do not allow, or what is not emulated, is refused.
+Extension of kvc8: query, key, value and scales may be float32, which is not legal on a device.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvc8.backends.npu.emulation.layouts import Layout, Paging
+from kvc8.backends.npu.emulation.quantization import refuse
+from kvc8.backends.npu.emulation.scaled_attention import Window, attend, dequantize
+from kvc8.ir.errors import TargetError
+
+_FIA = "npu_fused_infer_attention_score"
+_IFA = "npu_incre_flash_attention"
+_UNLIMITED = 2147483647
+_MASK_SIDE = 2048
+
+Antiquant = tuple[Tensor | None, Tensor | None]  # scale and offset
+
+
+def npu_fused_infer_attention_score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Sequence[int] | None = None,
+    actual_seq_lengths_kv: Sequence[int] | None = None,
+    antiquant_scale: Tensor | None = None,
+    antiquant_offset: Tensor | None = None,
+    key_antiquant_scale: Tensor | None = None,
+    key_antiquant_offset: Tensor | None = None,
+    value_antiquant_scale: Tensor | None = None,
+    value_antiquant_offset: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    pre_tokens: int = _UNLIMITED,
+    next_tokens: int = _UNLIMITED,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+    block_size: int = 0,
+    antiquant_mode: int = 0,
+    key_antiquant_mode: int = 0,
+    value_antiquant_mode: int = 0,
+    softmax_lse_flag: bool = False,
+    **others: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention of many sequences: (out like query, float32 [0] in place of the log-sum-exp).
+
+    query in input_layout BSH [B, S, N*D], BSND, BNSD or TND [T, N, D]; float16 or bfloat16.
+
+    - Contiguous key and value lie like query. actual_seq_lengths(_kv) are lengths, one a sequence;
+      in TND they are cumulative and required.
+    - With block_table int32 [B, M] they are [blocks, block_size, kv_heads * D], or
+      [blocks, kv_heads, block_size, D] in BNSD and TND; actual_seq_lengths_kv are lengths.
+    - key and value int8, one query row a sequence: (codes + offset) * scale, in the dtype of query,
+      per channel (of kv_heads * D values) or per tensor, mode 0. antiquant_scale and _offset hold
+      key's and value's stacked; the key_ and value_ forms hold one each. The offset is minus the
+      zero point.
+    - sparse_mode 0 sees all keys; 3 is causal, the last row aligned with the last key; 4 is a band
+      from pre_tokens before to next_tokens after that diagonal. 3 and 4 take the 2048 x 2048 upper
+      triangle as atten_mask. With one query row, but in TND, a device ignores the mode, so 4 is
+      refused there.
+
+    Wider than a device: in TND an A2 takes heads of 128 or 192 only, and elsewhere heads that are
+    multiples of 16, or of 32 for int8 codes. Any head up to 512 is taken here.
+    Rows past the length of a sequence give zeros (assumed). inner_precise changes nothing here.
+    """
+    refuse(_FIA, others)
+    if softmax_lse_flag or {antiquant_mode, key_antiquant_mode, value_antiquant_mode} != {0}:
+        raise TargetError(
+            f"{_FIA}: softmax_lse_flag and antiquant modes other than 0 are not emulated; "
+            "leave them out"
+        )
+    layout = Layout(_FIA, input_layout, num_heads, num_key_value_heads or num_heads)
+    layout.check_query(query)
+    window = _window(sparse_mode, pre_tokens, next_tokens, atten_mask)
+    if sparse_mode == 4 and layout.rows(query) == 1:
+        raise TargetError(f"{_FIA}: a device ignores the band of one query row; use TND")
+    for_key, for_value = _antiquant(
+        (antiquant_scale, antiquant_offset),
+        (key_antiquant_scale, key_antiquant_offset),
+        (value_antiquant_scale, value_antiquant_offset),
+    )
+    for stored, parameters in ((key, for_key), (value, for_value)):
+        _check_codes(layout, query, stored, parameters)
+    paging = None if block_table is None else Paging(_FIA, block_table, block_size)
+    out = torch.zeros(query.shape, dtype=query.dtype)
+    queries, outs = (
+        layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
+        for x in (query, out)
+    )
+    keys, values = (_rows(layout, query, x, paging, actual_seq_lengths_kv) for x in (key, value))
+    for q, k, v, o in zip(queries, keys, values, outs, strict=True):
+        layout.check_rows(q, k, v)
+        k, v = dequantize(k, *for_key), dequantize(v, *for_value)
+        o.copy_(attend(q, k, v, scale, window, divide_last=True))
+    return out, torch.empty(0)
+
+
+def _window(sparse_mode: int, before: int, after: int, mask: Tensor | None) -> Window:
+    if sparse_mode == 0:
+        if mask is not None or (before, after) != (_UNLIMITED, _UNLIMITED):
+            raise TargetError(
+                f"{_FIA}: a mask or pre_tokens and next_tokens in sparse_mode 0 are not emulated; "
+                "use sparse_mode 3 or 4"
+            )
+        return Window()
+    if sparse_mode not in (3, 4):
+        raise TargetError(f"{_FIA}: sparse_mode {sparse_mode} is not emulated; use 0, 3 or 4")
+    _check_mask(mask)
+    return Window(after=0) if sparse_mode == 3 else Window(before, after)
+
+
+def _check_mask(mask: Tensor | None) -> None:
+    side = torch.arange(_MASK_SIDE)
+    if (
+        mask is None
+        or mask.dtype not in (torch.bool, torch.int8, torch.uint8)
+        or mask.shape != (_MASK_SIDE, _MASK_SIDE)
+        or not torch.equal(mask.bool(), side > side[:, None])
+    ):
+        raise TargetError(
+            f"{_FIA}: atten_mask is not the upper triangle that sparse modes 3 and 4 take; give "
+            f"torch.ones({_MASK_SIDE}, {_MASK_SIDE}, dtype=torch.bool).triu(1)"
+        )
+
+
+def _antiquant(both: Antiquant, key: Antiquant, value: Antiquant) -> tuple[Antiquant, Antiquant]:
+    if not _given(both):
+        return key, value
+    if _given(key) or _given(value):
+        raise TargetError(
+            f"{_FIA}: antiquant_scale and key_antiquant_scale exclude each other; give one form"
+        )
+    if any(x is not None and x.shape[0] != 2 for x in both):
+        raise TargetError(f"{_FIA}: antiquant_scale does not stack two; give [2, kv_heads * D]")
+    for_key, for_value = ([None if x is None else x[i] for x in both] for i in (0, 1))
+    return (for_key[0], for_key[1]), (for_value[0], for_value[1])
+
+
+def _given(parameters: Antiquant) -> bool:
+    return any(x is not None for x in parameters)
+
+
+def _check_codes(layout: Layout, query: Tensor, stored: Tensor, parameters: Antiquant) -> None:
+    scale, _ = parameters
+    if stored.dtype == query.dtype and not _given(parameters):
+        return
+    if stored.dtype != torch.int8 or scale is None:
+        raise TargetError(
+            f"{_FIA}: {stored.dtype} keys or values for a {query.dtype} query; give its dtype, or "
+            "int8 with an antiquant scale"
+        )
+    if layout.rows(query) != 1:
+        raise TargetError(
+            f"{_FIA}: int8 keys or values with several query rows a sequence; dequantize first"
+        )
+    width = stored.shape[-1] if stored.ndim == 3 else layout.kv_heads * stored.shape[-1]
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if parameter.dtype != query.dtype or parameter.numel() not in (1, width):
+            raise TargetError(
+                f"{_FIA}: an antiquant parameter is {parameter.dtype}{list(parameter.shape)} for a "
+                f"{query.dtype} query; give {width} values, or one, in its dtype"
+            )
+
+
+def _rows(
+    layout: Layout, query: Tensor, x: Tensor, paging: Paging | None, lengths: Sequence[int] | None
+) -> Iterable[Tensor]:
+    argument = "actual_seq_lengths_kv"
+    if paging is None:
+        return layout.sequences(x, layout.kv_heads, lengths, argument)
+    rows = layout.page_rows(x)
+    batch = len(paging.table) if layout.name == "TND" else len(query)
+    paging.check(rows, batch, layout.rows(query))
+    return paging.sequences(rows, layout.checked(lengths, batch, argument))
+
+
+def npu_incre_flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    actual_seq_lengths: Sequence[int] | None = None,
+    antiquant_scale: Tensor | None = None,
+    antiquant_offset: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_heads: int = 1,
+    scale_value: float = 1.0,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    block_size: int = 0,
+    inner_precise: int = 1,
+    **others: Any,
+) -> Tensor:
+    """Attention of one query row a sequence: npu_fused_infer_attention_score with S = 1.
+
+    actual_seq_lengths are those of key and value; layouts BSH, BSND and BNSD.
+    """
+    refuse(_IFA, others)
+    if Layout(_IFA, input_layout, num_heads, num_key_value_heads or num_heads).rows(query) != 1:
+        raise TargetError(f"{_IFA}: query is not one row a sequence; use {_FIA}")
+    out, _ = npu_fused_infer_attention_score(
+        query,
+        key,
+        value,
+        actual_seq_lengths_kv=actual_seq_lengths,
+        antiquant_scale=antiquant_scale,
+        antiquant_offset=antiquant_offset,
+        block_table=block_table,
+        num_heads=num_heads,
+        scale=scale_value,
+        input_layout=input_layout,
+        num_key_value_heads=num_key_value_heads,
+        block_size=block_size,
+    )
+    return out

@@ -1,0 +1,1 @@
+"""ONNX: the QUANTIZED program as a standard model, and a runner."""

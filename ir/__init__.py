@@ -1,0 +1,3 @@
+"""What a program is: ops, types, text form, verification, checkpoints and capture."""
+
+from kvc8.ir import ops as ops

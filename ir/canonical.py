@@ -1,0 +1,94 @@
+"""Copy a node that torch.export made into a program, in the form that passes rely on.
+
+torch.export leaves several spellings of one thing and some that say nothing. A program has one:
+
+    view, flatten, _unsafe_view       -> aten.reshape, its shape all ints with at most one -1
+    contiguous, clone, alias, detach  -> their argument; values have no memory layout here
+    to.device, to.dtype, _to_copy     -> aten.to.dtype, or their argument where nothing changes
+    _assert_tensor_metadata, ...      -> nothing
+    device, layout, pin_memory        -> left out; a program runs where its inputs are
+    dropout in evaluation             -> its argument
+"""
+
+import operator
+
+import torch
+from torch import SymInt
+from torch.fx import Node
+
+from kvc8.ir.program import Program, op_name, substitute, tensor_type
+
+ATEN = torch.ops.aten
+RESHAPES = (
+    ATEN.view.default,
+    ATEN.reshape.default,
+    ATEN._unsafe_view.default,
+    ATEN.flatten.using_ints,
+    ATEN.unflatten.int,
+)
+SAME = (
+    ATEN.contiguous.default,
+    ATEN.clone.default,
+    ATEN.alias.default,
+    ATEN.detach.default,
+    ATEN.detach_.default,
+    ATEN.lift_fresh_copy.default,
+    ATEN.dropout.default,
+)
+CASTS = (
+    ATEN.to.dtype,
+    ATEN.to.device,
+    ATEN.to.dtype_layout,
+    ATEN.to.other,
+    ATEN._to_copy.default,
+)
+CHECKS = (
+    ATEN._assert_tensor_metadata.default,
+    ATEN._assert_scalar.default,
+    ATEN.sym_constrain_range_for_size.default,
+)
+ON_HOST = (operator.add, operator.sub, operator.mul, operator.floordiv, ATEN.sym_size.int)
+PLACE = ("device", "layout", "pin_memory")
+
+
+def copy_call(program: Program, node: Node, env: dict[Node, Node], origin: str) -> None:
+    """Append an exported call to a program whose nodes `env` gives; enters its result in `env`."""
+    if node.target in CHECKS:
+        return
+    if node.target in SAME:
+        env[node] = env[node.all_input_nodes[0]]
+        return
+    made = _reshape(program, node, env) or _cast(program, node, env) or _plain(program, node, env)
+    if made.op == "call_function" and "origin" not in made.meta:
+        made.meta["origin"] = origin
+    env[node] = made
+
+
+def _plain(program: Program, node: Node, env: dict[Node, Node]) -> Node:
+    assert callable(node.target)
+    args = tuple(substitute(arg, env.__getitem__) for arg in node.args)
+    kwargs = {
+        name: substitute(arg, env.__getitem__)
+        for name, arg in node.kwargs.items()
+        if name not in PLACE
+    }
+    return program.append(node.target, args, kwargs, op_name(node.target))  # type: ignore[arg-type]
+
+
+def _reshape(program: Program, node: Node, env: dict[Node, Node]) -> Node | None:
+    """A reshape to known sizes; where several are not known, the call stays as it is."""
+    shape = list(node.meta["val"].shape) if node.target in RESHAPES else []
+    if node.target not in RESHAPES or sum(isinstance(size, SymInt) for size in shape) > 1:
+        return None
+    sizes = [-1 if isinstance(size, SymInt) else size for size in shape]
+    x = env[node.all_input_nodes[0]]
+    return program.append(ATEN.reshape.default, (x, sizes), {}, "reshape")
+
+
+def _cast(program: Program, node: Node, env: dict[Node, Node]) -> Node | None:
+    if node.target not in CASTS:
+        return None
+    x, dtype = env[node.all_input_nodes[0]], node.meta["val"].dtype
+    if tensor_type(x).dtype is dtype:
+        return x
+    return program.append(ATEN.to.dtype, (x, dtype), {}, "to")

@@ -1,0 +1,228 @@
+"""The eight tensors that quantize and dequantize K and V, in the form that each consumer wants.
+
+From scale s and offset z, [kv_heads * head_dim] each, where q = clamp(round(x / s + z), -128, 127)
+and x' = (q - z) * s, come {k,v}_{quant,dequant}_{scale,offset}. C is kv_heads * head_dim; "model"
+is the dtype the model computes in. Who quantizes and who dequantizes are chosen apart:
+
+    quant form        it computes  scale             offset            source
+    page              x / s + z    s, stored [C]     z, stored [C]     the vendor's page
+    atb               x / s + z    s, model [C]      z, int8 [C]       ATB's Elewise quant, also as
+                                                                       _npu_quantize_per_tensor
+    divide            x / s + z    s, float32 [C]    z, int32 [C]      npu_quantize, div_mode=True
+    multiply          x * s' + z   1/s, model [C]    z, model [C]      npu_quantize, div_mode=False
+    rope_quant_cache  x / s + z    s, float32 [N,D]  z, float32 [N,D]  npu_rope_quant_kvcache: its
+                                                                       kernel divides, then adds
+
+    dequant form      it computes  scale             offset            source
+    page              (q - z) * s  s, stored [C]     z, stored [C]     the vendor's page
+    atb               (q + o) * s  bits of s [C]     -z, int32 [C]     ATB's PagedAttention with
+                                                                       TYPE_DEQUANT_FUSION
+    fused_infer       (q + o) * s  s, model [C]      -z, model [C]     the antiquant arguments of
+                                                                       npu_fused_infer_attention_score
+
+"bits of s": for float16 models int64, the bits of float32 s read as an int32; for bfloat16 models
+float32 s itself. The attention kernels add their offset, the page and msModelSlim subtract it:
+hence -z. MindIE passes z there, as the bits of a float, which is right for z = 0 only.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvc8.ir.errors import ModelError
+
+QuantForm = Literal["page", "atb", "divide", "multiply", "rope_quant_cache"]
+DequantForm = Literal["page", "atb", "fused_infer"]
+
+
+@dataclass(frozen=True)
+class KVParams:
+    """The eight tensors of one layer; see the module for their forms."""
+
+    k_quant_scale: Tensor
+    k_quant_offset: Tensor
+    k_dequant_scale: Tensor
+    k_dequant_offset: Tensor
+    v_quant_scale: Tensor
+    v_quant_offset: Tensor
+    v_dequant_scale: Tensor
+    v_dequant_offset: Tensor
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Scale and offset of the K or V of one layer by channel: [kv_heads * head_dim] both."""
+
+    scale: Tensor
+    offset: Tensor
+
+
+def by_channel(scale: Tensor, offset: Tensor | None, width: int, where: str) -> Channels:
+    """Spread stored scale and offset over `width` channels and check their values.
+
+    Both hold `width` numbers or one; no offset means zeros. They keep their dtypes. Raises
+    ModelError at `where` for a scale that is not finite and positive, an offset that is not a
+    whole number, and any other length.
+    """
+    offset = torch.zeros_like(scale) if offset is None else offset
+    for name, value in (("scale", scale), ("offset", offset)):
+        if value.numel() not in (1, width):
+            raise ModelError(
+                f"{where}: the {name} holds {value.numel()} numbers for {width} channels; "
+                "use the config.json that the model was quantized with"
+            )
+    _check_scale(scale, where, "calibrate the model again")
+    wide = offset.to(torch.float32)
+    if not bool((wide == wide.round()).all() and wide.abs().max() <= 256):  # no NaN passes this
+        raise ModelError(
+            f"{where}: an offset is not a whole number from -256 to 256; calibrate the model again"
+        )
+    return Channels(scale.reshape(-1).expand(width), offset.reshape(-1).expand(width))
+
+
+def derive(
+    k: Channels,
+    v: Channels,
+    *,
+    quant: QuantForm,
+    dequant: DequantForm,
+    model_dtype: torch.dtype,
+    head_dim: int,
+    where: str,
+) -> KVParams:
+    """Derive the eight tensors for one who quantizes and one who dequantizes.
+
+    `model_dtype` is float16 or bfloat16. Raises ModelError at `where` for a scale or offset that
+    the form's dtype cannot hold.
+    """
+    if model_dtype not in (torch.float16, torch.bfloat16):
+        raise ModelError(
+            f"{where}: the model computes in {model_dtype} and an int8 KV cache wants float16 or "
+            "bfloat16; convert the model"
+        )
+    k_quant = _quantizer(k, quant, model_dtype, head_dim, where)
+    v_quant = _quantizer(v, quant, model_dtype, head_dim, where)
+    k_dequant = _dequantizer(k, dequant, model_dtype, where)
+    v_dequant = _dequantizer(v, dequant, model_dtype, where)
+    return KVParams(*k_quant, *k_dequant, *v_quant, *v_dequant)
+
+
+def stack_antiquant(params: KVParams) -> tuple[Tensor, Tensor]:
+    """Stack K's and V's dequant tensors to the [2, C] antiquant_scale and antiquant_offset."""
+    return (
+        torch.stack((params.k_dequant_scale, params.v_dequant_scale)),
+        torch.stack((params.k_dequant_offset, params.v_dequant_offset)),
+    )
+
+
+def pack_scale(scale: Tensor) -> Tensor:
+    """Pack a scale as int64 [C]: the bits of its float32, read as int32 and widened."""
+    return scale.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
+
+
+def unpack_scale(packed: Tensor) -> Tensor:
+    """Unpack an int64 scale to float32 [C]; a float32 scale comes back as it is."""
+    if packed.dtype == torch.float32:
+        return packed
+    return packed.to(torch.int32).view(torch.float32)
+
+
+def heads_of_rank(kv_heads: int, rank: int, ranks: int) -> range:
+    """Give the KV heads of tensor-parallel rank `rank` of `ranks`.
+
+    Ranks share heads out evenly; where they outnumber the heads, each head goes to
+    ranks / kv_heads neighbors. Raises ModelError where that does not come out even.
+    """
+    if ranks < 1 or (kv_heads % ranks and ranks % kv_heads):
+        even = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
+        raise ModelError(
+            f"tensor parallel over {ranks}: cannot share out {kv_heads} KV heads evenly; "
+            f"use {even} or a multiple of {kv_heads} ranks"
+        )
+    if not 0 <= rank < ranks:
+        raise ModelError(
+            f"tensor parallel over {ranks}: has no rank {rank}; use a rank from 0 to {ranks - 1}"
+        )
+    if ranks >= kv_heads:
+        head = rank // (ranks // kv_heads)
+        return range(head, head + 1)
+    each = kv_heads // ranks
+    return range(rank * each, (rank + 1) * each)
+
+
+def shard(value: Tensor, kv_heads: int, rank: int, ranks: int) -> Tensor:
+    """Slice whole heads of rank `rank` out of the last dimension, kv_heads * head_dim; a view.
+
+    Raises ModelError as `heads_of_rank` does, and where that dimension is not whole heads.
+    """
+    head_dim, rest = divmod(value.shape[-1], kv_heads)
+    if rest:
+        raise ModelError(
+            f"tensor parallel over {ranks}: {value.shape[-1]} channels are not {kv_heads} whole "
+            "heads; check num_key_value_heads in config.json"
+        )
+    heads = heads_of_rank(kv_heads, rank, ranks)
+    return value[..., heads.start * head_dim : heads.stop * head_dim]
+
+
+def shard_channels(channels: Channels, kv_heads: int, rank: int, ranks: int) -> Channels:
+    """Slice scale and offset as `shard` does."""
+    scale, offset = channels.scale, channels.offset
+    return Channels(shard(scale, kv_heads, rank, ranks), shard(offset, kv_heads, rank, ranks))
+
+
+def _quantizer(
+    side: Channels, form: QuantForm, dtype: torch.dtype, head_dim: int, where: str
+) -> tuple[Tensor, Tensor]:
+    scale, offset = side.scale, side.offset
+    match form:
+        case "page":
+            return scale, offset
+        case "atb":
+            return _cast_scale(scale, dtype, where), _int8(offset, where)
+        case "divide":
+            return scale.to(torch.float32), offset.to(torch.int32)
+        case "multiply":
+            inverse = _cast_scale(scale.to(torch.float32).reciprocal(), dtype, where)
+            return inverse, offset.to(dtype)
+        case "rope_quant_cache":
+            heads = (-1, head_dim)
+            return scale.to(torch.float32).reshape(heads), offset.to(torch.float32).reshape(heads)
+
+
+def _dequantizer(
+    side: Channels, form: DequantForm, dtype: torch.dtype, where: str
+) -> tuple[Tensor, Tensor]:
+    scale, offset = side.scale, side.offset
+    match form:
+        case "page":
+            return scale, offset
+        case "atb":
+            packed = dtype == torch.float16
+            wide = pack_scale(scale) if packed else scale.to(torch.float32)
+            return wide, -offset.to(torch.int32)
+        case "fused_infer":
+            # from int32, for float -0.0 is not the zero that runtimes compare with bit by bit
+            return _cast_scale(scale, dtype, where), (-offset.to(torch.int32)).to(dtype)
+
+
+def _cast_scale(scale: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    cast = scale.to(dtype)
+    _check_scale(cast, where, f"it does not fit {dtype}: choose a form that keeps float32 scales")
+    return cast
+
+
+def _check_scale(scale: Tensor, where: str, remedy: str) -> None:
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise ModelError(f"{where}: a scale is not a finite positive number; {remedy}")
+
+
+def _int8(offset: Tensor, where: str) -> Tensor:
+    wide = offset.to(torch.int32)
+    if bool((wide.abs() > 128).any() or (wide == 128).any()):
+        raise ModelError(
+            f"{where}: an offset does not fit int8; choose a form that keeps wider offsets"
+        )
+    return wide.to(torch.int8)

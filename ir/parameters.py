@@ -1,0 +1,107 @@
+"""What each parameter of a captured model is made of, given a checkpoint.
+
+A float tensor is stored as it is; a linear that the checkpoint holds as W8A8 gets the recipe
+`w8a8(...)`, which gives the float weight and names the five tensors it came from, for
+insert_linear_quant to find. KV scales stand in the recipe of the cache they belong to.
+"""
+
+import torch
+from torch import Tensor
+
+from kvc8.ir.checkpoint import Checkpoint, KVScale, LinearQuant
+from kvc8.ir.errors import ModelError
+from kvc8.ir.recipe import Recipe, cast, stored, values
+
+
+def parameter_recipe(
+    checkpoint: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
+) -> Recipe:
+    """The recipe of a parameter known by several names, the first of them its own (tied weights).
+
+    Raises ModelError where no name is in the checkpoint, or the shapes differ.
+    """
+    for name in names:
+        module, _, part = name.rpartition(".")
+        if module in checkpoint.w8a8 and part in ("weight", "bias"):
+            return cast(_w8a8(checkpoint, checkpoint.w8a8[module], part), dtype)
+        if name in checkpoint.tensors:
+            _check_shape(checkpoint, name, shape)
+            same = checkpoint.tensors[name].dtype is dtype
+            return stored(name) if same else cast(stored(name), dtype)
+    where = f"{checkpoint.path.name}: has no tensor {names[0]}, which the model needs"
+    raise ModelError(f"{where}; check that config.json belongs to these weights")
+
+
+def _w8a8(checkpoint: Checkpoint, linear: LinearQuant, part: str) -> Recipe:
+    if part == "bias" and linear.bias is not None:
+        return stored(linear.bias)
+    deq_scale = stored(linear.deq_scale)
+    if checkpoint.tensors[linear.deq_scale].dtype is torch.int64:
+        deq_scale = Recipe("float_bits", (deq_scale,))
+    parts = (linear.weight, linear.input_scale, linear.input_offset)
+    op = "w8a8" if part == "weight" else "w8a8_bias"
+    return Recipe(op, (*map(stored, parts), deq_scale, stored(linear.quant_bias)))
+
+
+def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    found = checkpoint.tensors[name].shape
+    if found != shape:
+        where = f"{checkpoint.tensors[name].file.name}: {name} is {list(found)}"
+        raise ModelError(f"{where} and config.json wants {list(shape)}; check that they belong")
+
+
+def constant_recipe(tensor: Tensor) -> Recipe:
+    """A small constant of the model's code, written out."""
+    flat = values(tensor.reshape(-1))
+    return flat if tensor.dim() == 1 else Recipe("reshape", (flat, tuple(tensor.shape)))
+
+
+def cache_recipes(
+    checkpoint: Checkpoint, layer: int, heads: int, k_dim: int, v_dim: int
+) -> tuple[Recipe, Recipe]:
+    """The caches of a layer, K and V, with what the checkpoint says of their scales."""
+    if layer not in checkpoint.kv:
+        return Recipe("cache"), Recipe("cache")
+    k, v = checkpoint.kv[layer]
+    calibrated = checkpoint.kv_calibrated
+    return (
+        Recipe("cache", (*_scale(checkpoint, k, heads, k_dim), calibrated)),
+        Recipe("cache", (*_scale(checkpoint, v, heads, v_dim), None)),
+    )
+
+
+def _scale(
+    checkpoint: Checkpoint, kv: KVScale, heads: int, dim: int
+) -> tuple[Recipe, Recipe | None]:
+    """Scale and zero point, float32 [heads, dim]; no zero point where all are 0 (symmetric)."""
+
+    def spread(name: str) -> Recipe:
+        x = cast(stored(name), torch.float32)
+        if kv.granularity == "channel":
+            return Recipe("reshape", (x, (heads, dim)))
+        return Recipe("expand", (Recipe("reshape", (x, (1, 1))), (heads, dim)))
+
+    symmetric = kv.offset is None or not bool(checkpoint.read(kv.offset).any())
+    return spread(kv.scale), None if symmetric or kv.offset is None else spread(kv.offset)
+
+
+def check_kv_scales(checkpoint: Checkpoint) -> list[str]:
+    """Raise ModelError at a scale that divides by zero or is no number; gives warnings.
+
+    Shards whose scales are zero everywhere hold headers without data. They compile, for what a
+    model costs can be asked before its weights are there; they are refused when run.
+    """
+    bad = [s.scale for pair in checkpoint.kv.values() for s in pair if not _sound(checkpoint, s)]
+    if not bad:
+        return []
+    names = [s.scale for pair in checkpoint.kv.values() for s in pair]
+    if bad == names and not any(bool(checkpoint.read(name).any()) for name in names):
+        what = "every kv_cache_scale is zero, so the shards hold no data"
+        return [f"{checkpoint.path.name}: {what}; the result has the right shape and will not run"]
+    what = "has a scale that is zero, negative, infinite or not a number"
+    raise ModelError(f"{checkpoint.path.name}: {bad[0]} {what}; quantize the KV cache again")
+
+
+def _sound(checkpoint: Checkpoint, kv: KVScale) -> bool:
+    scale = checkpoint.read(kv.scale).float()
+    return bool((scale.isfinite() & (scale > 0)).all())

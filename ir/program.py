@@ -1,0 +1,198 @@
+"""A program: an fx graph and its stage, and the few edits a pass may make to it.
+
+Beside fx's own fields a node carries, in its meta:
+
+    type     what it gives (ir/types.py)
+    origin   the module of the model it came from, "model.layers.3.self_attn"; "" where none
+    recipe   parameters and caches only: what it is made of (ir/recipe.py)
+
+A placeholder with a recipe `cache(...)` is a KV cache, with any other recipe a parameter, and
+without one an input of each step. The output lists the logits and then each cache as it now is.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+from torch.fx.node import Argument
+
+from kvc8.ir.errors import IRError
+from kvc8.ir.recipe import Recipe
+from kvc8.ir.shapes import Shapes, Target
+from kvc8.ir.types import TensorType, Type
+
+
+class Stage(Enum):
+    """How far down a program has come."""
+
+    CAPTURED = "captured"  # what the checkpoint means, with a float cache
+    QUANTIZED = "quantized"  # an int8 cache, made float again for whoever reads it
+    LOWERING = "lowering"  # kvc8's ops and NPU ops side by side
+    LOWERED = "lowered"  # NPU ops and ATen only
+
+
+@dataclass
+class Program:
+    """What a pass edits, a backend emits and a CPU runs."""
+
+    graph: Graph
+    stage: Stage
+    shapes: Shapes = field(default_factory=Shapes)
+    _last: Node | None = field(default=None, repr=False)  # the last placeholder, to add after it
+
+    def calls(self, *ops: Target) -> list[Node]:
+        """Every call of one of `ops`, in order; the graph may be edited while going over them."""
+        return [node for node in self.graph.nodes if is_call(node, *ops)]
+
+    def inputs(self) -> list[Node]:
+        """The inputs of a step, without parameters and caches."""
+        return [n for n in self.graph.nodes if n.op == "placeholder" and "recipe" not in n.meta]
+
+    def parameters(self) -> list[Node]:
+        """The placeholders made from the checkpoint."""
+        return [n for n in self.graph.nodes if is_parameter(n)]
+
+    def caches(self) -> list[Node]:
+        """The KV caches: of each layer K, then V."""
+        return [n for n in self.graph.nodes if is_cache(n)]
+
+    def call(
+        self,
+        before: Node,
+        op: Target,
+        *args: Argument,
+        name: str = "",
+        kwargs: Mapping[str, Argument] | None = None,
+    ) -> Node:
+        """Put op(*args) ahead of a node, of whose origin it is, and infer its type."""
+        with self.graph.inserting_before(before):
+            node = self.append(op, args, kwargs or {}, name or op_name(op))
+        node.meta["origin"] = before.meta.get("origin", "")
+        return node
+
+    def append(
+        self, op: Target, args: tuple[Argument, ...], kwargs: Mapping[str, Argument], name: str
+    ) -> Node:
+        """Put a call at the graph's insertion point and infer its type."""
+        node = self.graph.create_node("call_function", op, args, dict(kwargs), name)
+        node.meta["type"] = self.infer(node)
+        return node
+
+    def placeholder(self, name: str, type_: Type, recipe: Recipe | None = None) -> Node:
+        """Add an input, parameter or cache after the last one."""
+        last = self._last_placeholder()
+        spot = self.graph.inserting_after(last) if last else self.graph.inserting_before()
+        with spot:
+            node = self._last = self.graph.placeholder(name)
+        node.meta["type"] = type_
+        if recipe is not None:
+            node.meta["recipe"] = recipe
+        return node
+
+    def _last_placeholder(self) -> Node | None:
+        if self._last is None or self._last._erased:
+            found = [node for node in self.graph.nodes if node.op == "placeholder"]
+            return found[-1] if found else None
+        return self._last
+
+    def drop_unused_parameters(self) -> None:
+        """Remove the parameters that nothing uses; inputs and caches stay."""
+        for node in self.parameters():
+            if not node.users:
+                self.graph.erase_node(node)
+
+    def infer(self, node: Node) -> Type:
+        """Work a node's type out again from its arguments'."""
+        assert callable(node.target)
+        args = [substitute(arg, type_of) for arg in node.args]
+        kwargs = {name: substitute(arg, type_of) for name, arg in node.kwargs.items()}
+        try:
+            return self.shapes.infer(node.target, tuple(args), kwargs)
+        except IRError as error:
+            raise IRError(f"{node.name}: {error}") from error
+
+    def copy(self) -> "Program":
+        """Another program of the same nodes, which may be edited apart; it shares the types."""
+        graph, made = Graph(), dict[Node, Node]()
+        for node in self.graph.nodes:
+            made[node] = graph.node_copy(node, made.__getitem__)
+            made[node].meta = copy(node.meta)
+        return Program(graph, self.stage, self.shapes)
+
+
+def is_call(node: object, *ops: Target) -> bool:
+    """Whether something is a node that calls one of `ops`."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in ops
+
+
+def is_cache(node: Node) -> bool:
+    """Whether a node is a KV cache as a step finds it."""
+    return node.op == "placeholder" and "recipe" in node.meta and node.meta["recipe"].op == "cache"
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a node is made from the checkpoint."""
+    return node.op == "placeholder" and "recipe" in node.meta and node.meta["recipe"].op != "cache"
+
+
+def op_name(op: Target) -> str:
+    """What an op is called, without namespace and overload."""
+    if isinstance(op, OpOverload):
+        return str(op._schema.name.split("::")[1])
+    return str(getattr(op, "__name__", op))
+
+
+def substitute(arg: object, value: Callable[[Node], object]) -> object:
+    """An argument with each node in it replaced; fx's map_arg, for values that fx does not know."""
+    if isinstance(arg, Node):
+        return value(arg)
+    return type(arg)(substitute(a, value) for a in arg) if isinstance(arg, tuple | list) else arg
+
+
+def type_of(node: Node) -> Type:
+    """What a node gives."""
+    if "type" not in node.meta:
+        raise IRError(f"{node.name}: has no type; make nodes with Program.call")
+    found: Type = node.meta["type"]
+    return found
+
+
+def tensor_type(node: object) -> TensorType:
+    """What a node gives, where that must be one tensor."""
+    if not isinstance(node, Node):
+        raise IRError(f"{node!r}: a constant where a tensor is wanted; capture it as a parameter")
+    found = type_of(node)
+    if not isinstance(found, TensorType):
+        raise IRError(f"{node.name}: gives {found} where a tensor is wanted; take one item of it")
+    return found
+
+
+def argument(node: Node, index: int) -> Node:
+    """A node's argument, which must be a node."""
+    if index >= len(node.args) or not isinstance(node.args[index], Node):
+        raise IRError(f"{node.name}: argument {index} is no tensor; capture it as one")
+    found = node.args[index]
+    assert isinstance(found, Node)
+    return found
+
+
+def recipe_of(node: Node) -> Recipe:
+    """What a parameter or cache is made of."""
+    if "recipe" not in node.meta:
+        raise IRError(f"{node.name}: is no parameter; give it a recipe")
+    found: Recipe = node.meta["recipe"]
+    return found
+
+
+def replace(old: Node, new: Node) -> None:
+    """Let every user of `old` use `new`, which takes its name and origin."""
+    old.replace_all_uses_with(new)
+    new.meta["origin"] = old.meta.get("origin", "")
+
+
+def users(node: Node) -> Iterator[Node]:
+    """The calls that use a node; the output does not count."""
+    yield from [user for user in node.users if user.op != "output"]

@@ -1,0 +1,131 @@
+"""How a parameter is made from the tensors of a checkpoint, at load time.
+
+A recipe is an expression; in a program's text it stands as the parameter's default:
+
+    w: f16[64, 96] = transpose(stored("model.layers.0.mlp.down_proj.weight"), 0, 1)
+
+| recipe | gives |
+|---|---|
+| `stored(name)` | the checkpoint's tensor |
+| `values([...], dtype)` | the numbers written here, 1-D (rotary frequencies, say) |
+| `cast(x, dtype)` `reshape(x, shape)` `transpose(x, a, b)` | as torch |
+| `slice(x, dim, start, end)` `concat([x, ...], dim)` | as torch |
+| `neg(x)` `reciprocal(x)` `expand(x, shape)` | as torch |
+| `float_bits(x)` | float32 whose bits are the low half of int64 x (msModelSlim's deq_scale) |
+| `int_bits(x)` | the inverse: float32's bits, zero-extended to int64 |
+| `w8a8(w8, input_scale, input_offset, deq_scale, quant_bias)` | the float weight: w8*deq/input |
+| `w8a8_bias(...)` | the float bias that quant_bias stands for |
+| `cache(scale, zero, calibrated)` | a KV cache: what the runtime allocates, not a tensor on disk |
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from kvc8.ir.errors import IRError
+from kvc8.ir.types import DTYPE_NAMES
+
+Arg: TypeAlias = "Recipe | str | int | float | torch.dtype | tuple[Arg, ...] | None"
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One step of a recipe: an operation of the module's table and its arguments."""
+
+    op: str
+    args: tuple[Arg, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.op}({', '.join(map(_show, self.args))})"
+
+
+def stored(name: str) -> Recipe:
+    """The checkpoint's tensor of that name."""
+    return Recipe("stored", (name,))
+
+
+def cast(x: Recipe, dtype: torch.dtype) -> Recipe:
+    """The values of x in another dtype."""
+    return Recipe("cast", (x, dtype))
+
+
+def values(tensor: Tensor) -> Recipe:
+    """A small float tensor of one dimension, written out."""
+    return Recipe("values", (tuple(tensor.tolist()), tensor.dtype))
+
+
+def stored_names(recipe: Recipe) -> Iterator[str]:
+    """The checkpoint's tensors that a recipe reads."""
+    if recipe.op == "stored":
+        yield str(recipe.args[0])
+    for arg in recipe.args:
+        for item in arg if isinstance(arg, tuple) else (arg,):
+            if isinstance(item, Recipe):
+                yield from stored_names(item)
+
+
+def make(recipe: Recipe, read: Read) -> Tensor:
+    """Make the tensor; `read` gives the checkpoint's tensors by name."""
+    if recipe.op == "stored":
+        return read(str(recipe.args[0]))
+    if recipe.op not in STEPS:
+        raise IRError(f"{recipe.op}: makes no tensor; use one of {', '.join(STEPS)}")
+    return STEPS[recipe.op](*(_made(arg, read) for arg in recipe.args))
+
+
+def _made(arg: Arg, read: Read) -> object:
+    if isinstance(arg, Recipe):
+        return make(arg, read)
+    return tuple(_made(item, read) for item in arg) if isinstance(arg, tuple) else arg
+
+
+def _slice(x: Tensor, dim: int, start: int, end: int) -> Tensor:
+    return x.narrow(dim, start, end - start)
+
+
+def _float_bits(x: Tensor) -> Tensor:
+    return x.to(torch.int32).view(torch.float32)
+
+
+def _int_bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+
+
+def _w8a8(w8: Tensor, in_scale: Tensor, _: Tensor, deq_scale: Tensor, __: Tensor) -> Tensor:
+    return w8.float() * (deq_scale / in_scale.float())[:, None]
+
+
+def _w8a8_bias(w8: Tensor, _: Tensor, offset: Tensor, deq_scale: Tensor, bias: Tensor) -> Tensor:
+    return (bias.double() + w8.sum(1, dtype=torch.int64) * offset.double()) * deq_scale.double()
+
+
+STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
+    {
+        "values": lambda numbers, dtype: torch.tensor(numbers, dtype=dtype),
+        "cast": lambda x, dtype: x.to(dtype),
+        "reshape": lambda x, shape: x.reshape(shape),
+        "transpose": lambda x, a, b: x.transpose(a, b),
+        "expand": lambda x, shape: x.expand(shape),
+        "slice": _slice,
+        "concat": lambda xs, dim: torch.cat(xs, dim),
+        "neg": lambda x: -x,
+        "reciprocal": lambda x: 1 / x,
+        "float_bits": _float_bits,
+        "int_bits": _int_bits,
+        "w8a8": _w8a8,
+        "w8a8_bias": _w8a8_bias,
+    }
+)
+
+
+def _show(arg: Arg) -> str:
+    if isinstance(arg, tuple):
+        return f"[{', '.join(map(_show, arg))}]"
+    if isinstance(arg, torch.dtype):
+        return DTYPE_NAMES[arg]
+    return f'"{arg}"' if isinstance(arg, str) else str(arg)

@@ -1,0 +1,121 @@
+"""What must hold of a program at each stage. Runs after every pass; there is no way to skip it.
+
+At every stage: fx's own lint; only placeholders, calls and one output; each call's type is what
+its op infers from its arguments now; the output is the logits and each cache as it now is; and
+no op writes to its arguments, but that in a LOWERED program the NPU's cache writes may.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from kvc8.ir import ops
+from kvc8.ir.errors import IRError
+from kvc8.ir.program import (
+    Program,
+    Stage,
+    argument,
+    is_cache,
+    is_call,
+    tensor_type,
+    type_of,
+)
+from kvc8.ir.types import show_type
+
+FLOAT = frozenset({ops.cache_write, ops.paged_attention, ops.quantize, ops.quant_linear})
+OPS: Mapping[Stage, frozenset[OpOverload]] = MappingProxyType(
+    {
+        Stage.CAPTURED: FLOAT,
+        Stage.QUANTIZED: FLOAT | {ops.dequantize},
+        Stage.LOWERING: FLOAT | {ops.dequantize},
+        Stage.LOWERED: frozenset(),
+    }
+)
+NPU_STAGES = (Stage.LOWERING, Stage.LOWERED)
+
+
+def verify(program: Program) -> None:
+    """Raise IRError at the first node that may not be where it is."""
+    program.graph.lint()
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            _check_op(program.stage, node)
+            _check_type(program, node)
+        elif node.op not in ("placeholder", "output"):
+            raise IRError(f"{node.name}: a {node.op} node; capture with torch.export")
+    _check_output(program)
+    for cache in program.caches():
+        _check_cache(program.stage, cache)
+
+
+def _check_op(stage: Stage, node: Node) -> None:
+    op = node.target
+    if not isinstance(op, OpOverload):
+        return  # arithmetic on the host, or an item of a tuple
+    legal = op in OPS[stage] if op.namespace == "kvc8" else _npu_or_aten(stage, op)
+    if not legal:
+        where = f"{node.name}: {op} has no place in a {stage.value} program"
+        raise IRError(f"{where}; run the pass that replaces it")
+    if op._schema.is_mutable:
+        _check_write(stage, node)
+
+
+def _npu_or_aten(stage: Stage, op: OpOverload) -> bool:
+    return op.namespace == "aten" or (op.namespace in ("npu", "atb") and stage in NPU_STAGES)
+
+
+def _check_write(stage: Stage, node: Node) -> None:
+    assert isinstance(node.target, OpOverload)
+    for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):
+        if spec.alias_info is None or not spec.alias_info.is_write:
+            continue
+        if stage is not Stage.LOWERED or not isinstance(arg, Node) or not is_cache(arg):
+            raise IRError(f"{node.name}: {node.target} writes to {arg}; use its functional form")
+
+
+def _check_type(program: Program, node: Node) -> None:
+    fresh = program.infer(node)
+    if fresh != type_of(node):
+        marked, is_ = show_type(type_of(node)), show_type(fresh)
+        why = "the pass that changed its arguments must set it again"
+        raise IRError(f"{node.name}: marked {marked} but is {is_}; {why}")
+
+
+def _check_output(program: Program) -> None:
+    last = next(iter(reversed(program.graph.nodes)), None)
+    if last is None or last.op != "output" or not isinstance(last.args[0], tuple | list):
+        raise IRError("the program has no output; end it with `return [...]`")
+    results = [tensor_type(item) for item in last.args[0]]
+    caches = program.caches()
+    if not caches:
+        return  # a fragment, as in the documentation of passes
+    given = results[len(results) - len(caches) :]
+    for cache, result in zip(caches, given, strict=True):
+        if tensor_type(cache) != result:
+            what = f"is {tensor_type(cache)} but comes back as {result}"
+            raise IRError(f"{cache.name}: {what}; return the caches in the order of the inputs")
+
+
+def _check_cache(stage: Stage, cache: Node) -> None:
+    dtype = tensor_type(cache).dtype
+    if stage is Stage.CAPTURED and not dtype.is_floating_point:
+        raise IRError(f"{cache.name}: an {dtype} cache in a captured program; capture a float one")
+    if stage is Stage.QUANTIZED and dtype is torch.int8:
+        for write in [user for user in cache.users if is_call(user, ops.cache_write)]:
+            _check_same_scale(write)
+
+
+def _check_same_scale(write: Node) -> None:
+    """What goes into an int8 cache was quantized as what comes out of it is dequantized."""
+    rows = argument(write, 1)
+    if not is_call(rows, ops.quantize):
+        raise IRError(f"{write.name}: rows {rows.name} are not quantized; quantize them")
+    for reader in write.users:
+        if reader.op == "output":
+            continue
+        if not is_call(reader, ops.dequantize) or reader.args[1:3] != rows.args[1:3]:
+            what = f"reads {write.name} otherwise than {rows.name} quantized it"
+            raise IRError(f"{reader.name}: {what}; dequantize by the same scale and zero")

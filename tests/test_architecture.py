@@ -1,0 +1,231 @@
+"""The shape of the house: who may import whom, and what no file may do."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAY_IMPORT = {
+    "ir": {"ir"},
+    "passes": {"ir", "passes"},
+    "backends": {"ir", "backends"},
+    "tools": {"ir", "passes", "backends", "tools"},
+}
+# Where each third party may be imported; what is not here may be imported nowhere.
+THIRD_PARTIES = {
+    "torch": ["*"],
+    "numpy": ["*"],
+    "networkx": ["*"],
+    "sympy": ["ir/*"],  # torch's symbolic dimensions are its expressions
+    "rich": ["tools/*"],
+    "transformers": ["ir/capture.py", "tools/small_model.py", "tools/tokenize.py"],
+    "tokenizers": ["tools/small_model.py"],
+    "safetensors": [
+        "ir/checkpoint*.py",
+        "ir/safetensors_files.py",
+        "backends/npu/artifact.py",
+        "tools/quantize*.py",
+    ],
+    "onnx": ["backends/onnx/*"],
+    "onnx_ir": ["backends/onnx/*"],
+    "onnxruntime": ["backends/onnx/*"],
+    "torch_npu": ["backends/npu/*"],
+}
+ONLY_INSIDE_FUNCTIONS = {"torch_npu"}  # importing it needs CANN
+TOP_LEVEL = {
+    *MAY_IMPORT,
+    *("tests", "docs", "pyproject.toml", "README.md", "LICENSE"),
+}
+LEFT_BY_BUILDS = ["build", "dist", "*.egg-info", "__pycache__"]
+NAMELESS = {"base", "common", "helpers", "misc", "util", "utils"}
+NOT_PASSES = {"__init__", "pipeline", "rewrite"}
+MOST_LINES = 400
+
+MUTATORS = {
+    *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
+    *("add", "discard", "update", "setdefault", "popitem", "appendleft"),
+}
+CONTAINERS = {"list", "dict", "set", "defaultdict", "OrderedDict", "Counter", "deque"}
+
+FILES = sorted(file for layer in MAY_IMPORT for file in (ROOT / layer).rglob("*.py"))
+PASSES = [file for file in FILES if file.parent.name == "passes" and file.stem not in NOT_PASSES]
+each_file = pytest.mark.parametrize(
+    "file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix()
+)
+each_pass = pytest.mark.parametrize("file", PASSES, ids=lambda file: file.stem)
+
+
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imports(node: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every module that is imported, and whether a function does it and not the module itself."""
+    for child in ast.iter_child_nodes(node):
+        match child:
+            case ast.Import(names=names):
+                yield from ((alias.name, inside) for alias in names)
+            case ast.ImportFrom(module="kvc8", names=names):
+                yield from ((f"kvc8.{alias.name}", inside) for alias in names)
+            case ast.ImportFrom(module=module, level=level):
+                yield "." * level + (module or ""), inside
+            case ast.Call(
+                func=ast.Name(id="__import__" | "import_module")
+                | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(module)), *_],
+            ):
+                yield module, inside
+        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from imports(child, inside or function)
+
+
+def environment_reads(tree: ast.AST) -> list[int]:
+    """The lines that touch the process's environment variables."""
+    names = {"environ", "environb", "getenv", "putenv"}
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in names)
+        or (isinstance(node, ast.ImportFrom) and {a.name for a in node.names} & names)
+    ]
+
+
+def module_state(tree: ast.Module) -> list[str]:
+    """What lets a module remember: `global`, and module-level containers that functions change."""
+    containers = {
+        target.id
+        for statement in tree.body
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and is_container(statement.value)
+        for target in assigned(statement)
+    }
+    found = []
+    for function in ast.walk(tree):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            nodes = list(ast.walk(function))
+            own = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            own |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+            changed = {name for node in nodes for name in changes(node)}
+            found += sorted(changed & (containers - own))
+            found += [f"global {', '.join(n.names)}" for n in nodes if isinstance(n, ast.Global)]
+    return found
+
+
+def is_container(value: ast.expr | None) -> bool:
+    match value:
+        case ast.List() | ast.Dict() | ast.Set() | ast.ListComp() | ast.DictComp() | ast.SetComp():
+            return True
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)):
+            return name in CONTAINERS
+    return False
+
+
+def assigned(statement: ast.Assign | ast.AnnAssign) -> list[ast.Name]:
+    targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    return [target for target in targets if isinstance(target, ast.Name)]
+
+
+def changes(node: ast.AST) -> list[str]:
+    """The names whose objects this node changes in place."""
+    match node:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method)):
+            return [name] if method in MUTATORS else []
+        case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
+            return [name]
+    return []
+
+
+@each_file
+def test_layers_are_imported_downwards(file: Path) -> None:
+    layer = file.relative_to(ROOT).parts[0]
+    for module, _ in imports(parse(file)):
+        assert not module.startswith("."), f"{module}: import kvc8.… by its whole name"
+        if module.split(".")[0] == "kvc8":
+            other = module.split(".")[1]
+            assert other in MAY_IMPORT[layer], f"{layer} may not import {other}"
+
+
+@each_file
+def test_third_parties_are_imported_at_their_addresses(file: Path) -> None:
+    here = file.relative_to(ROOT).as_posix()
+    for module, inside in imports(parse(file)):
+        package = module.split(".")[0]
+        if package == "kvc8" or package in sys.stdlib_module_names:
+            continue
+        allowed = THIRD_PARTIES.get(package, [])
+        assert any(fnmatch(here, pattern) for pattern in allowed), f"{package} only in {allowed}"
+        assert inside or package not in ONLY_INSIDE_FUNCTIONS, f"{package} only inside functions"
+
+
+@each_file
+def test_only_tools_read_the_environment(file: Path) -> None:
+    if file.relative_to(ROOT).parts[0] != "tools":
+        assert environment_reads(parse(file)) == []
+
+
+@each_file
+def test_no_module_remembers(file: Path) -> None:
+    assert module_state(parse(file)) == []
+
+
+@each_file
+def test_files_are_short_and_named_for_what_they_hold(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert file.stem not in NAMELESS
+
+
+@each_pass
+def test_a_pass_is_a_function_of_its_own_name_and_shows_what_it_does(file: Path) -> None:
+    tree = parse(file)
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert file.stem in functions
+    lines = (ast.get_docstring(tree) or "").splitlines()
+    assert "before:" in lines
+    assert "after:" in lines
+
+
+def test_the_top_level_holds_only_what_was_agreed() -> None:
+    found = {entry.name for entry in ROOT.iterdir() if not entry.name.startswith(".")}
+    found = {name for name in found if not any(fnmatch(name, left) for left in LEFT_BY_BUILDS)}
+    assert found - TOP_LEVEL == set()
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = (
+        "import a.b, c\nfrom kvc8 import ir\nfrom kvc8.passes import x\nfrom . import y\n"
+        "def f():\n    if f:\n        import d\n    import_module('e')\n"
+    )
+    assert list(imports(ast.parse(source))) == [
+        ("a.b", False),
+        ("c", False),
+        ("kvc8.ir", False),
+        ("kvc8.passes", False),
+        (".", False),
+        ("d", True),
+        ("e", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("SEEN = []\ndef f(x):\n    SEEN.append(x)\n", ["SEEN"]),
+        ("SEEN: dict[str, int] = {}\ndef f(x):\n    SEEN[x] = 1\n", ["SEEN"]),
+        ("seen = collections.defaultdict(list)\ndef f(x):\n    del seen[x]\n", ["seen"]),
+        ("def f(x):\n    global seen\n    seen = x\n", ["global seen"]),
+        ("NAMES = ['a']\ndef f(x):\n    return NAMES[x]\n", []),
+        ("seen = []\ndef f(x):\n    seen = []\n    seen.append(x)\n", []),
+        ("TABLE = {}\nTABLE['a'] = 1\n", []),
+    ],
+)
+def test_memory_is_found_and_tables_are_not_blamed(source: str, found: list[str]) -> None:
+    assert module_state(ast.parse(source)) == found
+
+
+def test_environment_reads_are_found() -> None:
+    source = "import os\nfrom os import getenv\na = os.environ['A']\n"
+    assert environment_reads(ast.parse(source)) == [2, 3]

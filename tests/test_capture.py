@@ -1,0 +1,113 @@
+"""A captured program computes what transformers computes, however its layers were traced."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.program import Program
+from kvc8.ir.recipe import make
+from kvc8.ir.run import run
+from kvc8.ir.text import parse, show
+from kvc8.ir.types import size
+
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+BLOCK = 4
+
+
+def values(program: Program, directory: Path, blocks: int = 16) -> dict[str, torch.Tensor]:
+    """The parameters of a program, and caches of zeros."""
+    checkpoint = open_checkpoint(directory)
+    made = {n.name: make(n.meta["recipe"], checkpoint.read) for n in program.parameters()}
+    for cache in program.caches():
+        shape = cache.meta["type"].shape
+        sizes = {size("N"): blocks, size("S"): BLOCK}
+        made[cache.name] = torch.zeros(
+            [sizes.get(d, d) for d in shape], dtype=cache.meta["type"].dtype
+        )
+    return made
+
+
+def step(tokens, starts, lengths, tables, rows=None):
+    """The inputs of a step: for each sequence its new tokens, from `starts` to `lengths`."""
+    positions = [p for a, b in zip(starts, lengths, strict=True) for p in range(a, b)]
+    seq = [i for i, (a, b) in enumerate(zip(starts, lengths, strict=True)) for _ in range(a, b)]
+    slots = [tables[i][p // BLOCK] * BLOCK + p % BLOCK for i, p in zip(seq, positions, strict=True)]
+    new = torch.tensor([b - a for a, b in zip(starts, lengths, strict=True)])
+    i32 = torch.int32
+    return {
+        "input_ids": torch.tensor(tokens),
+        "positions": torch.tensor(positions),
+        "slot_mapping": torch.tensor(slots, dtype=i32),
+        "block_table": torch.tensor(tables, dtype=i32),
+        "seq_lens": torch.tensor(lengths, dtype=i32),
+        "query_starts": torch.cat([torch.zeros(1), new.cumsum(0)]).to(i32),
+        "logits_rows": torch.arange(len(tokens)) if rows is None else torch.tensor(rows),
+    }
+
+
+def reference(directory: Path, tokens: list[int]) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(torch.tensor([tokens])).logits[0]
+    return logits
+
+
+def keep_caches(program: Program, made: dict[str, torch.Tensor], results: list[torch.Tensor]):
+    made.update({c.name: r for c, r in zip(program.caches(), results[1:], strict=True)})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_prefill_and_decode_agree_with_transformers(kind, tied, tiny_model):
+    directory = tiny_model(kind, tied=tied)
+    program = capture(open_checkpoint(directory))
+    made = values(program, directory)
+    tokens = torch.randint(3, 128, (19,), generator=torch.Generator().manual_seed(1)).tolist()
+    want = reference(directory, tokens)
+    table = [[7, 2, 11, 5, 9]]
+    results = run(program, {**made, **step(tokens[:14], [0], [14], table)})
+    assert (results[0] - want[:14]).abs().max() < 1e-5
+    for p in range(14, 19):  # one token after the other, out of the cache
+        keep_caches(program, made, results)
+        results = run(program, {**made, **step(tokens[p : p + 1], [p], [p + 1], table)})
+        assert (results[0] - want[p : p + 1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stamped_and_unstamped_programs_are_equal(kind, tiny_model):
+    checkpoint = open_checkpoint(tiny_model(kind))
+    assert show(capture(checkpoint)) == show(capture(checkpoint, stamped=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_a_captured_program_reads_back(kind, tiny_model):
+    text = show(capture(open_checkpoint(tiny_model(kind))))
+    assert show(parse(text)) == text
+
+
+def test_a_mixed_batch_gives_what_its_sequences_give_alone(tiny_model):
+    """A fresh prefill, a decode step and a padded slot in one batch, with shuffled blocks."""
+    directory = tiny_model("llama")
+    program = capture(open_checkpoint(directory))
+    a = [5, 9, 17, 33, 65, 12]
+    b = [40, 41, 42, 43, 44, 45, 46, 47, 48]
+    made = values(program, directory)
+    alone_a = run(program, {**made, **step(a, [0], [6], [[3, 8, 0]])})[0]
+    before = run(program, {**made, **step(b[:-1], [0], [8], [[12, 1, 6]])})
+    keep_caches(program, made, before)
+    alone_b = run(program, {**made, **step(b[-1:], [8], [9], [[12, 1, 6]])})[0]
+    mixed = step([*a, b[-1]], [0, 8], [6, 9], [[14, 2, 0], [12, 1, 6]])
+    mixed["input_ids"] = torch.cat([mixed["input_ids"], torch.tensor([99])])  # the padding
+    mixed["positions"] = torch.cat([mixed["positions"], torch.tensor([0])])
+    pad = torch.tensor([-1], dtype=torch.int32)
+    mixed["slot_mapping"] = torch.cat([mixed["slot_mapping"], pad])
+    results = run(program, {**made, **mixed})
+    assert (results[0][:6] - alone_a).abs().max() < 1e-5
+    assert (results[0][6:7] - alone_b).abs().max() < 1e-5
+    untouched = [block for block in range(16) if block not in (14, 2, 12, 1, 6)]
+    for cache, new in zip(program.caches(), results[1:], strict=True):
+        assert torch.equal(new[untouched], made[cache.name][untouched])

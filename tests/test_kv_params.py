@@ -1,0 +1,318 @@
+"""The eight tensors, worked out here by each consumer's formula, and their slices by rank."""
+
+import struct
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.errors import ModelError
+from kvc8.ir.kv_params import (
+    Channels,
+    DequantForm,
+    KVParams,
+    QuantForm,
+    by_channel,
+    derive,
+    heads_of_rank,
+    pack_scale,
+    shard,
+    shard_channels,
+    stack_antiquant,
+    unpack_scale,
+)
+
+GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
+NAMES = (
+    "llama_fp16_m3",
+    "qwen2_fp16_none_asym",
+    "llama_fp16_m3_mindie_safe_tensor",
+    "v1_qwen2_fp16_w8a8c8",
+)
+HEADS, HEAD_DIM = 2, 32
+
+
+def stored(name: str, layer: int) -> tuple[Channels, Channels]:
+    """K's and V's scales and offsets as a golden directory has them."""
+    checkpoint = open_checkpoint(GOLDEN / name / "quant")
+    k, v = (
+        by_channel(checkpoint.read(s.scale), checkpoint.read(str(s.offset)), 64, name)
+        for s in checkpoint.kv[layer]
+    )
+    return k, v
+
+
+def eight(
+    k: Channels, v: Channels, quant: QuantForm, dequant: DequantForm, dtype: torch.dtype
+) -> KVParams:
+    return derive(
+        k, v, quant=quant, dequant=dequant, model_dtype=dtype, head_dim=HEAD_DIM, where="layer 0"
+    )
+
+
+def bits(value: float) -> int:
+    """The bits of a float32, as MindIE takes them: numpy.frombuffer(float32 bytes, int32)."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
+
+
+def check(found: Tensor, values: list[float] | list[int], dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    assert torch.equal(found.reshape(-1), torch.tensor(values, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layer", range(4))
+def test_the_eight_of_what_msmodelslim_wrote(name: str, layer: int) -> None:
+    k, v = stored(name, layer)
+    page = eight(k, v, "page", "page", torch.float16)
+    atb = eight(k, v, "atb", "atb", torch.float16)
+    divide = eight(k, v, "divide", "fused_infer", torch.float16)
+    multiply = eight(k, v, "multiply", "fused_infer", torch.float16)
+    fused = eight(k, v, "rope_quant_cache", "fused_infer", torch.float16)
+    assert any(v.offset.tolist()) == ("asym" in name)
+    for side, channels in (("k", k), ("v", v)):
+        s, z = channels.scale.tolist(), [int(z) for z in channels.offset.tolist()]
+        get = {
+            f"{part}_{what}": f"{side}_{part}_{what}"
+            for part in ("quant", "dequant")
+            for what in ("scale", "offset")
+        }
+        half, single = torch.float16, torch.float32
+        check(getattr(page, get["quant_scale"]), s, half)
+        check(getattr(page, get["quant_offset"]), z, half)
+        check(getattr(page, get["dequant_scale"]), s, half)
+        check(getattr(page, get["dequant_offset"]), z, half)
+        check(getattr(atb, get["quant_scale"]), s, half)
+        check(getattr(atb, get["quant_offset"]), z, torch.int8)
+        check(getattr(atb, get["dequant_scale"]), [bits(x) for x in s], torch.int64)
+        check(getattr(atb, get["dequant_offset"]), [-x for x in z], torch.int32)
+        check(getattr(divide, get["quant_scale"]), s, single)
+        check(getattr(divide, get["quant_offset"]), z, torch.int32)
+        check(getattr(multiply, get["quant_scale"]), [1 / x for x in s], half)
+        check(getattr(multiply, get["quant_offset"]), z, half)
+        check(getattr(fused, get["quant_scale"]), s, single)
+        check(getattr(fused, get["quant_offset"]), z, single)
+        assert getattr(fused, get["quant_scale"]).shape == (HEADS, HEAD_DIM)
+        assert getattr(fused, get["quant_offset"]).shape == (HEADS, HEAD_DIM)
+        check(getattr(fused, get["dequant_scale"]), s, half)
+        check(getattr(fused, get["dequant_offset"]), [-x for x in z], half)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dequantizer_gives_the_same_number(name: str) -> None:
+    k, v = stored(name, 0)
+    q = torch.arange(-128, 128)[:, None].double()
+    expected = (q - k.offset.double()) * k.scale.double()
+    for form in get_args(DequantForm):
+        params = eight(k, v, "page", form, torch.float16)
+        scale = params.k_dequant_scale
+        scale = unpack_scale(scale) if scale.dtype == torch.int64 else scale
+        sign = -1 if form == "page" else 1
+        found = (q + sign * params.k_dequant_offset.double()) * scale.double()
+        assert torch.equal(found, expected), form
+
+
+def test_bfloat16_models_keep_float32_descales() -> None:
+    side = Channels(torch.tensor([0.25, 3.0]).bfloat16(), torch.tensor([5.0, -7.0]).bfloat16())
+    params = derive(
+        side,
+        side,
+        quant="atb",
+        dequant="atb",
+        model_dtype=torch.bfloat16,
+        head_dim=2,
+        where="layer 0",
+    )
+    check(params.k_quant_scale, [0.25, 3.0], torch.bfloat16)
+    check(params.v_dequant_scale, [0.25, 3.0], torch.float32)
+    check(params.v_dequant_offset, [-5, 7], torch.int32)
+
+
+def test_antiquant_tensors_stack_k_over_v() -> None:
+    k, v = stored("qwen2_fp16_none_asym", 2)
+    scale, offset = stack_antiquant(eight(k, v, "divide", "fused_infer", torch.float16))
+    assert (scale.shape, scale.dtype) == ((2, 64), torch.float16)
+    assert torch.equal(scale, torch.stack((k.scale, v.scale)))
+    assert torch.equal(offset, -torch.stack((k.offset, v.offset)))
+
+
+def test_a_symmetric_offset_is_zero_without_a_sign() -> None:
+    k, v = stored("llama_fp16_m3", 0)
+    offset = eight(k, v, "divide", "fused_infer", torch.float16).k_dequant_offset
+    assert not torch.signbit(offset).any()
+
+
+def test_packed_scales_are_float_bits() -> None:
+    scale = torch.tensor([1.0, 0.0478515625, 6e-8, 65504.0])
+    assert pack_scale(scale)[0] == 0x3F800000
+    assert torch.equal(unpack_scale(pack_scale(scale)), scale)
+    assert unpack_scale(scale) is scale
+
+
+def test_the_deq_scale_of_a_linear_unpacks() -> None:
+    checkpoint = open_checkpoint(GOLDEN / "llama_fp16_m3" / "quant")
+    linear = checkpoint.w8a8["model.layers.0.self_attn.q_proj"]
+    scales = checkpoint.read(str(linear.weight_scale)).float().reshape(-1)
+    expected = checkpoint.read(linear.input_scale) * scales
+    assert torch.equal(unpack_scale(checkpoint.read(linear.deq_scale)), expected)
+
+
+def test_a_scale_for_the_whole_tensor_spreads_over_channels() -> None:
+    side = by_channel(torch.tensor([0.5]), None, 6, "layer 0")
+    assert (side.scale.tolist(), side.offset.tolist()) == ([0.5] * 6, [0.0] * 6)
+    params = derive(
+        side,
+        side,
+        quant="rope_quant_cache",
+        dequant="atb",
+        model_dtype=torch.float16,
+        head_dim=3,
+        where="layer 0",
+    )
+    check(params.k_quant_scale, [0.5] * 6, torch.float32)
+    check(params.k_dequant_scale, [bits(0.5)] * 6, torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "expected"),
+    [
+        (4, 1, [[0, 1, 2, 3]]),
+        (4, 2, [[0, 1], [2, 3]]),
+        (4, 4, [[0], [1], [2], [3]]),
+        (2, 8, [[0], [0], [0], [0], [1], [1], [1], [1]]),
+        (1, 3, [[0], [0], [0]]),
+        (3, 3, [[0], [1], [2]]),
+    ],
+)
+def test_ranks_share_whole_heads(heads: int, ranks: int, expected: list[list[int]]) -> None:
+    assert [list(heads_of_rank(heads, rank, ranks)) for rank in range(ranks)] == expected
+    channels = torch.arange(heads * 2)
+    for rank, mine in enumerate(expected):
+        slices = [c for head in mine for c in (2 * head, 2 * head + 1)]
+        assert shard(channels, heads, rank, ranks).tolist() == slices
+        assert shard(channels.expand(5, -1), heads, rank, ranks).shape == (5, len(slices))
+
+
+def test_slicing_before_and_after_deriving_agree() -> None:
+    k, v = stored("qwen2_fp16_none_asym", 1)
+    whole = eight(k, v, "atb", "atb", torch.float16)
+    for rank in range(4):
+        mine = [shard_channels(side, HEADS, rank, 4) for side in (k, v)]
+        part = eight(mine[0], mine[1], "atb", "atb", torch.float16)
+        for name, value in vars(whole).items():
+            assert torch.equal(getattr(part, name), shard(value, HEADS, rank, 4))
+
+
+def side(scale: float = 1.0, offset: float = 0.0) -> Channels:
+    return Channels(torch.tensor([scale]), torch.tensor([offset]))
+
+
+@pytest.mark.parametrize(
+    ("scale", "offset", "sentence"),
+    [
+        ([0.0], [0.0], "k: a scale is not a finite positive number; calibrate the model again"),
+        ([-1.0], [0.0], "k: a scale is not a finite positive number; calibrate the model again"),
+        (
+            [float("nan")],
+            [0.0],
+            "k: a scale is not a finite positive number; calibrate the model again",
+        ),
+        (
+            [1.0],
+            [0.5],
+            "k: an offset is not a whole number from -256 to 256; calibrate the model again",
+        ),
+        (
+            [1.0],
+            [float("nan")],
+            "k: an offset is not a whole number from -256 to 256; calibrate the model again",
+        ),
+        (
+            [1.0, 1.0],
+            [0.0],
+            "k: the scale holds 2 numbers for 4 channels; "
+            "use the config.json that the model was quantized with",
+        ),
+    ],
+)
+def test_bad_values_are_refused(scale: list[float], offset: list[float], sentence: str) -> None:
+    with pytest.raises(ModelError) as raised:
+        by_channel(torch.tensor(scale), torch.tensor(offset), 4, "k")
+    assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("channels", "quant", "sentence"),
+    [
+        (
+            side(1e-5),
+            "multiply",
+            "layer 0: a scale is not a finite positive number; "
+            "it does not fit torch.float16: choose a form that keeps float32 scales",
+        ),
+        (
+            side(1e-9),
+            "atb",
+            "layer 0: a scale is not a finite positive number; "
+            "it does not fit torch.float16: choose a form that keeps float32 scales",
+        ),
+        (
+            side(offset=128.0),
+            "atb",
+            "layer 0: an offset does not fit int8; choose a form that keeps wider offsets",
+        ),
+    ],
+)
+def test_what_a_form_cannot_hold_is_refused(
+    channels: Channels, quant: QuantForm, sentence: str
+) -> None:
+    with pytest.raises(ModelError) as raised:
+        eight(channels, channels, quant, "page", torch.float16)
+    assert str(raised.value) == sentence
+
+
+def test_a_float32_model_is_refused() -> None:
+    with pytest.raises(ModelError) as raised:
+        eight(side(), side(), "page", "page", torch.float32)
+    assert str(raised.value) == (
+        "layer 0: the model computes in torch.float32 and an int8 KV cache wants float16 or "
+        "bfloat16; convert the model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "rank", "ranks", "sentence"),
+    [
+        (
+            8,
+            0,
+            3,
+            "tensor parallel over 3: cannot share out 8 KV heads evenly; "
+            "use 1, 2, 4, 8 or a multiple of 8 ranks",
+        ),
+        (
+            2,
+            0,
+            3,
+            "tensor parallel over 3: cannot share out 2 KV heads evenly; "
+            "use 1, 2 or a multiple of 2 ranks",
+        ),
+        (2, 2, 2, "tensor parallel over 2: has no rank 2; use a rank from 0 to 1"),
+    ],
+)
+def test_uneven_shares_are_refused(heads: int, rank: int, ranks: int, sentence: str) -> None:
+    with pytest.raises(ModelError) as raised:
+        heads_of_rank(heads, rank, ranks)
+    assert str(raised.value) == sentence
+
+
+def test_no_slice_goes_through_a_head() -> None:
+    with pytest.raises(ModelError) as raised:
+        shard(torch.zeros(7), 2, 0, 2)
+    assert str(raised.value) == (
+        "tensor parallel over 2: 7 channels are not 2 whole heads; "
+        "check num_key_value_heads in config.json"
+    )
