@@ -82,11 +82,19 @@ class Program:
         return node
 
     def placeholder(self, name: str, type_: Type, recipe: Recipe | None = None) -> Node:
-        """Add an input, parameter or cache after the last one."""
-        last = self._last_placeholder()
-        spot = self.graph.inserting_after(last) if last else self.graph.inserting_before()
+        """Add an input after the last input, a parameter or cache after the last of all."""
+        last = (
+            self._last_placeholder() if recipe is not None else next(reversed(self.inputs()), None)
+        )
+        first = next(iter(self.graph.nodes), None)
+        if last:
+            spot = self.graph.inserting_after(last)
+        else:
+            spot = self.graph.inserting_before(first)
         with spot:
-            node = self._last = self.graph.placeholder(name)
+            node = self.graph.placeholder(name)
+        if node.next.op != "placeholder":
+            self._last = node
         node.meta["type"] = type_
         if recipe is not None:
             node.meta["recipe"] = recipe

@@ -15,6 +15,9 @@ A recipe is an expression; in a program's text it stands as the parameter's defa
 | `int_bits(x)` | the inverse: float32's bits, zero-extended to int64 |
 | `w8a8(w8, input_scale, input_offset, deq_scale, quant_bias)` | the float weight: w8*deq/input |
 | `w8a8_bias(...)` | the float bias that quant_bias stands for |
+| `rope_bound(scale, zero, distance, width, kind)` | K scales that hold after RoPE, symmetric |
+| `round_up(x, dtype)` | float32 x, at least as large and exact in dtype |
+| `masked_above(n)` | bool [n, n], True above the diagonal: the NPU's compressed causal mask |
 | `cache(scale, zero, calibrated)` | a KV cache: what the runtime allocates, not a tensor on disk |
 """
 
@@ -104,6 +107,27 @@ def _w8a8_bias(w8: Tensor, _: Tensor, offset: Tensor, deq_scale: Tensor, bias: T
     return (bias.double() + w8.sum(1, dtype=torch.int64) * offset.double()) * deq_scale.double()
 
 
+def _rope_bound(scale: Tensor, zero: Tensor | None, distance: int, width: int, kind: str) -> Tensor:
+    """See passes/repair_rope_scales.py; scale [H, D], of which `width` channels are rotated."""
+    far = 127.0 if zero is None else torch.maximum((-128 - zero).abs(), (127 - zero).abs())
+    reach = scale * far / 127
+    turned = reach[:, :width].double()
+    pairs = turned.unflatten(1, (2, distance) if kind == "half" else (-1, 2))
+    bound = pairs.square().sum(1 if kind == "half" else 2, keepdim=True).sqrt()
+    both = bound.expand_as(pairs).flatten(1).float()
+    return torch.cat([both, reach[:, width:]], 1)
+
+
+def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
+    near = x.to(dtype)
+    above = torch.nextafter(near, torch.full_like(near, float("inf")))
+    return torch.where(near.float() < x, above, near).float()
+
+
+def _masked_above(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
 STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
     {
         "values": lambda numbers, dtype: torch.tensor(numbers, dtype=dtype),
@@ -117,6 +141,9 @@ STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "reciprocal": lambda x: 1 / x,
         "float_bits": _float_bits,
         "int_bits": _int_bits,
+        "rope_bound": _rope_bound,
+        "round_up": _round_up,
+        "masked_above": _masked_above,
         "w8a8": _w8a8,
         "w8a8_bias": _w8a8_bias,
     }

@@ -132,3 +132,8 @@ def _write_tokenizer(directory: Path) -> None:
         unk_token="<unk>",
         model_max_length=SIZES["max_position_embeddings"],
     ).save_pretrained(directory)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--bless` writes golden programs instead of comparing with them."""
+    parser.addoption("--bless", action="store_true", help="write golden programs; review the diff")

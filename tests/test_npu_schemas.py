@@ -245,6 +245,19 @@ REFUSED: dict[str, Callable[[], Any]] = {
     "npu_quantize: output type torch.float32 does not hold codes; use torch.int8": lambda: (
         npu.npu_quantize(torch.ones(2, 2), torch.ones(1), None, 6)
     ),
+    f"{FIA}: keys of 2 sequences for queries of 1; give both for each": lambda: fia(
+        key=torch.ones(2, 8, 32),
+        value=torch.ones(2, 8, 32),
+        block_table=None,
+        antiquant_scale=None,
+        actual_seq_lengths_kv=None,
+    ),
+    f"{FIA}: blocks of 32 torch.float32 rows; use a multiple of 128 up to 512": lambda: fia(
+        query=torch.ones(1, 2, 64),
+        key=torch.ones(2, 32, 32),
+        value=torch.ones(2, 32, 32),
+        antiquant_scale=None,
+    ),
     f"{FIA}: sparse_mode 2 is not emulated; use 0, 3 or 4": lambda: fia(sparse_mode=2),
     f"{FIA}: pse_shift is not emulated; leave it out": lambda: fia(pse_shift=torch.ones(1)),
     f"{FIA}: an antiquant parameter is torch.float16[32] for a torch.float32 query; give 32 "

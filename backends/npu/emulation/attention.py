@@ -99,7 +99,10 @@ def npu_fused_infer_attention_score(
         layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
         for x in (query, out)
     )
-    keys, values = (_rows(layout, query, x, paging, actual_seq_lengths_kv) for x in (key, value))
+    keys, values = (
+        _rows(layout, x, paging, actual_seq_lengths_kv, len(queries), layout.rows(query))
+        for x in (key, value)
+    )
     for q, k, v, o in zip(queries, keys, values, outs, strict=True):
         layout.check_rows(q, k, v)
         k, v = dequantize(k, *for_key), dequantize(v, *for_value)
@@ -177,15 +180,24 @@ def _check_codes(layout: Layout, query: Tensor, stored: Tensor, parameters: Anti
 
 
 def _rows(
-    layout: Layout, query: Tensor, x: Tensor, paging: Paging | None, lengths: Sequence[int] | None
+    layout: Layout,
+    x: Tensor,
+    paging: Paging | None,
+    lengths: Sequence[int] | None,
+    batch: int,
+    query_rows: int | None,
 ) -> Iterable[Tensor]:
     argument = "actual_seq_lengths_kv"
     if paging is None:
-        return layout.sequences(x, layout.kv_heads, lengths, argument)
-    rows = layout.page_rows(x)
-    batch = len(paging.table) if layout.name == "TND" else len(query)
-    paging.check(rows, batch, layout.rows(query))
-    return paging.sequences(rows, layout.checked(lengths, batch, argument))
+        rows = layout.sequences(x, layout.kv_heads, lengths, argument)
+        if len(rows) != batch:
+            raise TargetError(
+                f"{_FIA}: keys of {len(rows)} sequences for queries of {batch}; give both for each"
+            )
+        return rows
+    pages = layout.page_rows(x)
+    paging.check(pages, batch, query_rows)
+    return paging.sequences(pages, layout.checked(lengths, batch, argument))
 
 
 def npu_incre_flash_attention(

@@ -1,0 +1,112 @@
+"""Derive the eight quantize/dequantize parameters of each layer, in the form the NPU's ops take.
+
+npu_quantize divides and adds, in float32: the scale as it is, the zero point as int32. What reads
+the cache adds its offset where the checkpoint's convention subtracts: x' = (q + o)*s with o = -z.
+A symmetric cache has no offsets. Shapes are [H*D], the channels of a token.
+
+before:
+    def quantized(
+        k: f16[T, 2, 8],
+        slots: i32[T],
+        k_cache_0: i8[N, S, 2, 8] = cache(),
+        k_scale_0: f32[2, 8] = stored("ks"),
+        k_zero_0: f32[2, 8] = stored("kz"),
+    ):
+        quantize: i8[T, 2, 8] = kvc8.quantize(k, k_scale_0, k_zero_0)
+        k_new_0: i8[N, S, 2, 8] = kvc8.cache_write(k_cache_0, quantize, slots)
+        dequantize: f16[N, S, 2, 8] = kvc8.dequantize(k_new_0, k_scale_0, k_zero_0, f16)
+        return [dequantize, k_new_0]
+
+after:
+    def lowering(
+        k: f16[T, 2, 8],
+        slots: i32[T],
+        k_cache_0: i8[N, S, 2, 8] = cache(),
+        k_quant_scale_0: f32[16] = reshape(stored("ks"), [16]),
+        k_quant_offset_0: i32[16] = cast(reshape(stored("kz"), [16]), i32),
+        k_dequant_scale_0: f32[16] = reshape(stored("ks"), [16]),
+        k_dequant_offset_0: f32[16] = neg(reshape(stored("kz"), [16])),
+    ):
+        reshape: f16[T, 16] = aten.reshape(k, [-1, 16])
+        npu_quantize: i8[T, 16] = npu.npu_quantize(reshape, k_quant_scale_0, k_quant_offset_0, 1, -1, True)
+        reshape_1: i8[T, 2, 8] = aten.reshape(npu_quantize, [-1, 2, 8])
+        k_new_0: i8[N, S, 2, 8] = kvc8.cache_write(k_cache_0, reshape_1, slots)
+        flatten: i8[N, S, 16] = aten.flatten.using_ints(k_new_0, 2, 3)
+        npu_anti_quant: f16[N, S, 16] = npu.npu_anti_quant(flatten, k_dequant_scale_0, offset=k_dequant_offset_0, dst_dtype=5)
+        unflatten: f16[N, S, 2, 8] = aten.unflatten.int(npu_anti_quant, 2, [2, 8])
+        return [unflatten, k_new_0]
+
+A quantize whose zero points are no whole numbers would change here; verify refuses none, for
+every producer writes whole numbers. What is not the quantize of a cache's rows is left alone.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from kvc8.ir import npu, ops
+from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
+from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.types import TensorType
+from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+
+ATEN = torch.ops.aten
+SCALAR_TYPES = {torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+
+
+@rewrite(takes=Stage.QUANTIZED, gives=Stage.LOWERING, contract="bit_exact")
+def fold_kv_scales(program: Program) -> Iterator[Remark]:
+    """See the module."""
+    for write in program.calls(ops.cache_write):
+        rows = argument(write, 1)
+        if not is_call(rows, ops.quantize):
+            yield miss(write, "its cache is float")
+            continue
+        cache = argument(write, 0).name
+        scale, zero = argument(rows, 1), rows.args[2]
+        assert zero is None or isinstance(zero, Node)
+        _fold_quantize(program, rows, cache, scale, zero)
+        for back in [user for user in write.users if is_call(user, ops.dequantize)]:
+            _fold_dequantize(program, back, cache, scale, zero)
+        yield hit(write, "symmetric, so without offsets" if zero is None else "offsets negated")
+
+
+def _fold_quantize(
+    program: Program, rows: Node, cache: str, scale: Node, zero: Node | None
+) -> None:
+    heads, dim = (int(d) for d in tensor_type(scale).shape)  # type: ignore[call-overload]
+    width = heads * dim
+    flat_scale = _flat(program, cache, "quant_scale", scale, width)
+    flat_zero = None
+    if zero is not None:
+        recipe = cast(Recipe("reshape", (recipe_of(zero), (width,))), torch.int32)
+        name = cache.replace("cache", "quant_offset")
+        flat_zero = program.placeholder(name, TensorType(torch.int32, (width,)), recipe)
+    x = program.call(rows, ATEN.reshape.default, argument(rows, 0), [-1, width])
+    args = (x, flat_scale, flat_zero, SCALAR_TYPES[torch.int8], -1, True)
+    codes = program.call(rows, npu.npu_quantize, *args)
+    back = program.call(rows, ATEN.reshape.default, codes, [-1, heads, dim])
+    rows.replace_all_uses_with(back)
+
+
+def _fold_dequantize(
+    program: Program, back: Node, cache: str, scale: Node, zero: Node | None
+) -> None:
+    heads, dim = (int(d) for d in tensor_type(scale).shape)  # type: ignore[call-overload]
+    flat_scale = _flat(program, cache, "dequant_scale", scale, heads * dim)
+    offset = _flat(program, cache, "dequant_offset", zero, heads * dim) if zero else None
+    if offset:
+        offset.meta["recipe"] = Recipe("neg", (offset.meta["recipe"],))
+    code = SCALAR_TYPES[tensor_type(back).dtype]
+    codes = program.call(back, ATEN.flatten.using_ints, argument(back, 0), 2, 3, name="flatten")
+    options = {"offset": offset, "dst_dtype": code}
+    wide = program.call(back, npu.npu_anti_quant, codes, flat_scale, kwargs=options)
+    shaped = program.call(back, ATEN.unflatten.int, wide, 2, [heads, dim])
+    back.replace_all_uses_with(shaped)
+
+
+def _flat(program: Program, cache: str, part: str, source: Node, width: int) -> Node:
+    recipe = Recipe("reshape", (recipe_of(source), (width,)))
+    name = cache.replace("cache", part)
+    return program.placeholder(name, TensorType(torch.float32, (width,)), recipe)

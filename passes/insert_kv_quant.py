@@ -1,0 +1,78 @@
+"""Keep the KV cache in int8: quantize rows on their way in, dequantize the cache on its way out.
+
+before:
+    def captured(
+        k: f16[T, 2, 8],
+        slots: i32[T],
+        k_cache_0: f16[N, S, 2, 8] = cache(stored("ks"), None, "post-rope"),
+    ):
+        k_new_0: f16[N, S, 2, 8] = kvc8.cache_write(k_cache_0, k, slots)
+        neg: f16[N, S, 2, 8] = aten.neg(k_new_0)
+        return [neg, k_new_0]
+
+after:
+    def quantized(
+        k: f16[T, 2, 8],
+        slots: i32[T],
+        k_cache_0: i8[N, S, 2, 8] = cache(),
+        k_scale_0: f32[2, 8] = stored("ks"),
+    ):
+        quantize: i8[T, 2, 8] = kvc8.quantize(k, k_scale_0, None)
+        k_new_0: i8[N, S, 2, 8] = kvc8.cache_write(k_cache_0, quantize, slots)
+        dequantize: f16[N, S, 2, 8] = kvc8.dequantize(k_new_0, k_scale_0, None, f16)
+        neg: f16[N, S, 2, 8] = aten.neg(dequantize)
+        return [neg, k_new_0]
+
+A cache for which the checkpoint has no scale is left alone and stays float.
+
+Bound: a value within [s*(-128 - z), s*(127 - z)] comes back within s/2 of itself, and then rounded
+once to the dtype of the cache; one outside comes back as the nearer end.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from kvc8.ir import ops
+from kvc8.ir.program import Program, Stage, argument, is_cache, recipe_of, tensor_type, users
+from kvc8.ir.recipe import Recipe
+from kvc8.ir.types import TensorType
+from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+
+
+@rewrite(
+    takes=Stage.CAPTURED,
+    gives=Stage.QUANTIZED,
+    contract="quantizing",
+    required="quantize the KV cache of this model first, with kvc8-quantize",
+)
+def insert_kv_quant(program: Program) -> Iterator[Remark]:
+    """See the module."""
+    for write in program.calls(ops.cache_write):
+        cache = argument(write, 0)
+        if not is_cache(cache) or not recipe_of(cache).args:
+            yield miss(write, "the checkpoint has no scale for this cache")
+            continue
+        scale, zero = _scale(program, cache)
+        rows = program.call(write, ops.quantize, argument(write, 1), scale, zero)
+        wide, readers = tensor_type(cache).dtype, list(users(write))
+        cache.meta["type"] = TensorType(torch.int8, tensor_type(cache).shape)
+        cache.meta["recipe"] = Recipe("cache")
+        write.update_arg(1, rows)
+        write.meta["type"] = program.infer(write)
+        back = program.call(write.next, ops.dequantize, write, scale, zero, wide)
+        back.meta["origin"] = write.meta.get("origin", "")
+        for reader in readers:
+            reader.replace_input_with(write, back)
+        yield hit(write, "symmetric" if zero is None else "with zero points")
+
+
+def _scale(program: Program, cache: Node) -> tuple[Node, Node | None]:
+    scale, zero, *_ = recipe_of(cache).args
+    type_ = TensorType(torch.float32, tensor_type(cache).shape[2:])
+    assert isinstance(scale, Recipe)
+    node = program.placeholder(cache.name.replace("cache", "scale"), type_, scale)
+    if not isinstance(zero, Recipe):
+        return node, None
+    return node, program.placeholder(cache.name.replace("cache", "zero"), type_, zero)

@@ -1,0 +1,92 @@
+"""Compute W8A8 linears by npu_quantize and npu_quant_matmul; float linears stay as they are.
+
+The device reads the dequantization scale of a float16 result as a 19-bit float (1 sign, 8
+exponent, 10 fraction bits) packed into an int64; it is packed here by recipe, never at run time.
+
+before:
+    def lowering(
+        x: f16[1, T, 64],
+        s: f32[1] = stored("is"),
+        z: f32[1] = stored("io"),
+        w: i8[32, 64] = stored("w"),
+        d: f32[32] = float_bits(stored("ds")),
+        b: i32[32] = stored("qb"),
+    ):
+        quantize: i8[1, T, 64] = kvc8.quantize(x, s, z)
+        linear: f16[1, T, 32] = kvc8.quant_linear(quantize, w, d, b, f16)
+        return [linear]
+
+after:
+    def lowering(
+        x: f16[1, T, 64],
+        s: f32[1] = stored("is"),
+        b: i32[32] = stored("qb"),
+        z_int: i32[1] = cast(stored("io"), i32),
+        w_t: i8[64, 32] = transpose(stored("w"), 0, 1),
+        d_packed: i64[32] = stored("ds"),
+    ):
+        npu_quantize: i8[1, T, 64] = npu.npu_quantize(x, s, z_int, 1, -1, True)
+        linear_1: f16[1, T, 32] = npu.npu_quant_matmul(npu_quantize, w_t, d_packed, bias=b, output_dtype=5)
+        return [linear_1]
+
+Bound: the 19-bit scale is the float32 one cut off after 10 fraction bits, so a float16 result is
+smaller by at most one part in 1024, and then rounded. With a bfloat16 or float32 result the scale
+stays float32 and the result is the same, bit for bit (float32 is for checking numbers on a CPU; no
+device takes it).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from kvc8.ir import npu, ops
+from kvc8.ir.program import Program, Stage, argument, recipe_of, tensor_type
+from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.types import TensorType
+from kvc8.passes.fold_kv_scales import SCALAR_TYPES
+from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+
+
+@rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="quantizing")
+def lower_linear(program: Program) -> Iterator[Remark]:
+    """See the module."""
+    for quantize in program.calls(ops.quantize):
+        x, scale, zero = quantize.args
+        whole = _derived(program, zero, "_int", torch.int32) if isinstance(zero, Node) else None
+        args = (x, scale, whole, SCALAR_TYPES[torch.int8], -1, True)
+        quantize.replace_all_uses_with(program.call(quantize, npu.npu_quantize, *args))
+    for linear in program.calls(ops.quant_linear):
+        x8, weight, deq_scale, bias, dtype = linear.args
+        assert isinstance(weight, Node)
+        assert isinstance(deq_scale, Node)
+        options = {"bias": bias, "output_dtype": SCALAR_TYPES[dtype]}  # type: ignore[index]
+        args = (x8, _transposed(program, weight), _packed(program, deq_scale, linear))
+        new = program.call(linear, npu.npu_quant_matmul, *args, name="linear", kwargs=options)
+        linear.replace_all_uses_with(new)
+        yield hit(new)
+    for linear in program.calls(torch.ops.aten.linear.default):
+        yield miss(linear, f"its weight {argument(linear, 1).name} is float; ATen's linear runs it")
+
+
+def _derived(program: Program, source: Node, suffix: str, dtype: torch.dtype) -> Node:
+    type_ = TensorType(dtype, tensor_type(source).shape)
+    return program.placeholder(source.name + suffix, type_, cast(recipe_of(source), dtype))
+
+
+def _transposed(program: Program, weight: Node) -> Node:
+    """npu_quant_matmul takes the weight as [K, O]; a view at load time costs nothing."""
+    out, width = tensor_type(weight).shape
+    recipe = Recipe("transpose", (recipe_of(weight), 0, 1))
+    name = weight.name.removesuffix("_int8") + "_t"
+    return program.placeholder(name, TensorType(torch.int8, (width, out)), recipe)
+
+
+def _packed(program: Program, deq_scale: Node, linear: Node) -> Node:
+    if tensor_type(linear).dtype is not torch.float16:
+        return deq_scale
+    recipe = recipe_of(deq_scale)
+    bits = recipe.args[0] if recipe.op == "float_bits" else Recipe("int_bits", (recipe,))
+    assert isinstance(bits, Recipe)
+    type_ = TensorType(torch.int64, tensor_type(deq_scale).shape)
+    return program.placeholder(f"{deq_scale.name}_packed", type_, bits)

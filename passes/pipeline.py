@@ -1,0 +1,91 @@
+"""The passes of each target, in the order they run."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from kvc8.ir.program import Program
+from kvc8.ir.text import show
+from kvc8.passes.fold_kv_scales import fold_kv_scales
+from kvc8.passes.insert_kv_quant import insert_kv_quant
+from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.passes.lower_linear import lower_linear
+from kvc8.passes.lower_paged_attention import lower_paged_attention
+from kvc8.passes.remove_cache_copies import remove_cache_copies
+from kvc8.passes.remove_identities import remove_identities
+from kvc8.passes.repair_rope_scales import repair_rope_scales
+from kvc8.passes.rewrite import Remark, Step, name_of
+
+log = logging.getLogger("kvc8")
+
+# What a checkpoint means, with its cache in int8: all targets start here, and ONNX ends here.
+QUANTIZE: tuple[Step, ...] = (
+    remove_identities,
+    insert_linear_quant,
+    repair_rope_scales,
+    insert_kv_quant,
+)
+AS_IS: tuple[Step, ...] = (remove_identities, insert_linear_quant, insert_kv_quant)
+
+NPU_PREFILL: tuple[Step, ...] = (
+    fold_kv_scales,
+    lower_linear,
+    partial(lower_paged_attention, phase="prefill"),
+    remove_cache_copies,
+)
+NPU_PREFILL_INT8: tuple[Step, ...] = (
+    fold_kv_scales,
+    lower_linear,
+    partial(lower_paged_attention, phase="prefill", prefill_kv="int8"),
+    remove_cache_copies,
+)
+NPU_DECODE: tuple[Step, ...] = (
+    fold_kv_scales,
+    lower_linear,
+    partial(lower_paged_attention, phase="decode"),
+    remove_cache_copies,
+)
+
+
+def run(
+    program: Program, passes: tuple[Step, ...], dump: Path | None = None, first: int = 0
+) -> list[tuple[str, Remark]]:
+    """Run passes over a program; gives each remark with its pass.
+
+    With `dump`, a directory, the text before the first pass and after each is written there as
+    NN-pass.py, numbered from `first`, and the remarks as NN-pass.txt.
+    """
+    told: list[tuple[str, Remark]] = []
+    if dump and first == 0:
+        _dump(program, dump / f"00-{program.stage.value}.py")
+    for i, step in enumerate(passes, first + 1):
+        remarks = step(program)
+        name = name_of(step)
+        told += [(name, remark) for remark in remarks]
+        for remark in remarks:
+            log.debug("%s: %s", name, remark)
+        if dump:
+            _dump(program, dump / f"{i:02}-{name}.py")
+            (dump / f"{i:02}-{name}.txt").write_text("".join(f"{r}\n" for r in remarks))
+    return told
+
+
+def _dump(program: Program, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(show(program) + "\n")
+
+
+def lower_for_npu(
+    program: Program, prefill_kv: str = "float", dump: Path | None = None
+) -> tuple[dict[str, Program], list[tuple[str, Remark]]]:
+    """The prefill and decode programs of a QUANTIZED one, which stays as it is, and the remarks."""
+    phases = {
+        "prefill": NPU_PREFILL_INT8 if prefill_kv == "int8" else NPU_PREFILL,
+        "decode": NPU_DECODE,
+    }
+    lowered, told = {}, []
+    for phase, passes in phases.items():
+        lowered[phase] = program.copy()
+        where = dump / phase if dump else None
+        told += run(lowered[phase], passes, where, first=len(QUANTIZE))
+    return lowered, told

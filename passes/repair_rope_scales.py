@@ -1,0 +1,171 @@
+"""Widen K scales that were measured before RoPE to bounds that hold after it.
+
+RoPE turns the channels i and j of a pair into each other, so a scale measured before it says
+little about one channel after it, and channels clip. A rotation keeps k_i^2 + k_j^2, hence
+|k'_i| <= 127 * sqrt(s_i^2 + s_j^2) for every position: that is the new scale of both. Zero
+points measured before RoPE lose their meaning with it; the bound is symmetric, from the larger
+end of each channel's range, s_i * max(|-128 - z_i|, |127 - z_i|) / 127.
+
+before:
+    def captured(
+        k: f16[1, 2, T, 8],
+        cos: f16[1, 1, T, 8],
+        sin: f16[1, 1, T, 8],
+        slots: i32[T],
+        k_cache_0: f16[N, S, 2, 8] = cache(stored("ks"), None, "pre-rope"),
+    ):
+        mul: f16[1, 2, T, 8] = aten.mul.Tensor(k, cos)
+        slice_1: f16[1, 2, T, 4] = aten.slice.Tensor(k, 3, 0, 4)
+        slice_2: f16[1, 2, T, 4] = aten.slice.Tensor(k, 3, 4, 9223372036854775807)
+        neg: f16[1, 2, T, 4] = aten.neg(slice_2)
+        cat: f16[1, 2, T, 8] = aten.cat([neg, slice_1], -1)
+        mul_1: f16[1, 2, T, 8] = aten.mul.Tensor(cat, sin)
+        add: f16[1, 2, T, 8] = aten.add.Tensor(mul, mul_1)
+        transpose: f16[1, T, 2, 8] = aten.transpose.int(add, 1, 2)
+        reshape: f16[T, 2, 8] = aten.reshape(transpose, [-1, 2, 8])
+        k_new_0: f16[N, S, 2, 8] = kvc8.cache_write(k_cache_0, reshape, slots)
+        neg_1: f16[N, S, 2, 8] = aten.neg(k_new_0)
+        return [neg_1, k_new_0]
+
+after:
+    def captured(
+        k: f16[1, 2, T, 8],
+        cos: f16[1, 1, T, 8],
+        sin: f16[1, 1, T, 8],
+        slots: i32[T],
+        k_cache_0: f16[N, S, 2, 8] = cache(round_up(rope_bound(stored("ks"), None, 4, 8, "half"), f16), None, "repaired"),
+    ):
+        mul: f16[1, 2, T, 8] = aten.mul.Tensor(k, cos)
+        slice_1: f16[1, 2, T, 4] = aten.slice.Tensor(k, 3, 0, 4)
+        slice_2: f16[1, 2, T, 4] = aten.slice.Tensor(k, 3, 4, 9223372036854775807)
+        neg: f16[1, 2, T, 4] = aten.neg(slice_2)
+        cat: f16[1, 2, T, 8] = aten.cat([neg, slice_1], -1)
+        mul_1: f16[1, 2, T, 8] = aten.mul.Tensor(cat, sin)
+        add: f16[1, 2, T, 8] = aten.add.Tensor(mul, mul_1)
+        transpose: f16[1, T, 2, 8] = aten.transpose.int(add, 1, 2)
+        reshape: f16[T, 2, 8] = aten.reshape(transpose, [-1, 2, 8])
+        k_new_0: f16[N, S, 2, 8] = kvc8.cache_write(k_cache_0, reshape, slots)
+        neg_1: f16[N, S, 2, 8] = aten.neg(k_new_0)
+        return [neg_1, k_new_0]
+
+Scales measured after RoPE are left alone, and those of a layer without RoPE. Where a norm lies
+between k_proj and RoPE, scales measured before it say nothing at all: that is an error.
+The graph does not change, and so neither does any float value: bit_exact.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from kvc8.ir import ops
+from kvc8.ir.errors import IRError
+from kvc8.ir.program import (
+    Program,
+    Stage,
+    argument,
+    is_cache,
+    is_call,
+    recipe_of,
+    tensor_type,
+)
+from kvc8.ir.recipe import Recipe
+from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+
+ATEN = torch.ops.aten
+MOVES = (ATEN.reshape.default, ATEN.transpose.int, ATEN.unsqueeze.default, ATEN.to.dtype)
+LINEAR = (ATEN.linear.default, ops.quant_linear)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """How RoPE pairs the channels of a head: `half` pairs i with i + distance, `next` 2i with 2i+1.
+
+    Channels from `width` on are not rotated. `source` is what is rotated.
+    """
+
+    kind: str
+    distance: int
+    width: int
+    source: Node
+
+
+@rewrite(takes=Stage.CAPTURED, gives=Stage.CAPTURED, contract="bit_exact")
+def repair_rope_scales(program: Program) -> Iterator[Remark]:
+    """See the module."""
+    for write in program.calls(ops.cache_write):
+        cache = argument(write, 0)
+        if not is_cache(cache) or len(recipe_of(cache).args) < 3:
+            continue
+        scale, zero, calibrated = recipe_of(cache).args
+        if calibrated is None:
+            continue  # V, which no one rotates
+        if calibrated != "pre-rope":
+            yield miss(write, "its scales were measured after RoPE")
+            continue
+        rope = find_rope(argument(write, 1))
+        _check_no_norm(write, rope.source if rope else argument(write, 1))
+        if rope is None:
+            yield miss(write, "no RoPE lies between its k_proj and the cache")
+            continue
+        bound = Recipe("rope_bound", (scale, zero, rope.distance, rope.width, rope.kind))
+        rounded = Recipe("round_up", (bound, tensor_type(cache).dtype))
+        cache.meta["recipe"] = Recipe("cache", (rounded, None, "repaired"))
+        yield hit(write, f"channels paired by {rope.kind}, {rope.distance} apart")
+
+
+def find_rope(rows: Node) -> Rope | None:
+    """The rotation that gave `rows`, [T, H, D]; None where there is none."""
+    node = _behind(rows)
+    if is_call(node, ATEN.cat.default):  # rotated channels, then those that pass
+        parts = node.args[0]
+        assert isinstance(parts, list | tuple)
+        inner = find_rope(parts[0]) if isinstance(parts[0], Node) else None
+        return inner and Rope(inner.kind, inner.distance, inner.width, _unsliced(inner.source))
+    if not is_call(node, ATEN.add.Tensor):
+        return None
+    for product in node.all_input_nodes:
+        for factor in product.all_input_nodes if is_call(product, ATEN.mul.Tensor) else ():
+            if rope := _rotated(_behind(factor)):
+                return rope
+    return None
+
+
+def _rotated(node: Node) -> Rope | None:
+    """What `rotate_half` turns: the second half negated, then the first; or every other channel."""
+    if not is_call(node, ATEN.cat.default, ATEN.stack.default):
+        return None
+    parts = node.args[0]
+    assert isinstance(parts, list | tuple)
+    if len(parts) != 2 or not is_call(parts[0], ATEN.neg.default):
+        return None
+    second, first = argument(parts[0], 0), parts[1]  # type: ignore[arg-type]
+    if not is_call(first, ATEN.slice.Tensor) or not is_call(second, ATEN.slice.Tensor):
+        return None
+    source = argument(second, 0)
+    width = int(tensor_type(source).shape[-1])
+    if is_call(node, ATEN.stack.default):
+        return Rope("next", 1, width, source)
+    return Rope("half", width // 2, width, source)
+
+
+def _behind(node: Node) -> Node:
+    """What a value was before it was moved about."""
+    while is_call(node, *MOVES):
+        node = argument(node, 0)
+    return node
+
+
+def _unsliced(node: Node) -> Node:
+    return argument(node, 0) if is_call(node, ATEN.slice.Tensor) else node
+
+
+def _check_no_norm(write: Node, source: Node) -> None:
+    """Scales measured at k_proj hold only where nothing but RoPE comes after it."""
+    node = _behind(source)
+    while is_call(node, ATEN.slice.Tensor, ATEN.split.Tensor, ATEN.add.Tensor):
+        node = _behind(argument(node, 0))
+    if node.op != "placeholder" and not is_call(node, *LINEAR):
+        what = "its K scales were measured at k_proj and a norm follows it"
+        raise IRError(f"{write.meta.get('origin', write.name)}: {what}; quantize again after RoPE")

@@ -1,0 +1,110 @@
+"""What a pass is, and how one is run.
+
+A pass is a generator that edits a program and yields a remark for each site it looked at. Calling
+it runs the generator to its end, removes dead calls and unused parameters, sets the stage,
+verifies, and gives the remarks. What it may do to the numbers is declared as a contract:
+
+    bit_exact    every value it keeps is the same, bit for bit
+    real_exact   equal in real numbers; floating point may round at other places
+    quantizing   differs by at most the bound that the pass's module derives
+    layout       the same values at other places or under another dtype that holds them exactly
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+from torch.fx import Node
+
+from kvc8.ir.errors import IRError
+from kvc8.ir.program import Program, Stage
+from kvc8.ir.verify import verify
+
+Contract = Literal["bit_exact", "real_exact", "quantizing", "layout"]
+
+
+@dataclass(frozen=True)
+class Remark:
+    """One site a pass looked at: rewritten, or left with a reason."""
+
+    node: str
+    origin: str
+    why_not: str = ""
+    note: str = ""  # what a reader may want to know of a site that was rewritten
+
+    def __str__(self) -> str:
+        where = f"{self.node} ({self.origin})" if self.origin else self.node
+        if self.why_not:
+            return f"{where} left as it was: {self.why_not}"
+        return f"{where}: {self.note}" if self.note else where
+
+
+def hit(node: Node, note: str = "") -> Remark:
+    """The site was rewritten."""
+    return Remark(node.name, node.meta.get("origin", ""), note=note)
+
+
+def miss(node: Node, why: str) -> Remark:
+    """The site looked right but was left alone."""
+    return Remark(node.name, node.meta.get("origin", ""), why)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass: its generator and what it declares of itself."""
+
+    body: Callable[..., Iterator[Remark]]
+    takes: Stage
+    gives: Stage
+    contract: Contract
+    required: str  # what to do when no site was rewritten; "" where that is in order
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.body.__name__)
+
+    def __call__(self, program: Program, **options: object) -> list[Remark]:
+        """Run over a program. Raises IRError, with the remarks as notes, where it does not verify."""
+        if program.stage is not self.takes:
+            what = f"takes a {self.takes.value} program and got a {program.stage.value} one"
+            raise IRError(f"{self.name}: {what}; check the order in passes/pipeline.py")
+        remarks = list(self.body(program, **options))
+        program.graph.eliminate_dead_code()
+        program.drop_unused_parameters()
+        program.stage = self.gives
+        try:
+            self._check_hits(remarks)
+            verify(program)
+        except IRError as error:
+            for remark in remarks:
+                if remark.why_not:
+                    error.add_note(f"{self.name}: {remark}")
+            raise
+        return remarks
+
+    def _check_hits(self, remarks: list[Remark]) -> None:
+        if self.required and all(remark.why_not for remark in remarks):
+            why = f" ({remarks[0]})" if remarks else ""
+            raise IRError(f"{self.name}: rewrote nothing{why}; {self.required}")
+
+
+Step = Pass | partial[list[Remark]]
+
+
+def name_of(step: Step) -> str:
+    """The name of a pass, with or without options bound to it."""
+    found = step.func if isinstance(step, partial) else step
+    assert isinstance(found, Pass)
+    return found.name
+
+
+def rewrite(
+    *, takes: Stage, gives: Stage, contract: Contract, required: str = ""
+) -> Callable[[Callable[..., Iterator[Remark]]], Pass]:
+    """Make a pass of a generator that edits a program and yields a remark a site."""
+
+    def make(body: Callable[..., Iterator[Remark]]) -> Pass:
+        return Pass(body, takes, gives, contract, required)
+
+    return make
