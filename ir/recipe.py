@@ -18,6 +18,7 @@ A recipe is an expression; in a program's text it stands as the parameter's defa
 | `rope_bound(scale, zero, distance, width, kind)` | K scales that hold after RoPE, symmetric |
 | `round_up(x, dtype)` | float32 x, at least as large and exact in dtype |
 | `masked_above(n)` | bool [n, n], True above the diagonal: the NPU's compressed causal mask |
+| `derived(name)` | what the compiler made of a recipe like these; an artifact holds it |
 | `cache(scale, zero, calibrated)` | a KV cache: what the runtime allocates, not a tensor on disk |
 """
 
@@ -72,19 +73,21 @@ def stored_names(recipe: Recipe) -> Iterator[str]:
                 yield from stored_names(item)
 
 
-def make(recipe: Recipe, read: Read) -> Tensor:
-    """Make the tensor; `read` gives the checkpoint's tensors by name."""
+def make(recipe: Recipe, read: Read, derived: Read | None = None) -> Tensor:
+    """Make the tensor; `read` gives the checkpoint's tensors by name, `derived` an artifact's."""
     if recipe.op == "stored":
         return read(str(recipe.args[0]))
+    if recipe.op == "derived" and derived:
+        return derived(str(recipe.args[0]))
     if recipe.op not in STEPS:
         raise IRError(f"{recipe.op}: makes no tensor; use one of {', '.join(STEPS)}")
-    return STEPS[recipe.op](*(_made(arg, read) for arg in recipe.args))
+    return STEPS[recipe.op](*(_made(arg, read, derived) for arg in recipe.args))
 
 
-def _made(arg: Arg, read: Read) -> object:
+def _made(arg: Arg, read: Read, derived: Read | None) -> object:
     if isinstance(arg, Recipe):
-        return make(arg, read)
-    return tuple(_made(item, read) for item in arg) if isinstance(arg, tuple) else arg
+        return make(arg, read, derived)
+    return tuple(_made(item, read, derived) for item in arg) if isinstance(arg, tuple) else arg
 
 
 def _slice(x: Tensor, dim: int, start: int, end: int) -> Tensor:

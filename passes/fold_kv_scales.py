@@ -75,7 +75,7 @@ def fold_kv_scales(program: Program) -> Iterator[Remark]:
 def _fold_quantize(
     program: Program, rows: Node, cache: str, scale: Node, zero: Node | None
 ) -> None:
-    heads, dim = (int(d) for d in tensor_type(scale).shape)  # type: ignore[call-overload]
+    heads, dim = (int(d) for d in tensor_type(scale).shape)
     width = heads * dim
     flat_scale = _flat(program, cache, "quant_scale", scale, width)
     flat_zero = None
@@ -93,7 +93,7 @@ def _fold_quantize(
 def _fold_dequantize(
     program: Program, back: Node, cache: str, scale: Node, zero: Node | None
 ) -> None:
-    heads, dim = (int(d) for d in tensor_type(scale).shape)  # type: ignore[call-overload]
+    heads, dim = (int(d) for d in tensor_type(scale).shape)
     flat_scale = _flat(program, cache, "dequant_scale", scale, heads * dim)
     offset = _flat(program, cache, "dequant_offset", zero, heads * dim) if zero else None
     if offset:

@@ -54,8 +54,10 @@ def lower_linear(program: Program) -> Iterator[Remark]:
     for quantize in program.calls(ops.quantize):
         x, scale, zero = quantize.args
         whole = _derived(program, zero, "_int", torch.int32) if isinstance(zero, Node) else None
-        args = (x, scale, whole, SCALAR_TYPES[torch.int8], -1, True)
-        quantize.replace_all_uses_with(program.call(quantize, npu.npu_quantize, *args))
+        codes = program.call(
+            quantize, npu.npu_quantize, x, scale, whole, SCALAR_TYPES[torch.int8], -1, True
+        )
+        quantize.replace_all_uses_with(codes)
     for linear in program.calls(ops.quant_linear):
         x8, weight, deq_scale, bias, dtype = linear.args
         assert isinstance(weight, Node)

@@ -116,8 +116,8 @@ class Site:
     def heads(self) -> dict[str, Argument]:
         """Heads and scale, as the op names them."""
         kv_heads, scale = tensor_type(self.k.write).shape[2], self.node.args[6]
-        heads = int(tensor_type(self.node).shape[1])  # type: ignore[call-overload]
-        return {"num_heads": heads, "scale": scale, "num_key_value_heads": int(kv_heads)}  # type: ignore[call-overload]
+        heads = int(tensor_type(self.node).shape[1])
+        return {"num_heads": heads, "scale": scale, "num_key_value_heads": int(kv_heads)}
 
     def call(self, op: object, *args: Argument, **kwargs: Argument) -> Node:
         """Put a call ahead of the attention."""
@@ -230,7 +230,7 @@ def _prefill(site: Site, prefill_kv: str) -> Node:
     """Each prompt over itself: end to end in layout TND, or one prompt a call in BSH."""
     q = argument(site.node, 0)
     k, v = (_seen(site, side, prefill_kv) for side in (site.k, site.v))
-    packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS  # type: ignore[call-overload]
+    packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS
     options: dict[str, Argument] = {"atten_mask": _mask(site.program)}
     if packed:
         ends = _input(site.program, "query_ends")
@@ -250,14 +250,14 @@ def _seen(site: Site, side: Side, prefill_kv: str) -> Node:
         return side.rows
     codes = argument(argument(side.write, 1), 0)
     wide = site.call(npu.npu_anti_quant, codes, side.back.args[1], **side.back.kwargs)
-    shape = [int(d) for d in tensor_type(side.rows).shape[1:]]  # type: ignore[call-overload]
+    shape = [int(d) for d in tensor_type(side.rows).shape[1:]]
     return site.call(ATEN.reshape.default, wide, [-1, *shape])
 
 
 def _attend(site: Site, q: Node, k: Node, v: Node, options: dict[str, Argument]) -> Node:
     both = site.call(npu.npu_fused_infer_attention_score, q, k, v, **options)
     out = site.call(getitem, both, 0)
-    shape = [int(d) for d in tensor_type(site.node).shape[1:]]  # type: ignore[call-overload]
+    shape = [int(d) for d in tensor_type(site.node).shape[1:]]
     return site.program.call(
         site.node, ATEN.reshape.default, out, [-1, *shape], name=site.node.name
     )
@@ -265,7 +265,7 @@ def _attend(site: Site, q: Node, k: Node, v: Node, options: dict[str, Argument])
 
 def _width(x: Node) -> int:
     _, heads, dim = tensor_type(x).shape
-    return int(heads) * int(dim)  # type: ignore[call-overload]
+    return int(heads) * int(dim)
 
 
 def _input(program: Program, name: str) -> Node:
