@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvc8.ir.recipe import round_up
+from kvc8.ir.recipe import STEPS
 
 EPS = 1.1920929e-07  # msModelSlim's least scale: float32's epsilon
 # Half of what an int32 holds is left to x8·weight, and a quarter to the offset's share.
@@ -31,20 +31,24 @@ class Range:
     high: float
 
 
-def stored_scale(scale: Tensor, dtype: torch.dtype, least: float = EPS) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype, least: float) -> Tensor:
     """A float32 scale as it is stored in `dtype`: at least as large, and at least `least`."""
-    return round_up(scale.clamp(min=least), dtype).to(dtype)
+    return STEPS["round_up"](scale.clamp(min=least), dtype).to(dtype)
+
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The least scale of what is quantized at run time, where nothing but zeros was seen.
+
+    msModelSlim's 1.19e-07 is subnormal in float16, where it has one significant bit and its
+    reciprocal, by which NPU ops multiply, is infinite, so that 0 becomes no number. The least is
+    therefore never below the smallest normal number of `dtype`.
+    """
+    return max(EPS, torch.finfo(dtype).smallest_normal)
 
 
 def kv_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The symmetric C8 scale of each channel: absmax / 127.
-
-    A channel that is always zero gets the least scale. msModelSlim's 1.19e-07 is subnormal in
-    float16, where it has one significant bit and its reciprocal, by which NPU ops multiply, is
-    infinite; so the least is never below the smallest normal number of `dtype`.
-    """
-    least = max(EPS, torch.finfo(dtype).smallest_normal)
-    return stored_scale(absmax.float() / 127, dtype, least)
+    """The symmetric C8 scale of each channel: absmax / 127."""
+    return stored_scale(absmax.float() / 127, dtype, least_scale(dtype))
 
 
 def input_params(seen: Range, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -53,7 +57,7 @@ def input_params(seen: Range, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Zero is made part of the range, so that it has an exact code.
     """
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
-    scale = stored_scale(torch.tensor([(high - low) / 255]), dtype)
+    scale = stored_scale(torch.tensor([(high - low) / 255]), dtype, least_scale(dtype))
     offset = torch.round(-low / scale.float()) - 128
     return scale, offset.to(dtype)
 
@@ -93,7 +97,7 @@ def _weight_scale(
     scale = weight.abs().amax(1, keepdim=True) / 127
     if bias is not None:
         scale = scale.maximum(bias.float().abs()[:, None] / (input_scale * LARGEST_BIAS))
-    return stored_scale(scale, dtype)
+    return stored_scale(scale, dtype, EPS)  # no device divides by it
 
 
 def part_types(

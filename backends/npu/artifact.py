@@ -1,0 +1,223 @@
+"""Write a compiled model: a directory that holds what the runtime needs and no copy of the weights.
+
+    manifest.json          what was compiled for what; the KV cache; the recipe of each parameter
+    prefill.py decode.py   the LOWERED programs as text
+    derived.safetensors    parameters that took arithmetic, each under 1 MB
+    weights/               the checkpoint's shards, hard-linked (copied across filesystems), with an
+                           index of the tensors in use
+    config.json ...        the model's own config, generation config and tokenizer
+
+A hard link is the checkpoint's file itself: whoever writes into that file, rather than putting a
+new one in its place, changes the artifact too. kvc8.backends.npu.artifact_reader reads it all back.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+from safetensors.torch import save
+
+from kvc8.backends.npu.files import Part, directory
+from kvc8.backends.npu.kv_layout import kv_layout
+from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.errors import IRError
+from kvc8.ir.model_files import model_file, shown
+from kvc8.ir.program import Program, Stage, recipe_of, tensor_type
+from kvc8.ir.recipe import Arg, Read, Recipe, make, stored_names
+from kvc8.ir.safetensors_files import StoredTensor
+from kvc8.ir.text import show
+from kvc8.ir.types import TensorType, dtype_name
+
+FORMAT = 1
+PHASES = ("prefill", "decode")
+MANIFEST, DERIVED, WEIGHTS, INDEX = (
+    "manifest.json",
+    "derived.safetensors",
+    "weights",
+    "model.safetensors.index.json",
+)
+CONFIG = "config.json"
+COPIED = (
+    CONFIG,
+    "generation_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+# What a recipe may do at load time: it moves values and changes none. The rest is done now, for a
+# result of up to LARGEST_DERIVED bytes.
+PLAIN = frozenset(
+    ("stored", "cast", "reshape", "slice", "concat", "transpose", "float_bits", "values")
+) | {"masked_above", "derived"}
+LARGEST_DERIVED = 1_000_000
+# What torch raises when a recipe's arguments do not fit.
+UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model was compiled for, as the manifest has it."""
+
+    soc: str
+    block_size: int  # tokens that a block of the cache holds
+    notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def write(
+    out: Path, checkpoint: Checkpoint, programs: Mapping[str, Program], target: Target
+) -> None:
+    """Write the artifact of a checkpoint's two LOWERED programs, "prefill" and "decode".
+
+    The programs stay as they are. Raises IRError where they are not that, or a parameter is not
+    what its recipe makes; TargetError where `out` exists or cannot be written: then nothing is.
+    """
+    check_programs(programs)
+    for program in programs.values():
+        check_parameters(program, checkpoint.tensors, {})
+    derived: dict[str, torch.Tensor] = {}
+    made: dict[Recipe, str] = {}
+    ready = {phase: _derive(programs[phase], checkpoint.read, derived, made) for phase in PHASES}
+    with directory(out) as part:
+        part.write(MANIFEST, _json(_manifest(checkpoint, ready, target)))
+        for phase, program in ready.items():
+            part.write(f"{phase}.py", (show(program) + "\n").encode())
+        part.write(DERIVED, save(derived, metadata={"format": "pt"}))
+        _link_weights(part, checkpoint, ready)
+        for name in COPIED:
+            if source := model_file(checkpoint.path, name):
+                part.write(name, source.read_bytes())
+
+
+def _derive(
+    program: Program, read: Read, derived: dict[str, torch.Tensor], made: dict[Recipe, str]
+) -> Program:
+    """A copy that takes small computed parameters from `derived`, where they are put.
+
+    `made` has the name of each recipe that was computed, so that programs share the result.
+    """
+    program = program.copy()
+    for node in program.parameters():
+        recipe, type_ = recipe_of(node), tensor_type(node)
+        if is_plain(recipe) or _nbytes(type_) >= LARGEST_DERIVED:
+            continue
+        name = made.setdefault(recipe, node.name)
+        if name not in derived:
+            derived[name] = make(recipe, read).clone(memory_format=torch.contiguous_format)
+        node.meta["recipe"] = Recipe("derived", (name,))
+    return program
+
+
+def is_plain(recipe: Arg) -> bool:
+    """Whether a recipe only moves values: such a parameter is made at load time."""
+    if isinstance(recipe, tuple):
+        return all(map(is_plain, recipe))
+    if not isinstance(recipe, Recipe):
+        return True
+    return recipe.op in PLAIN and is_plain(recipe.args)
+
+
+def _nbytes(type_: TensorType) -> int:
+    return int(math.prod(type_.shape)) * type_.dtype.itemsize
+
+
+def _link_weights(part: Part, checkpoint: Checkpoint, programs: Mapping[str, Program]) -> None:
+    recipes = [recipe_of(node) for p in programs.values() for node in p.parameters()]
+    names = sorted({name for recipe in recipes for name in stored_names(recipe)})
+    (part.path / WEIGHTS).mkdir()
+    for shard in sorted({checkpoint.tensors[name].file for name in names}):
+        part.link(f"{WEIGHTS}/{shard.name}", shard)
+    index = {"weight_map": {name: checkpoint.tensors[name].file.name for name in names}}
+    part.write(f"{WEIGHTS}/{INDEX}", _json(index))
+
+
+def _manifest(
+    checkpoint: Checkpoint, programs: Mapping[str, Program], target: Target
+) -> dict[str, object]:
+    layout = kv_layout(programs["decode"])
+    return {
+        "format": FORMAT,
+        "kvc8": version("kvc8"),
+        "model": checkpoint.path.resolve().name,
+        "model_type": str(checkpoint.config.get("model_type", "")),
+        "soc": target.soc,
+        "dtype": dtype_name(logits_type(programs["decode"]).dtype),
+        "block_size": target.block_size,
+        "bytes_per_token": layout.bytes_per_token,
+        "float16_bytes_per_token": layout.float16_bytes_per_token,
+        "kv_cache": [cache.as_json() for cache in layout.caches],
+        "notes": dict(target.notes),
+        "parameters": recipes_by_name(programs),
+    }
+
+
+def _json(value: Mapping[str, object]) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def logits_type(program: Program) -> TensorType:
+    """The type of what a program gives first."""
+    output = next(iter(reversed(program.graph.nodes)))
+    results = output.args[0] if output.op == "output" else None
+    if not isinstance(results, tuple | list) or not results:
+        raise IRError("the program has no output; end it with `return [...]`")
+    return tensor_type(results[0])
+
+
+def recipes_by_name(programs: Mapping[str, Program]) -> dict[str, str]:
+    """The recipe of each parameter as text. Raises IRError where programs differ in one."""
+    found: dict[str, str] = {}
+    for program in programs.values():
+        for node in program.parameters():
+            text = str(recipe_of(node))
+            if found.setdefault(node.name, text) != text:
+                what = "is made in one way for prefill and in another for decode"
+                raise IRError(f"{node.name}: {what}; give the two different names")
+    return found
+
+
+def check_programs(programs: Mapping[str, Program]) -> None:
+    """Raise IRError unless these are the two phases of one model, LOWERED, with the same caches."""
+    if set(programs) != set(PHASES):
+        names = ", ".join(programs) or "nothing"
+        raise IRError(f"programs: are {names}; an artifact has {' and '.join(PHASES)}")
+    for phase, program in programs.items():
+        if program.stage is not Stage.LOWERED:
+            stage = program.stage.value
+            raise IRError(f"{phase}: is a {stage} program; run the passes of the npu target")
+        logits_type(program)
+    if kv_layout(programs["prefill"]) != kv_layout(programs["decode"]):
+        raise IRError("programs: prefill and decode differ in their caches; compile them from one")
+    recipes_by_name(programs)
+
+
+def check_parameters(
+    program: Program, tensors: Mapping[str, StoredTensor], derived: Mapping[str, StoredTensor]
+) -> None:
+    """Raise IRError at a parameter that is not of the type that its recipe makes."""
+    for node in program.parameters():
+        recipe = recipe_of(node)
+        try:
+            with torch.device("meta"):  # nothing is read and nothing allocated
+                is_ = make(recipe, partial(_blank, tensors), partial(_blank, derived))
+                found = TensorType(is_.dtype, tuple(is_.shape))
+        except IRError as error:
+            raise IRError(f"{node.name}: {error}") from error
+        except UNFIT as error:
+            why = shown(str(error).strip().partition("\n")[0])
+            raise IRError(f"{node.name}: {recipe.op} does not fit ({why}); correct it") from error
+        if found != tensor_type(node):
+            what = f"is declared {tensor_type(node)} and its recipe makes {found}"
+            raise IRError(f"{node.name}: {what}; declare it so")
+
+
+def _blank(tensors: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
+    """A tensor without data in place of a stored one."""
+    if name not in tensors:
+        raise IRError(f"there is no tensor {shown(name)}; correct the name")
+    return torch.empty(tensors[name].shape, dtype=tensors[name].dtype)

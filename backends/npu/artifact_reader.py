@@ -1,0 +1,213 @@
+"""Read an artifact back, trusting nothing in it.
+
+Texts are parsed and checked, never executed; no file outside the directory is read; weights are
+mapped into memory when the runtime asks for them.
+"""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from kvc8.backends.npu.artifact import (
+    CONFIG,
+    DERIVED,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    PHASES,
+    WEIGHTS,
+    check_parameters,
+    check_programs,
+    logits_type,
+    recipes_by_name,
+)
+from kvc8.backends.npu.kv_layout import KVLayout, kv_layout
+from kvc8.ir.errors import IRError, TargetError
+from kvc8.ir.model_files import file_names, model_file, place, positive, read_json, shown
+from kvc8.ir.program import Program, recipe_of
+from kvc8.ir.recipe import Recipe, make, stored_names
+from kvc8.ir.safetensors_files import StoredTensor, TensorFiles, read_header, read_index
+from kvc8.ir.text import parse
+from kvc8.ir.types import dtype_name
+from kvc8.ir.verify import verify
+
+AGAIN = "compile the model again"
+NAMESPACES = ("aten", "npu", "atb", "operator")  # of what a LOWERED program calls
+FILE_OPS = ("from_file",)  # ATen's own way to a file
+# What reading a text that is no program may raise, besides IRError.
+NOT_A_PROGRAM = (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model, opened and checked."""
+
+    path: Path
+    model: str  # the name of the directory it was compiled from
+    model_type: str
+    soc: str
+    dtype: str  # that the logits have, "f16"
+    block_size: int
+    notes: Mapping[str, str]
+    config: Mapping[str, object]  # the model's own config.json
+    programs: Mapping[str, Program]  # "prefill" and "decode"
+    tensors: Mapping[str, StoredTensor]  # of the checkpoint, where in use
+    derived: Mapping[str, StoredTensor]
+    _files: TensorFiles = field(default_factory=TensorFiles, repr=False, compare=False)
+
+    @property
+    def layout(self) -> KVLayout:
+        """The KV cache of both programs."""
+        return kv_layout(self.programs["decode"])
+
+    def make(self, recipe: Recipe) -> torch.Tensor:
+        """Make a parameter, mapping into memory what it is made of."""
+        return make(
+            recipe,
+            lambda name: self._files.read(self.tensors[name]),
+            lambda name: self._files.read(self.derived[name]),
+        )
+
+    @property
+    def weights_bytes(self) -> int:
+        """The size of the checkpoint's shards."""
+        return sum(file.stat().st_size for file in {t.file for t in self.tensors.values()})
+
+    @property
+    def extra_bytes(self) -> int:
+        """What the artifact takes on disk beyond files that it shares with others by hard links."""
+        files = [path.stat() for path in self.path.rglob("*") if path.is_file()]
+        return sum(entry.st_size for entry in files if entry.st_nlink == 1)
+
+
+def read(path: Path) -> Artifact:
+    """Open the artifact at `path` and check all of it but the values of its tensors.
+
+    Raises TargetError, ModelError (a damaged file) or IRError (a program that is not right).
+    """
+    file_names(path)  # says so where there is no such directory
+    manifest = _manifest(path)
+    programs = {phase: _program(path, phase) for phase in PHASES}
+    derived = read_header(_file(path, DERIVED))
+    artifact = Artifact(
+        path=path,
+        model=_text(path, manifest, "model"),
+        model_type=_text(path, manifest, "model_type"),
+        soc=_text(path, manifest, "soc"),
+        dtype=_text(path, manifest, "dtype"),
+        block_size=positive(manifest, "block_size", place(path / MANIFEST)),
+        notes=_notes(path, manifest),
+        config=read_json(_file(path, CONFIG)),
+        programs=programs,
+        tensors=_tensors(path, programs),
+        derived=derived,
+    )
+    _check(artifact, manifest)
+    return artifact
+
+
+def _file(path: Path, name: str) -> Path:
+    found = model_file(path, name)
+    if found is None:
+        raise TargetError(f"{place(path / name)}: is not there; {AGAIN}")
+    return found
+
+
+def _manifest(path: Path) -> Mapping[str, object]:
+    if MANIFEST not in file_names(path):
+        raise TargetError(f"{place(path)}: has no {MANIFEST}; name what kvc8-compile wrote for npu")
+    manifest = read_json(_file(path, MANIFEST))
+    if manifest.get("format") != FORMAT or isinstance(manifest["format"], bool):
+        what = f"has format {shown(manifest.get('format'))} and this kvc8 reads {FORMAT}"
+        raise TargetError(f"{place(path / MANIFEST)}: {what}; {AGAIN}")
+    return manifest
+
+
+def _text(path: Path, manifest: Mapping[str, object], name: str) -> str:
+    value = manifest.get(name)
+    if not isinstance(value, str):
+        what = f"{name} is {shown(value)} and should be a text"
+        raise TargetError(f"{place(path / MANIFEST)}: {what}; {AGAIN}")
+    return value
+
+
+def _notes(path: Path, manifest: Mapping[str, object]) -> Mapping[str, str]:
+    notes = manifest.get("notes")
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise TargetError(f"{place(path / MANIFEST)}: notes are not an object of texts; {AGAIN}")
+    return notes
+
+
+def _program(path: Path, phase: str) -> Program:
+    file = _file(path, f"{phase}.py")
+    where = place(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+        _check_calls(text)
+        program = parse(text)
+        verify(program)
+    except OSError as error:
+        raise TargetError(
+            f"{where}: cannot be read ({error.strerror}); check its rights"
+        ) from error
+    except IRError as error:
+        raise IRError(f"{where}: {error}") from error
+    except NOT_A_PROGRAM as error:
+        why = shown(str(error).partition("\n")[0])
+        raise IRError(f"{where}: is not a program ({why}); {AGAIN}") from error
+    return program
+
+
+def _check_calls(text: str) -> None:
+    """Refuse a text that calls anything but ops, before any name in it is looked up."""
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:
+        return  # parse says where
+    for call in _calls(tree):
+        space, *rest = ast.unparse(call.func).split(".")
+        if (rest and space not in NAMESPACES) or any(name in FILE_OPS for name in rest):
+            what = f"calls {shown(ast.unparse(call.func))}, which is no op of an NPU program"
+            raise IRError(f"line {call.lineno}: {what}; {AGAIN}")
+
+
+def _calls(tree: ast.AST) -> Iterator[ast.Call]:
+    yield from (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def _tensors(path: Path, programs: Mapping[str, Program]) -> Mapping[str, StoredTensor]:
+    """The tensors that the weights' index names; each must lie in the artifact's own weights."""
+    recipes = [recipe_of(node) for p in programs.values() for node in p.parameters()]
+    if not any(name for recipe in recipes for name in stored_names(recipe)):
+        return {}
+    weights = path / WEIGHTS
+    if weights.is_symlink() or not weights.is_dir():
+        raise TargetError(f"{place(weights)}: is not a directory; {AGAIN}")
+    tensors, _ = read_index(weights, _file(weights, INDEX))  # shards may hold what is not in use
+    return tensors
+
+
+def _check(artifact: Artifact, manifest: Mapping[str, object]) -> None:
+    """Check the programs against each other, the weights and the manifest."""
+    where = place(artifact.path)
+    try:
+        check_programs(artifact.programs)
+        for program in artifact.programs.values():
+            check_parameters(program, artifact.tensors, artifact.derived)
+    except IRError as error:
+        raise IRError(f"{where}: {error}") from error
+    layout = artifact.layout
+    expected = {
+        "parameters": recipes_by_name(artifact.programs),
+        "kv_cache": [cache.as_json() for cache in layout.caches],
+        "bytes_per_token": layout.bytes_per_token,
+        "float16_bytes_per_token": layout.float16_bytes_per_token,
+        "dtype": dtype_name(logits_type(artifact.programs["decode"]).dtype),
+    }
+    for name, value in expected.items():
+        if manifest.get(name) != value:
+            what = f"{name} is not what the programs have"
+            raise TargetError(f"{place(artifact.path / MANIFEST)}: {what}; {AGAIN}")

@@ -1,0 +1,46 @@
+"""The free blocks of a paged KV cache."""
+
+from collections.abc import Iterable
+
+from kvc8.ir.errors import TargetError
+
+
+class Blocks:
+    """Hands out the numbers of blocks, 0 to count - 1, and takes them back."""
+
+    def __init__(self, count: int, block_size: int) -> None:
+        self.count, self.block_size = count, block_size
+        self.most_used = 0
+        self._free = list(range(count - 1, -1, -1))
+        self._used: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        """How many blocks nobody has."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """How many blocks somebody has."""
+        return len(self._used)
+
+    def needed(self, tokens: int) -> int:
+        """How many blocks hold so many tokens."""
+        return -(-tokens // self.block_size)
+
+    def take(self, count: int) -> list[int]:
+        """Give `count` blocks that nobody has. Raises TargetError where there are fewer."""
+        if count > self.free:
+            raise TargetError(f"KV cache: {count} blocks wanted and {self.free} free; ask for more")
+        taken = [self._free.pop() for _ in range(count)]
+        self._used.update(taken)
+        self.most_used = max(self.most_used, self.used)
+        return taken
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """Take blocks back. Raises TargetError at one that nobody has."""
+        for block in blocks:
+            if block not in self._used:
+                raise TargetError(f"KV cache: block {block} is free already; give it back once")
+            self._used.remove(block)
+            self._free.append(block)

@@ -1,0 +1,34 @@
+"""The NPU itself: the one place where torch_npu is imported."""
+
+import sys
+from importlib import import_module
+
+import torch
+
+from kvc8.ir.errors import TargetError
+from kvc8.ir.model_files import shown
+
+TORCH_NPU = "torch_npu"
+INSTALL = "install kvc8[npu] on a machine with CANN, or give --device cpu"
+
+
+def load_torch_npu() -> torch.device:
+    """Import torch_npu and give its first device.
+
+    It must come before kvc8.ir.npu is imported: each of the two declares the NPU's ops, and only
+    kvc8.ir.npu leaves alone what is declared already. Raises TargetError where torch_npu is not
+    installed, does not load, or finds no device.
+    """
+    if "kvc8.ir.npu" in sys.modules and TORCH_NPU not in sys.modules:
+        raise TargetError(
+            "torch_npu: kvc8.ir.npu was imported before it; call load_torch_npu() first"
+        )
+    try:
+        import_module(TORCH_NPU)
+        present = bool(torch.get_device_module("npu").is_available())
+    except (ImportError, OSError, RuntimeError) as error:
+        why = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
+        raise TargetError(f"torch_npu: does not load ({why}); {INSTALL}") from error
+    if not present:
+        raise TargetError(f"torch_npu: finds no NPU; {INSTALL}")
+    return torch.device("npu", 0)

@@ -1,0 +1,70 @@
+"""What the KV cache of a program is made of, and what a token of it costs."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvc8.ir.errors import IRError
+from kvc8.ir.program import Program, tensor_type
+from kvc8.ir.types import dtype_name, size
+
+BLOCKS, BLOCK_SIZE = size("N"), size("S")
+FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache, [blocks, block_size, heads, head_dim]: the K or the V of a layer."""
+
+    name: str
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes."""
+        return self.heads * self.head_dim * self.dtype.itemsize
+
+    def as_json(self) -> dict[str, str | int]:
+        """What the manifest of an artifact says of it."""
+        return {
+            "name": self.name,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "dtype": dtype_name(self.dtype),
+        }
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """The caches of a program, in the order of its inputs: of each layer K, then V."""
+
+    caches: tuple[Cache, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes in all layers."""
+        return sum(cache.bytes_per_token for cache in self.caches)
+
+    @property
+    def float16_bytes_per_token(self) -> int:
+        """What one token would take in float16."""
+        return sum(cache.heads * cache.head_dim * FLOAT16_BYTES for cache in self.caches)
+
+
+def kv_layout(program: Program) -> KVLayout:
+    """The layout that a program's cache placeholders ask for.
+
+    Raises IRError where one is not [N, S, heads, head_dim].
+    """
+    caches = []
+    for node in program.caches():
+        type_ = tensor_type(node)
+        if len(type_.shape) != 4 or type_.shape[:2] != (BLOCKS, BLOCK_SIZE):
+            raise IRError(f"{node.name}: is {type_} and a cache is [N, S, heads, head_dim]")
+        heads, head_dim = type_.shape[2:]
+        if not isinstance(heads, int) or not isinstance(head_dim, int):
+            raise IRError(f"{node.name}: is {type_}; its heads and head_dim must be numbers")
+        caches.append(Cache(node.name, heads, head_dim, type_.dtype))
+    return KVLayout(tuple(caches))

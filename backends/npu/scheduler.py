@@ -1,0 +1,82 @@
+"""Which sequences run: they wait until the cache has room, run together, and free their blocks.
+
+A sequence takes at once the blocks for its prompt and all it may yet generate, so that one that
+runs never has to stop. Admission is in order: a long prompt is not passed by shorter ones.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+from kvc8.backends.npu.blocks import Blocks
+from kvc8.ir.errors import TargetError
+
+
+@dataclass
+class Sequence:
+    """A prompt and what was generated for it."""
+
+    index: int  # its place among the prompts
+    prompt: Many[int]
+    limit: int  # the most tokens to generate
+    generated: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    finish: str = ""  # "stop" or "length" once it has ended
+
+    @property
+    def length(self) -> int:
+        """Tokens, generated ones included."""
+        return len(self.prompt) + len(self.generated)
+
+    @property
+    def most_cached(self) -> int:
+        """Tokens the cache may come to hold; the last one generated is never written."""
+        return len(self.prompt) + self.limit - 1
+
+
+class Scheduler:
+    """Sequences that wait and sequences that run."""
+
+    def __init__(self, blocks: Blocks, stops: frozenset[int] = frozenset()) -> None:
+        self.blocks, self.stops = blocks, stops
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, prompt: Many[int], limit: int) -> Sequence:
+        """Let a prompt wait. Raises TargetError for one that is empty or can never fit."""
+        sequence = Sequence(len(self.waiting) + len(self.running), tuple(prompt), limit)
+        where = f"prompt {sequence.index + 1}"
+        if not prompt or limit < 1:
+            raise TargetError(f"{where}: has no tokens, or none to generate; give at least one")
+        needed = self.blocks.needed(sequence.most_cached)
+        if needed > self.blocks.count:
+            tokens = f"{len(prompt)} tokens and {limit} to generate take {needed} blocks"
+            what = f"{tokens} of {self.blocks.block_size} and the cache has {self.blocks.count}"
+            raise TargetError(f"{where}: {what}; allow {needed} blocks or generate fewer tokens")
+        self.waiting.append(sequence)
+        return sequence
+
+    def admit(self) -> list[Sequence]:
+        """Start the sequences that the cache has room for; they need a prefill."""
+        admitted = []
+        while self.waiting and self._fits(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            sequence.blocks = self.blocks.take(self.blocks.needed(sequence.most_cached))
+            admitted.append(sequence)
+        self.running += admitted
+        return admitted
+
+    def _fits(self, sequence: Sequence) -> bool:
+        return self.blocks.needed(sequence.most_cached) <= self.blocks.free
+
+    def record(self, sequence: Sequence, token: int) -> None:
+        """Add a token to a sequence, which may end by it and then frees its blocks."""
+        sequence.generated.append(token)
+        if token in self.stops:
+            sequence.finish = "stop"
+        elif len(sequence.generated) == sequence.limit:
+            sequence.finish = "length"
+        if sequence.finish:
+            self.blocks.give_back(sequence.blocks)
+            sequence.blocks = []
+            self.running.remove(sequence)

@@ -1,0 +1,128 @@
+"""Parameters in an ONNX model: where the checkpoint keeps them, wherever that can be.
+
+A stored tensor is external data at its place in its shard, which is hard-linked into the model's
+directory, since ONNX Runtime reads no data from outside of it. Of other recipes,
+
+    from under 1 MB of stored tensors    the tensor is made now and written to derived.bin
+    cast, reshape, transpose, slice,     nodes over external data, which ONNX Runtime computes once
+    concat, neg, reciprocal, expand      when it loads the model
+    w8a8                                 DequantizeLinear, with a scale in derived.bin: its float
+                                         weight is made anew each step and never kept
+    whatever else                        made now and written to derived.bin
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvc8.backends.npu.files import Part
+from kvc8.backends.onnx.builder import DTYPES, Builder, Value
+from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.program import recipe_of
+from kvc8.ir.recipe import Arg, Recipe, make, stored_names
+
+SMALL = 1 << 20
+ALIGNMENT = 64
+DERIVED, FOLDER = "derived.bin", "weights"
+
+
+class Weights:
+    """Makes the parameters of one model, and remembers what must be written beside it."""
+
+    def __init__(self, b: Builder, checkpoint: Checkpoint) -> None:
+        self.b, self.checkpoint = b, checkpoint
+        self.shards: dict[str, Path] = {}
+        self.derived = bytearray()
+        self._stored: dict[str, Value] = {}
+
+    def parameter(self, node: Node) -> Value:
+        """The value of a parameter of the program."""
+        return self._value(recipe_of(node), node.name)
+
+    def write(self, part: Part) -> None:
+        """Write what the model refers to."""
+        (part.path / FOLDER).mkdir()
+        for name, file in self.shards.items():
+            part.link(f"{FOLDER}/{name}", file)
+        part.write(DERIVED, bytes(self.derived))
+
+    def _value(self, recipe: Recipe, name: str) -> Value:
+        if recipe.op == "stored":
+            return self._external(str(recipe.args[0]))
+        size = sum(self.checkpoint.tensors[s].nbytes for s in stored_names(recipe))
+        if size < SMALL or recipe.op not in (*NODES, "w8a8"):
+            return self._put(make(recipe, self.checkpoint.read), name)
+        if recipe.op == "w8a8":
+            return self._w8a8(recipe, name)
+        first, *rest = recipe.args
+        parts = first if isinstance(first, tuple) else (first,)
+        made = [self._value(x, f"{name}/{i}") for i, x in enumerate(parts) if isinstance(x, Recipe)]
+        return NODES[recipe.op](self.b, self._rank(recipe), made, *rest)
+
+    def _rank(self, recipe: Recipe) -> int:
+        """How many dimensions a recipe gives, without data."""
+
+        def empty(name: str) -> Tensor:
+            stored = self.checkpoint.tensors[name]
+            return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+
+        return make(recipe, empty).dim()
+
+    def _w8a8(self, recipe: Recipe, name: str) -> Value:
+        """The float weight, each output's codes times its scale."""
+        w8, in_scale, _, deq_scale, _ = (arg for arg in recipe.args if isinstance(arg, Recipe))
+        read = self.checkpoint.read
+        scale = self._put(make(deq_scale, read) / make(in_scale, read).float(), f"{name}/scale")
+        return self.b.op("DequantizeLinear", self._value(w8, name), scale, axis=0)
+
+    def _external(self, name: str) -> Value:
+        if name not in self._stored:
+            stored = self.checkpoint.tensors[name]
+            self.shards[stored.file.name] = stored.file
+            where = f"{FOLDER}/{stored.file.name}", stored.offset, stored.nbytes
+            self._stored[name] = self._initializer(name, where, stored.dtype, stored.shape)
+        return self._stored[name]
+
+    def _put(self, tensor: Tensor, name: str) -> Value:
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        self.derived += bytes(-len(self.derived) % ALIGNMENT)
+        where = DERIVED, len(self.derived), len(raw)
+        self.derived += raw
+        return self._initializer(f"{name}/derived", where, tensor.dtype, tuple(tensor.shape))
+
+    def _initializer(
+        self, name: str, where: tuple[str, int, int], dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Value:
+        data = ir.ExternalTensor(*where, DTYPES[dtype], shape=ir.Shape(shape), name=name)
+        return self.b.initializer(data)
+
+
+def _cast(b: Builder, rank: int, xs: list[Value], dtype: Arg) -> Value:
+    assert isinstance(dtype, torch.dtype)
+    return b.op("Cast", *xs, to=DTYPES[dtype].value)
+
+
+def _transpose(b: Builder, rank: int, xs: list[Value], i: int, j: int) -> Value:
+    perm = list(range(rank))
+    perm[i], perm[j] = perm[j], perm[i]
+    return b.op("Transpose", *xs, perm=perm)
+
+
+# What a step of a recipe becomes: the rank of what it gives, its inputs, its other arguments.
+NODES: Mapping[str, Callable[..., Value]] = MappingProxyType(
+    {
+        "cast": _cast,
+        "reshape": lambda b, rank, xs, shape: b.op("Reshape", *xs, shape),
+        "transpose": _transpose,
+        "expand": lambda b, rank, xs, shape: b.op("Expand", *xs, shape),
+        "slice": lambda b, rank, xs, dim, start, end: b.op("Slice", *xs, [start], [end], [dim]),
+        "concat": lambda b, rank, xs, dim: b.op("Concat", *xs, axis=dim),
+        "neg": lambda b, rank, xs: b.op("Neg", *xs),
+        "reciprocal": lambda b, rank, xs: b.op("Reciprocal", *xs),
+    }
+)

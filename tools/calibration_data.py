@@ -1,0 +1,116 @@
+"""Read the texts that a model is calibrated on, and turn them into tokens.
+
+A file of JSON lines has one text a line, under `inputs_pretokenized` (msModelSlim's own), `text`,
+`prompt`, or as a chat under `messages`. Any other file is plain text: a blank line ends a text.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvc8.ir.errors import ModelError
+from kvc8.ir.model_files import place, shown
+
+TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
+KEYS = "inputs_pretokenized, text, prompt or messages"
+Encode = Callable[["Text"], list[int]]
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, or one chat, and where it stands."""
+
+    where: str
+    content: str | list[dict[str, object]]
+
+
+def read_texts(path: Path, most: int | None = None) -> list[Text]:
+    """The first `most` texts of a file.
+
+    Raises ModelError where the file cannot be read or holds no text, and at the line that is wrong.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"{place(path)}: is not text in UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        why = shown(error.strerror)
+        raise ModelError(f"{place(path)}: cannot be read ({why}); name a file of texts") from error
+    lines = path.suffix == ".jsonl" or content.lstrip().startswith("{")
+    found = _json_lines(path, content, most) if lines else _paragraphs(path, content)
+    if not found:
+        raise ModelError(f"{place(path)}: holds no text; write one text a line, as JSON")
+    return found[:most]
+
+
+def _json_lines(path: Path, content: str, most: int | None) -> list[Text]:
+    found: list[Text] = []
+    for number, line in enumerate(content.split("\n"), 1):
+        if len(found) == most:
+            break
+        if line.strip():
+            found.append(_text(f"{place(path)}: line {number}", line))
+    return found
+
+
+def _text(where: str, line: str) -> Text:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{where}: is not JSON ({shown(error)}); write one object a line"
+        ) from error
+    if not isinstance(entry, dict):
+        raise ModelError(f'{where}: is no object; write {{"text": "..."}}')
+    if "messages" in entry:
+        return Text(where, _messages(where, entry["messages"]))
+    key = next((key for key in TEXT_KEYS if key in entry), None)
+    if key is None:
+        raise ModelError(f"{where}: has none of {KEYS}; name its text so")
+    if not isinstance(entry[key], str) or not entry[key].strip():
+        raise ModelError(f"{where}: {key} is {shown(entry[key]) or 'empty'}; give it a text")
+    return Text(where, entry[key])
+
+
+def _messages(where: str, messages: object) -> list[dict[str, object]]:
+    sound = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    )
+    if not sound or not messages:
+        raise ModelError(f"{where}: messages is no list of role and content; write a chat so")
+    assert isinstance(messages, list)
+    return messages
+
+
+def _paragraphs(path: Path, content: str) -> list[Text]:
+    found: list[Text] = []
+    held: list[str] = []
+    for number, line in enumerate([*content.splitlines(), ""], 1):
+        if line.strip():
+            held.append(line)
+        elif held:
+            found.append(Text(f"{place(path)}: line {number - len(held)}", "\n".join(held)))
+            held = []
+    return found
+
+
+def encode_texts(
+    texts: Sequence[Text], encode: Encode, most: int, vocabulary: int
+) -> list[list[int]]:
+    """The first `most` tokens of each text.
+
+    Raises ModelError where a text has none, or one that is not in the model's vocabulary.
+    """
+    found = []
+    for text in texts:
+        tokens = encode(text)[:most]
+        if not tokens:
+            raise ModelError(f"{text.where}: gives no tokens; remove it")
+        if (beyond := max(tokens)) >= vocabulary:
+            what = f"gives token {beyond} and the model has {vocabulary}"
+            raise ModelError(f"{text.where}: {what}; copy the tokenizer that belongs to it")
+        found.append(tokens)
+    return found

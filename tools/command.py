@@ -1,0 +1,68 @@
+"""What every command does alike: its exit status, and how it says what is wrong.
+
+0  done    1  an error, told as `error: where: what is wrong; what to do` on stderr
+2  wrong usage    130  interrupted
+"""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from kvc8.ir.errors import KVC8Error
+
+ERROR, INTERRUPTED = 1, 130
+
+
+def entry(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], int],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, do the work, and give the exit status.
+
+    The parser gets `--traceback`, which shows where in kvc8 an error came from.
+    """
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where in kvc8 an error came from"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        with _warnings_as_lines():
+            status = work(given)
+            sys.stdout.flush()
+        return status
+    except (KVC8Error, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read the output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return ERROR
+        if given.traceback:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _sentence(error: KVC8Error | OSError) -> str:
+    if isinstance(error, KVC8Error):
+        return str(error)
+    return f"{error.filename or 'the system'}: {error.strerror or error}; check the path"
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show kvc8's own warnings, one line each, and nobody else's; torch's loggers keep quiet."""
+    logging.getLogger("torch").setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module=r"kvc8\.|__main__")
+        warnings.showwarning = _show_warning
+        yield
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -1,0 +1,127 @@
+"""kvc8-compile: a model directory into a program for the NPU, or an ONNX model.
+
+    kvc8-compile DIR --target npu -o OUT
+
+The directory holds a language model with scales for an int8 KV cache (C8), as kvc8-quantize or
+msModelSlim writes it. OUT is written whole or not at all.
+"""
+
+import argparse
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from kvc8.backends import npu as _emulated  # noqa: F401  gives the NPU ops their CPU kernels
+from kvc8.backends.npu import artifact, legality
+from kvc8.backends.npu.artifact_reader import read
+from kvc8.backends.npu.kv_layout import kv_layout
+from kvc8.ir.capture import capture, config_dtype
+from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.errors import TargetError
+from kvc8.ir.program import Program
+from kvc8.passes import pipeline
+from kvc8.passes.rewrite import Remark
+from kvc8.tools.command import entry
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+Told = list[tuple[str, Remark]]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of kvc8-compile."""
+    found = argparse.ArgumentParser(prog="kvc8-compile", description=__doc__.splitlines()[0])
+    found.add_argument("directory", type=Path, help="the model, with scales for its KV cache")
+    found.add_argument("--target", choices=("npu", "onnx"), required=True)
+    found.add_argument("-o", "--output", type=Path, required=True, metavar="OUT")
+    found.add_argument("--soc", default="ascend910b", help="the NPU (Atlas 800I A2: ascend910b)")
+    found.add_argument(
+        "--block-size", type=int, default=128, help="tokens a block of the cache holds"
+    )
+    found.add_argument(
+        "--dtype", choices=tuple(DTYPES), help="compute in this; config.json's if unset"
+    )
+    found.add_argument(
+        "--kv-scales",
+        choices=("repair", "as-is"),
+        default="repair",
+        help="widen K scales that were measured before RoPE (default), or use them as they are",
+    )
+    found.add_argument(
+        "--prefill-kv",
+        choices=("float", "int8"),
+        default="float",
+        help="what a prompt sees of itself: its own K and V, or what the cache gives back of them",
+    )
+    found.add_argument("--dump", type=Path, metavar="DIR", help="write the program after each pass")
+    return found
+
+
+def work(args: argparse.Namespace) -> int:
+    """Compile as the arguments say; gives the exit status."""
+    if args.output.exists():
+        raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
+    checkpoint = open_checkpoint(args.directory)
+    for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
+        warnings.warn(warning, stacklevel=2)
+    program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else None)
+    told = quantize(program, args.kv_scales, args.dump)
+    if args.target == "npu":
+        told += _npu(args, checkpoint, program)
+    else:
+        _onnx(args, checkpoint, program)
+    _report(args, told, program)
+    return 0
+
+
+def unsupported(checkpoint: Checkpoint) -> list[str]:
+    """What the vendor does not support and kvc8 compiles all the same."""
+    found = []
+    if checkpoint.kv and config_dtype(checkpoint) is torch.bfloat16:
+        what = "a bfloat16 model with an int8 KV cache, which the vendor does not support"
+        found.append(f"config.json: {what}; compare its answers, or convert it to float16")
+    return found
+
+
+def quantize(program: Program, kv_scales: str, dump: Path | None = None) -> Told:
+    """Bring a captured program to QUANTIZED."""
+    passes = pipeline.QUANTIZE if kv_scales == "repair" else pipeline.AS_IS
+    return pipeline.run(program, passes, dump)
+
+
+def _npu(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> Told:
+    lowered, told = pipeline.lower_for_npu(program, args.prefill_kv, args.dump)
+    for phase in lowered.values():
+        legality.check(phase, args.soc, args.block_size)
+    notes = {"prefill_kv": args.prefill_kv, "kv_scales": args.kv_scales}
+    target = artifact.Target(args.soc, args.block_size, notes)
+    artifact.write(args.output, checkpoint, lowered, target)
+    return told
+
+
+def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> None:
+    from kvc8.backends.onnx.emitter import emit  # onnx takes a second to import; the NPU needs none
+
+    emit(program, checkpoint, args.output)
+
+
+def _report(args: argparse.Namespace, told: Told, program: Program) -> None:
+    for (name, left), count in Counter((n, bool(r.why_not)) for n, r in told).items():
+        print(f"{name}: {count} sites {'left alone' if left else 'rewritten'}")
+    for name, remark in told:
+        if remark.why_not and name != "lower_linear" and name != "insert_linear_quant":
+            print(f"{name}: {remark}")
+    layout = kv_layout(program)
+    ratio = layout.bytes_per_token / layout.float16_bytes_per_token
+    size = f"{layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16"
+    print(f"KV cache: {size}")
+    if args.target == "npu":
+        made = read(args.output)
+        links = f"{made.weights_bytes / 1e6:,.1f} MB of linked weights"
+        print(f"{args.output}: {made.extra_bytes / 1e6:.2f} MB beside {links}")
+
+
+def main() -> int:
+    """Run kvc8-compile."""
+    return entry(parser(), work)

@@ -1,0 +1,57 @@
+"""kvc8-opt: a program's text in, named passes, the program's text out.
+
+    kvc8-opt program.py --passes insert_kv_quant,fold_kv_scales
+
+The format of a bug report: the text of a program is complete, and each pass verifies its result.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kvc8.backends import npu as _emulated  # noqa: F401  gives the NPU ops their CPU kernels
+from kvc8.ir.errors import ModelError
+from kvc8.ir.text import parse, show
+from kvc8.ir.verify import verify
+from kvc8.passes import pipeline
+from kvc8.passes.rewrite import Step, name_of
+from kvc8.tools.command import entry
+
+STEPS: tuple[Step, ...] = (*pipeline.QUANTIZE, *pipeline.NPU_DECODE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of kvc8-opt."""
+    found = argparse.ArgumentParser(prog="kvc8-opt", description=__doc__.splitlines()[0])
+    found.add_argument("program", help="a file, or - for standard input")
+    names = ", ".join(dict.fromkeys(map(name_of, STEPS)))
+    found.add_argument("--passes", default="", help=f"names with commas between: {names}")
+    return found
+
+
+def work(args: argparse.Namespace) -> int:
+    """Read, run the passes, print; remarks go to standard error."""
+    program = parse(_text(args.program))
+    verify(program)
+    known = {name_of(step): step for step in STEPS}
+    for name in [name for name in args.passes.split(",") if name]:
+        if name not in known:
+            raise ModelError(f"--passes: there is no {name}; choose from {', '.join(known)}")
+        for remark in known[name](program):
+            print(f"{name}: {remark}", file=sys.stderr)
+    print(show(program))
+    return 0
+
+
+def _text(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read()
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{name}: cannot be read ({error}); name a program's text") from error
+
+
+def main() -> int:
+    """Run kvc8-opt."""
+    return entry(parser(), work)

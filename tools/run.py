@@ -1,0 +1,211 @@
+"""kvc8-run: generate text with a compiled model, on an NPU or emulated on a CPU."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvc8.tools.command import entry
+
+if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should not wait for it
+    import torch
+
+    from kvc8.backends.npu.artifact_reader import Artifact
+    from kvc8.backends.npu.generate import Generation, Statistics
+    from kvc8.backends.npu.scheduler import Sequence as Running
+    from kvc8.tools.tokenize import Tokenizer
+
+EMULATED = "emulated on a CPU, as documented; not verified on a device"
+ON_DEVICE = "run on an NPU"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Generate text as the command line says; gives the exit status."""
+    return entry(_parser(), run, arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kvc8-run", description=(__doc__ or "").partition(": ")[2]
+    )
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="OUT", help="what kvc8-compile --target npu wrote")
+    add("--prompt", action="append", required=True, help="may be given several times")
+    add("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
+    add("--temperature", type=float, default=0.0, help="0, the default: the likeliest token")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample the likeliest, up to P")
+    add("--seed", type=int, default=0, help="of the sampling; default: 0")
+    add("--device", choices=("cpu", "npu"), default="cpu", help="default: cpu, emulated")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="send the prompt as a message; default: where the model has a chat template",
+    )
+    add("--blocks", type=_positive, metavar="N", help="blocks of the cache; default: enough")
+    add("--json", action="store_true", help="print one JSON object at the end and nothing else")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
+def run(given: argparse.Namespace) -> int:
+    """Load, generate and print."""
+    device = _device(given.device)  # before anything that declares the NPU's ops
+    from kvc8.backends.npu.artifact_reader import read
+    from kvc8.backends.npu.generate import generate
+    from kvc8.backends.npu.runtime import load
+    from kvc8.backends.npu.sampling import Sampling
+    from kvc8.tools.tokenize import read_tokenizer
+
+    sampling = Sampling(given.temperature, given.top_p, given.seed)
+    artifact = read(given.artifact)
+    tokenizer = read_tokenizer(given.artifact)
+    chat = tokenizer.has_chat if given.chat is None else given.chat
+    prompts = [tokenizer.encode(prompt, chat) for prompt in given.prompt]
+    _check_lengths(artifact, prompts, given.max_new_tokens)
+    model = load(
+        artifact.programs,
+        artifact.make,
+        blocks=given.blocks or _enough(prompts, given.max_new_tokens, artifact.block_size),
+        block_size=artifact.block_size,
+        device=device,
+    )
+    printer = _Printer(tokenizer, len(prompts), quiet=given.json)
+    generation = generate(
+        model,
+        prompts,
+        most=given.max_new_tokens,
+        stops=tokenizer.stops,
+        sampling=sampling,
+        on_token=printer.token,
+    )
+    _report(given, generation, printer.texts())
+    return 0
+
+
+def _device(name: str) -> "torch.device":
+    if name == "npu":
+        from kvc8.backends.npu.device import load_torch_npu
+
+        return load_torch_npu()
+    import torch
+
+    return torch.device("cpu")
+
+
+def _enough(prompts: list[list[int]], most: int, block_size: int) -> int:
+    """Blocks for all prompts at once."""
+    return sum(-(-(len(prompt) + most) // block_size) for prompt in prompts)
+
+
+def _check_lengths(artifact: "Artifact", prompts: list[list[int]], most: int) -> None:
+    """Refuse what goes past the positions that the model was made for."""
+    from kvc8.ir.errors import ModelError
+
+    limit = artifact.config.get("max_position_embeddings")
+    longest = max(map(len, prompts))
+    if isinstance(limit, int) and longest + most > limit:
+        what = f"{longest} tokens and {most} to generate are more than the model's {limit}"
+        raise ModelError(f"--prompt: {what}; shorten the prompt or give a lower --max-new-tokens")
+
+
+class _Printer:
+    """Prints text as it comes: one sequence live, and the others after it, in order."""
+
+    def __init__(self, tokenizer: "Tokenizer", count: int, quiet: bool) -> None:
+        from kvc8.tools.tokenize import TextStream
+
+        self.streams = [TextStream(tokenizer) for _ in range(count)]
+        self.ended = [False] * count
+        self.waiting = [""] * count  # text that is not printed yet
+        self.live, self.quiet = 0, quiet
+        self.label(0)
+
+    def token(self, sequence: "Running", token: int) -> None:
+        """Take a token of a sequence."""
+        index = sequence.index
+        stream = self.streams[index]
+        self.waiting[index] += stream.add(token)
+        if sequence.finish:
+            self.waiting[index] += stream.end()
+            self.ended[index] = True
+        self.flush()
+
+    def flush(self) -> None:
+        while self.live < len(self.streams):
+            self.put(self.waiting[self.live])
+            self.waiting[self.live] = ""
+            if not self.ended[self.live]:
+                return
+            self.put("\n")
+            self.live += 1
+            self.label(self.live)
+
+    def label(self, index: int) -> None:
+        if 1 < len(self.streams) > index:
+            self.put(f"[{index + 1}] ")
+
+    def put(self, text: str) -> None:
+        if not self.quiet:
+            print(text, end="", flush=True)
+
+    def texts(self) -> list[str]:
+        """The whole text of each sequence."""
+        return [stream.text for stream in self.streams]
+
+
+def _report(given: argparse.Namespace, generation: "Generation", texts: list[str]) -> None:
+    note = EMULATED if given.device == "cpu" else ON_DEVICE
+    if given.json:
+        print(json.dumps(_as_json(given.prompt, generation, texts) | {"note": note}, indent=1))
+    else:
+        _print_table(generation.statistics, note)
+
+
+def _as_json(prompts: list[str], generation: "Generation", texts: list[str]) -> dict[str, object]:
+    statistics = generation.statistics
+    sequences = [
+        {
+            "prompt": prompt,
+            "prompt_tokens": len(sequence.prompt),
+            "text": text,
+            "tokens": sequence.generated,
+            "finish": sequence.finish,
+        }
+        for prompt, sequence, text in zip(prompts, generation.sequences, texts, strict=True)
+    ]
+    rates = {
+        "prefill_tokens_per_second": statistics.prefill_rate,
+        "decode_tokens_per_second": statistics.decode_rate,
+    }
+    return {"sequences": sequences, "statistics": asdict(statistics) | rates}
+
+
+def _print_table(statistics: "Statistics", note: str) -> None:
+    """Print what the run cost to stderr, so that stdout holds the text and nothing else."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption=note, caption_justify="left", show_header=False)
+    rate = "{:,} tokens in {:.2f} s, {:,.1f} a second"
+    s = statistics
+    table.add_row("prefill", rate.format(s.prefill_tokens, s.prefill_seconds, s.prefill_rate))
+    table.add_row("decode", rate.format(s.decode_tokens, s.decode_seconds, s.decode_rate))
+    used = f"{s.cache_bytes_used / 1e6:,.2f} MB used of {s.cache_bytes_allocated / 1e6:,.2f} MB"
+    table.add_row("KV cache", used)
+    ratio = s.bytes_per_token / s.float16_bytes_per_token
+    cost = f"{s.bytes_per_token:,} bytes, {ratio:.0%} of float16's {s.float16_bytes_per_token:,}"
+    table.add_row("a token", cost)
+    Console(stderr=True).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
