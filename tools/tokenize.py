@@ -46,6 +46,15 @@ class Tokenizer:
             ) from error
         return [int(t) for t in self.inner.encode(str(written), add_special_tokens=False)]
 
+    def encode_any(self, content: str | list[dict[str, object]]) -> list[int]:
+        """The tokens of a text, or of the messages of a whole conversation."""
+        if isinstance(content, str):
+            return self.encode(content)
+        if not self.has_chat:
+            raise ModelError(f"{place(self.path)}: has no chat template; give texts, not messages")
+        written = self.inner.apply_chat_template(content, tokenize=False)
+        return [int(t) for t in self.inner.encode(str(written), add_special_tokens=False)]
+
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, without those that only mark beginning and end."""
         return str(self.inner.decode(tokens, skip_special_tokens=True))
