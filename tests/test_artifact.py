@@ -231,12 +231,12 @@ print(whole, parts)
 
 
 def test_a_killed_process_leaves_all_or_nothing(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), turns=25)
+    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), turns=15)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert leftovers(tmp_path) == sorted(["first", *(f"out{i}" for i in range(25))])
+    assert leftovers(tmp_path) == sorted(["first", *(f"out{i}" for i in range(15))])
 
 
 def test_the_part_of_a_living_process_is_left(tmp_path: Path, checkpoint: Checkpoint) -> None:
@@ -253,6 +253,14 @@ def edited(file: str, old: str, new: str):
         text = (out / file).read_text()
         assert old in text
         (out / file).write_text(text.replace(old, new))
+
+    return damage
+
+
+def both(old: str, new: str):
+    def damage(out: Path) -> None:
+        for phase in ("prefill", "decode"):
+            edited(f"{phase}.py", old, new)(out)
 
     return damage
 
@@ -292,34 +300,39 @@ DAMAGED = {
     ),
     "syntax": (
         edited("prefill.py", "return [", "return ["[:-1] + "]"),
-        "{out}/prefill.py: line 18: unmatched ']'; write one Python function",
+        "{out}/prefill.py: line 17: unmatched ']'; write one Python function",
     ),
     "stage": (
         edited("decode.py", "def lowered", "def lowering"),
-        "{out}: decode: is a lowering program; run the passes of the npu target",
+        "{out}/decode.py: write: npu.npu_scatter_pa_kv_cache.default writes to k_cache_0; "
+        "use its functional form",
     ),
     "type": (
-        edited("decode.py", "head: f16[4, 16]", "head: f16[4, 16, 1]"),
-        "{out}/decode.py: logits: written as f16[R, 16] but is f16[R, 4, 1]; correct the text",
+        edited("decode.py", "head: f16[4, 16]", "head: f16[4, 8]"),
+        "{out}/decode.py: logits: written as f16[R, 16] but is f16[R, 8]; correct the text",
     ),
     "recipe": (
-        edited("decode.py", "= transpose(", "= reshape("),
-        "{out}: head: reshape does not fit (<lambda>() takes 2 positional arguments but 3 were "
-        "given); correct it",
+        edited("decode.py", '"), 0, 1)', '"), 0, 7)'),
+        "{out}: head: is made in one way for prefill and in another for decode; "
+        "give the two different names",
     ),
     "parameter": (
-        edited("prefill.py", 'stored("embed"),\n    k', 'cast(stored("embed"), f32),\n    k'),
-        "{out}: embed: is made in one way for prefill and in another for decode; "
-        "give the two different names",
+        both('"), 0, 1)', '"), 1, 1)'),
+        "{out}: head: is declared f16[4, 16] and its recipe makes f16[16, 4]; declare it so",
+    ),
+    "recipe_arguments": (
+        both('"), 0, 1)', '"), 0, 7)'),
+        "{out}: head: transpose does not fit (Dimension out of range (expected to be in range of "
+        "[-2, 1], but got 7)); correct it",
     ),
     "foreign_call": (
         edited("prefill.py", "aten.matmul(", "load_library.__call__.__call__("),
-        "{out}/prefill.py: line 17: calls load_library.__call__.__call__, which is no op of an NPU "
+        "{out}/prefill.py: line 16: calls load_library.__call__.__call__, which is no op of an NPU "
         "program; compile the model again",
     ),
     "file_call": (
         edited("prefill.py", "aten.matmul(", "aten.from_file("),
-        "{out}/prefill.py: line 17: calls aten.from_file, which is no op of an NPU program; "
+        "{out}/prefill.py: line 16: calls aten.from_file, which is no op of an NPU program; "
         "compile the model again",
     ),
     "no_shard": (
@@ -373,9 +386,14 @@ REFUSED = {
         TEXT.replace("lowered", "lowering", 1),
         "decode: is a lowering program; run the passes of the npu target",
     ),
-    "tensor": (
+    "recipe": (
         TEXT.replace('stored("scale")', 'stored("scales")'),
-        "k_quant_scale_0: there is no tensor scales; correct the name",
+        "k_quant_scale_0: is made in one way for prefill and in another for decode; "
+        "give the two different names",
+    ),
+    "tensor": (
+        TEXT.replace("head", "heads").replace('transpose(stored("embed"', 'transpose(stored("e"'),
+        "heads: there is no tensor e; correct the name",
     ),
     "type": (
         TEXT.replace("k_quant_scale_0: f32[4]", "k_quant_scale_0: f32[1]"),

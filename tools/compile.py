@@ -7,6 +7,7 @@ msModelSlim writes it. OUT is written whole or not at all.
 """
 
 import argparse
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -107,11 +108,9 @@ def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) ->
 
 
 def _report(args: argparse.Namespace, told: Told, program: Program) -> None:
-    for (name, left), count in Counter((n, bool(r.why_not)) for n, r in told).items():
-        print(f"{name}: {count} sites {'left alone' if left else 'rewritten'}")
-    for name, remark in told:
-        if remark.why_not and name != "lower_linear" and name != "insert_linear_quant":
-            print(f"{name}: {remark}")
+    for (name, why), count in Counter((n, _reason(r)) for n, r in told).items():
+        sites = f"{count} site{'s' * (count != 1)}"
+        print(f"{name}: {sites} {f'left alone: {why}' if why else 'rewritten'}")
     layout = kv_layout(program)
     ratio = layout.bytes_per_token / layout.float16_bytes_per_token
     size = f"{layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16"
@@ -120,6 +119,11 @@ def _report(args: argparse.Namespace, told: Told, program: Program) -> None:
         made = read(args.output)
         links = f"{made.weights_bytes / 1e6:,.1f} MB of linked weights"
         print(f"{args.output}: {made.extra_bytes / 1e6:.2f} MB beside {links}")
+
+
+def _reason(remark: Remark) -> str:
+    """Why a site was left alone, without the names that differ from layer to layer."""
+    return re.sub(r"its weight \S+ is float", "its weight is float", remark.why_not)
 
 
 def main() -> int:

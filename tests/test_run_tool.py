@@ -1,0 +1,196 @@
+"""What kvc8-run prints, and how it and every command end."""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from kvc8.backends.npu.artifact import Target, write
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.errors import ModelError
+from kvc8.passes import pipeline
+from kvc8.tools import run
+from kvc8.tools.command import entry
+from kvc8.tools.tokenize import TextStream, read_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"
+EMULATED = "emulated on a CPU, as documented; not verified on a device"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkpoint = open_checkpoint(GOLDEN)
+    program = capture(checkpoint)
+    pipeline.run(program, pipeline.QUANTIZE)
+    lowered, _ = pipeline.lower_for_npu(program)
+    path = tmp_path_factory.mktemp("run") / "out"
+    write(path, checkpoint, lowered, Target("ascend910b", 32))
+    return path
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        status = run.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    return status, *capsys.readouterr()
+
+
+def test_text_goes_to_stdout_and_what_it_cost_to_stderr(out, capsys) -> None:
+    status, text, cost = ran(capsys, out, "--prompt", "hello", "--max-new-tokens", 6)
+    assert status == 0
+    ids = json.loads(ran(capsys, out, "--prompt", "hello", "--max-new-tokens", 6, "--json")[1])[
+        "sequences"
+    ][0]["tokens"]
+    assert text == read_tokenizer(out).decode(ids) + "\n"
+    assert "512 bytes, 50% of float16's 1,024" in cost
+    assert "".join(cost.split()).endswith("".join(EMULATED.split()))
+
+
+def test_several_prompts_are_labeled_and_whole(out, capsys) -> None:
+    prompts = ["--prompt", "a", "--prompt", "bcd", "--prompt", "e", "--max-new-tokens", 5]
+    _, text, _ = ran(capsys, out, *prompts)
+    _, whole, _ = ran(capsys, out, *prompts, "--blocks", 1, "--json")
+    texts = [sequence["text"] for sequence in json.loads(whole)["sequences"]]
+    assert text == "".join(f"[{i}] {found}\n" for i, found in enumerate(texts, 1))
+
+
+def test_json_holds_everything(out, capsys) -> None:
+    status, text, errors = ran(capsys, out, "--prompt", "hey", "--max-new-tokens", 3, "--json")
+    assert (status, errors) == (0, "")
+    found = json.loads(text)
+    assert set(found) == {"sequences", "statistics", "note"}
+    assert found["note"] == EMULATED
+    (sequence,) = found["sequences"]
+    assert sequence["prompt"] == "hey"
+    assert len(sequence["tokens"]) == 3
+    assert sequence["finish"] == "length"
+    assert found["statistics"]["bytes_per_token"] == 512
+
+
+def test_a_seed_repeats_a_text(out, capsys) -> None:
+    chosen = [out, "--prompt", "x", "--max-new-tokens", 8, "--temperature", 2, "--json"]
+    seeds = [ran(capsys, *chosen, "--seed", seed)[1] for seed in (1, 1, 2)]
+    texts = [json.loads(text)["sequences"][0]["tokens"] for text in seeds]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--chat"],
+            "error: {out}: has no chat template; give --no-chat\n",
+        ),
+        (
+            ["--temperature", "-1"],
+            "error: temperature: is -1.0; give 0 or a positive number\n",
+        ),
+        (
+            ["--blocks", "1"],
+            "error: prompt 1: 1 tokens and 64 to generate take 2 blocks of 32 and the cache has "
+            "1; allow 2 blocks or generate fewer tokens\n",
+        ),
+        (
+            ["--max-new-tokens", "2048"],
+            "error: --prompt: 1 tokens and 2048 to generate are more than the model's 2048; "
+            "shorten the prompt or give a lower --max-new-tokens\n",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_sentence(out, capsys, arguments, sentence) -> None:
+    found = ran(capsys, out, "--prompt", "x", *arguments)
+    assert found == (1, "", sentence.format(out=out))
+
+
+def test_where_there_is_no_artifact(tmp_path, capsys) -> None:
+    found = ran(capsys, tmp_path, "--prompt", "x")
+    what = "has no manifest.json; name what kvc8-compile wrote for npu"
+    assert found == (1, "", f"error: {tmp_path}: {what}\n")
+
+
+def test_wrong_usage_is_2(tmp_path, capsys) -> None:
+    status, _, errors = ran(capsys, tmp_path)
+    assert status == 2
+    assert errors.endswith("the following arguments are required: --prompt\n")
+    status, _, errors = ran(capsys, tmp_path, "--prompt", "x", "--blocks", "0")
+    assert status == 2
+    assert errors.endswith("argument --blocks: 0 is no positive number\n")
+
+
+def ended(capsys: pytest.CaptureFixture[str], work, *arguments: str) -> tuple[int, str, str]:
+    return entry(argparse.ArgumentParser(), work, arguments), *capsys.readouterr()
+
+
+def raising(error: BaseException):
+    def work(_: argparse.Namespace) -> int:
+        raise error
+
+    return work
+
+
+def test_how_commands_end(capsys) -> None:
+    assert ended(capsys, lambda _: 0) == (0, "", "")
+    wrong = ModelError("model: is wrong; mend it")
+    assert ended(capsys, raising(wrong)) == (1, "", "error: model: is wrong; mend it\n")
+    lost = FileNotFoundError(2, "No such file or directory", "a.txt")
+    said = "error: a.txt: No such file or directory; check the path\n"
+    assert ended(capsys, raising(lost)) == (1, "", said)
+    assert ended(capsys, raising(KeyboardInterrupt())) == (130, "", "")
+    with pytest.raises(ModelError, match="model: is wrong; mend it"):
+        ended(capsys, raising(wrong), "--traceback")
+
+
+def test_only_our_warnings_are_shown(capsys) -> None:
+    def work(_: argparse.Namespace) -> int:
+        warnings.warn_explicit("model: odd; look", UserWarning, "x.py", 1, "kvc8.ir.capture")
+        warnings.warn_explicit("theirs", DeprecationWarning, "y.py", 1, "transformers.models")
+        return 0
+
+    shown = warnings.showwarning
+    assert ended(capsys, work) == (0, "", "warning: model: odd; look\n")
+    assert warnings.showwarning is shown
+
+
+def test_a_reader_that_has_seen_enough(out, tmp_path) -> None:
+    import subprocess
+
+    command = [sys.executable, "-m", "kvc8.tools.run", out, "--prompt", "x", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 1
+
+
+def test_a_character_of_several_tokens_is_shown_when_it_is_complete(out) -> None:
+    tokenizer = read_tokenizer(out)
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in tokenizer.encode("aé€b")]
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+    assert "".join(pieces) + stream.end() == "aé€b"
+
+
+def test_a_directory_without_a_tokenizer(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        read_tokenizer(tmp_path)
+    where, what = f"{tmp_path}: its tokenizer cannot be read (", "copy the tokenizer's files there"
+    assert str(caught.value).startswith(where)
+    assert str(caught.value).endswith(what)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_broken_chat_template(out, tmp_path) -> None:
+    import shutil
+
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    with pytest.raises(ModelError) as caught:
+        read_tokenizer(tmp_path / "out").encode("x", chat=True)
+    assert str(caught.value) == f"{tmp_path}/out: its chat template fails (no); give --no-chat"
