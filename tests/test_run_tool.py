@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -9,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.device import load_torch_npu
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, TargetError
 from kvc8.passes import pipeline
 from kvc8.tools import run
 from kvc8.tools.command import entry
@@ -107,6 +110,23 @@ def test_what_cannot_be_done_is_told_in_one_sentence(out, capsys, arguments, sen
     assert found == (1, "", sentence.format(out=out))
 
 
+def test_a_machine_without_an_npu(out, capsys, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "kvc8.ir.npu")
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # importing it then fails
+    found = ran(capsys, out, "--prompt", "x", "--device", "npu")
+    why = "import of torch_npu halted; None in sys.modules"
+    what = "install kvc8[npu] on a machine with CANN, or give --device cpu"
+    assert found == (1, "", f"error: torch_npu: does not load ({why}); {what}\n")
+
+
+def test_torch_npu_comes_first(monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    with pytest.raises(TargetError) as caught:
+        load_torch_npu()
+    what = "kvc8.ir.npu was imported before it; call load_torch_npu() first"
+    assert str(caught.value) == f"torch_npu: {what}"
+
+
 def test_where_there_is_no_artifact(tmp_path, capsys) -> None:
     found = ran(capsys, tmp_path, "--prompt", "x")
     what = "has no manifest.json; name what kvc8-compile wrote for npu"
@@ -157,9 +177,8 @@ def test_only_our_warnings_are_shown(capsys) -> None:
 
 
 def test_a_reader_that_has_seen_enough(out, tmp_path) -> None:
-    import subprocess
-
-    command = [sys.executable, "-m", "kvc8.tools.run", out, "--prompt", "x", "--json"]
+    options = ["--prompt", "x", "--max-new-tokens", "1", "--json"]
+    command = [sys.executable, "-m", "kvc8.tools.run", out, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None
         assert running.stderr is not None
@@ -187,10 +206,27 @@ def test_a_directory_without_a_tokenizer(tmp_path) -> None:
 
 
 def test_a_broken_chat_template(out, tmp_path) -> None:
-    import shutil
-
     shutil.copytree(out, tmp_path / "out")
     (tmp_path / "out/chat_template.jinja").write_text("{{ raise_exception('no') }}")
     with pytest.raises(ModelError) as caught:
         read_tokenizer(tmp_path / "out").encode("x", chat=True)
     assert str(caught.value) == f"{tmp_path}/out: its chat template fails (no); give --no-chat"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+def test_a_real_model_answers(smollm2: Path, tmp_path: Path, capsys) -> None:
+    """Calibrated, compiled and run; what it says is what a model of this size says of France."""
+    calibration = Path(__file__).parent / "data" / "calibration.jsonl"
+    bits = ["--w-bit", "8", "--a-bit", "8", "--use-kvcache-quant", "--calib-file", calibration]
+    for tool, arguments in {
+        "quantize": [smollm2, "-o", tmp_path / "c8", *bits],
+        "compile": [tmp_path / "c8", "--target", "npu", "-o", tmp_path / "out"],
+    }.items():
+        script = f"import sys; from kvc8.tools.{tool} import main; sys.exit(main())"
+        subprocess.run([sys.executable, "-c", script, *arguments], check=True)
+    asked = ["--prompt", "What is the capital of France?", "--max-new-tokens", 24]
+    status, text, errors = ran(capsys, tmp_path / "out", *asked)
+    assert status == 0, errors
+    assert "Paris" in text
+    assert "11,520 bytes, 50% of float16's 23,040" in errors

@@ -37,7 +37,7 @@ class Site:
 
 @dataclass
 class Statistics:
-    """What was seen: the range of each node that a linear reads, the absmax of each cache's rows."""
+    """The range of each node that a linear reads, and the absmax of each cache's rows."""
 
     inputs: dict[Node, Range] = field(default_factory=dict)
     rows: dict[Node, Tensor] = field(default_factory=dict)  # float32 [heads * head_dim]

@@ -54,8 +54,13 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--anti-method", "--anti_method", default="none")
     found.add_argument("--disable-level", "--disable_level", default="L0")
     found.add_argument("--device-type", "--device_type", choices=("cpu", "npu"), default="cpu")
-    flag = {"nargs": "?", "const": "True", "choices": ("True", "False")}
-    found.add_argument("--use-kvcache-quant", "--use_kvcache_quant", default="True", **flag)
+    found.add_argument(
+        *("--use-kvcache-quant", "--use_kvcache_quant"),
+        nargs="?",
+        const="True",
+        default="True",
+        choices=("True", "False"),
+    )
     found.add_argument("--disable", nargs="*", default=[], help="linears that stay float, by name")
     found.add_argument("--down-proj", action="store_true", help="quantize down_proj as well")
     found.add_argument("--samples", type=int, help="use so many texts of the file")

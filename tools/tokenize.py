@@ -52,7 +52,7 @@ class Tokenizer:
             return self.encode(content)
         if not self.has_chat:
             raise ModelError(f"{place(self.path)}: has no chat template; give texts, not messages")
-        written = self.inner.apply_chat_template(content, tokenize=False)
+        written = self.inner.apply_chat_template(content, tokenize=False)  # type: ignore[arg-type]
         return [int(t) for t in self.inner.encode(str(written), add_special_tokens=False)]
 
     def decode(self, tokens: list[int]) -> str:

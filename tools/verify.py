@@ -7,9 +7,13 @@ The reference is the QUANTIZED program in float32 on a CPU. Beside it run: the c
 Runtime in float32. All are fed the reference's tokens: a prompt, then greedy decode steps.
 
 Codes are compared at every slot that was written. "same inputs" counts the codes that differ
-although the float rows they come from are equal bit for bit; there must be none. The float32 forms
-must also agree with the reference in every greedy token, and ONNX Runtime within 1e-3 in every
-logit.
+although the float rows they come from are equal bit for bit; there must be none, and while all
+codes agree the float32 forms must agree with the reference within 1e-3 in every logit.
+
+Beyond that no form can promise agreement. Two correct programs sum in another order, which moves a
+value by one part in 10^7; where that crosses the middle between two codes the code changes by one,
+and each quantizer after it amplifies the step, until the two differ as much as quantization itself
+makes them differ. "first" is the layer where that begins; the KL says what it comes to.
 """
 
 import argparse
@@ -75,6 +79,7 @@ class Row:
     codes: int | None = None  # int8 codes that differ
     of: int | None = None
     most: int | None = None  # the largest difference between two codes
+    first: int | None = None  # the first layer with a code that differs; None where none does
     same_inputs: int | None = None  # codes that differ though their inputs do not
 
 
@@ -181,21 +186,36 @@ def _onnx(program: Program, checkpoint: Checkpoint, prompt: list[int], tokens: l
     What it quantizes cannot be watched from outside, so it is made an output.
     """
     made, table = Run(), _table(len(prompt) + len(tokens))
+    probe, watched = _probe(program)
     empty = _model({"prefill": program, "decode": program}, checkpoint, prompt, tokens)
     caches: dict[str, Tensor] = dict(empty.caches)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "onnx"
-        emitter.emit(program, checkpoint, out)
+        emitter.emit(probe, checkpoint, out)
         session = runner.load(out)
         names = {node.name for node in program.inputs()}
         for start, new in [(0, prompt), *((len(prompt) + i, [t]) for i, t in enumerate(tokens))]:
             given = runtime.inputs([runtime.Rows(new, start, table)], BLOCK, torch.device("cpu"))
             step = {k: v for k, v in given.items() if k in names and isinstance(v, Tensor)}
-            logits, *after = session.run({**step, **caches})
+            logits, *rest = session.run({**step, **caches})
+            seen, after = rest[: len(watched)], rest[len(watched) :]
+            for name, rows in zip(watched, seen, strict=True):
+                made.rows.setdefault(name, []).append(rows.flatten(1))
             caches = dict(zip(caches, after, strict=True))
             made.logits.append(logits)
     made.caches = caches
     return made
+
+
+def _probe(program: Program) -> tuple[Program, list[str]]:
+    """A program that gives what it quantizes too, and the caches that this goes to."""
+    probe = program.copy()
+    writes = [w for w in probe.calls(ops.cache_write) if is_call(w.args[1], ops.quantize)]
+    rows = [_float_rows(argument(write, 1)) for write in writes]
+    [output] = probe.graph.find_nodes(op="output")
+    logits, *caches = output.args[0]
+    output.args = ([logits, *rows, *caches],)
+    return probe, [argument(write, 0).name for write in writes]
 
 
 def _watch(run: Run) -> Callable[[Node, object], None]:
@@ -235,16 +255,19 @@ def _compare(form: str, made: Run, base: Run, program: Program) -> Row:
     greedy = sum(bool(a[-1].argmax() == b[-1].argmax()) for a, b in pairs)
     row = {"form": form, "logits": gap, "kl": _kl(pairs), "greedy": greedy, "steps": len(pairs)}
     differ, of, most, same = 0, 0, 0, 0
-    for cache in program.caches():
+    first: int | None = None
+    for i, cache in enumerate(program.caches()):
         a, b = made.caches[cache.name], base.caches[cache.name]
         if a.dtype is not torch.int8:
             return Row(**row)  # type: ignore[arg-type]
         gaps = (a.int() - b.int()).abs()
         differ, most = differ + int((gaps > 0).sum()), max(most, int(gaps.max()))
+        first = i // 2 if first is None and gaps.any() else first
         of += sum(rows.numel() for rows in base.rows[cache.name])
         same += _differ_on_same(made, base, cache.name, gaps)
     known = bool(made.rows)
-    return Row(**row, codes=differ, of=of, most=most, same_inputs=same if known else None)  # type: ignore[arg-type]
+    known_same = same if known else None
+    return Row(**row, codes=differ, of=of, most=most, first=first, same_inputs=known_same)  # type: ignore[arg-type]
 
 
 def _differ_on_same(made: Run, base: Run, cache: str, gaps: Tensor) -> int:
@@ -272,13 +295,9 @@ def _broken(row: Row) -> list[str]:
     if row.same_inputs:
         what = f"{row.same_inputs} int8 codes differ though their inputs are equal"
         found.append(f"{row.form}: {what}; report it with the output of --json")
-    exact = row.form.endswith("float32") and row.codes is not None
-    if exact and row.greedy < row.steps:
-        what = f"{row.steps - row.greedy} greedy tokens differ"
+    if row.codes == 0 and row.logits > LOGITS and row.form.endswith("float32"):
+        what = f"all codes agree and logits differ by {row.logits:.2g}, more than {LOGITS}"
         found.append(f"{row.form}: {what}; compile with --dump and compare the programs")
-    if row.form.startswith("ONNX") and row.logits > LOGITS:
-        what = f"logits differ by {row.logits:.2g}, more than {LOGITS}"
-        found.append(f"{row.form}: {what}; compare the programs")
     return found
 
 
@@ -289,14 +308,17 @@ def _print(rows: list[Row], as_json: bool, prompt: int) -> None:
     steps = rows[0].steps - 1
     title = f"against the reference program in float32: {prompt} tokens and {steps} decode steps"
     table = Table(title=title, title_justify="left")
-    for name in ("", "logits, max", "KL, mean", "greedy", "int8 codes differ", "by at most"):
+    for name in ("", "logits, max", "KL, mean", "greedy", "codes differ", "by at most", "first"):
         table.add_column(name, justify="left" if not name else "right")
     table.add_column("same inputs", justify="right")
     for row in rows:
-        codes = "float" if row.codes is None else f"{row.codes:,} of {row.of:,}"
+        codes = "float" if row.codes is None or not row.of else f"{row.codes / row.of:.2%}"
         most, same = ("" if x is None else str(x) for x in (row.most, row.same_inputs))
+        first = "" if row.codes is None else "-" if row.first is None else f"layer {row.first}"
         greedy = f"{row.greedy}/{row.steps}"
-        table.add_row(row.form, f"{row.logits:.2g}", f"{row.kl:.2g}", greedy, codes, most, same)
+        table.add_row(
+            row.form, f"{row.logits:.2g}", f"{row.kl:.2g}", greedy, codes, most, first, same
+        )
     Console(width=110).print(table)
     print("NPU rows are emulated as the ops are documented; they were not verified on a device")
 

@@ -107,7 +107,7 @@ class Builder:
         value = ir.Value(
             name=data.name,
             type=ir.TensorType(data.dtype),
-            shape=ir.Shape(data.shape),
+            shape=ir.Shape(data.shape.numpy()),
             const_value=data,
         )
         self.initializers.append(value)

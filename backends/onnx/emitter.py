@@ -1,4 +1,4 @@
-"""Emit a program as an ONNX directory:
+"""Emit a program as an ONNX directory.
 
     model.onnx      standard ops of opset 23; symbolic sizes are dimension parameters
     weights/        the checkpoint's shards, hard-linked; model.onnx points into them
@@ -78,6 +78,7 @@ def _lower(b: Builder, node: Node) -> None:
     if isinstance(type_, IntType):  # known as an expression of the sizes of inputs
         b.values[node] = type_.value
         return
+    assert not isinstance(node.target, str)
     if node.target not in LOWERINGS:
         name = str(node.target).removesuffix(".default")
         what = f"{node.name}: onnx has no lowering for {name}"
@@ -121,7 +122,11 @@ def _outputs(program: Program, b: Builder) -> list[Value]:
 
 
 def _output_names(program: Program) -> list[str]:
-    return ["logits", *(f"{cache.name}_new" for cache in program.caches())]
+    """The logits, what a reader added to watch (under its node's name), and the caches."""
+    [output] = program.graph.find_nodes(op="output")
+    caches = [f"{cache.name}_new" for cache in program.caches()]
+    watched = output.args[0][1 : len(output.args[0]) - len(caches)]
+    return ["logits", *(f"{node.name}_seen" for node in watched), *caches]
 
 
 def _manifest(program: Program) -> dict[str, object]:

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.attention import cache_write, paged_attention
-from kvc8.backends.onnx.builder import DTYPES, END, Builder, Value
+from kvc8.backends.onnx.builder import END, Builder, Value
 from kvc8.backends.onnx.quantization import dequantize, quant_linear, quantize
 from kvc8.ir import ops
 from kvc8.ir.errors import TargetError

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import onnxruntime as ort
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from torch import Tensor
 
 from kvc8.ir.errors import TargetError
-from kvc8.ir.model_files import place, read_json
+from kvc8.ir.model_files import place, read_json, shown
 from kvc8.ir.types import DTYPES
 
 
@@ -57,12 +58,13 @@ class Session:
         feeds = {port.name: _feed(port, given) for port in (*self.inputs, *self.caches)}
         names = [port.name for port in self.outputs]
         results = [_tensor(x) for x in self._session.run_with_ort_values(names, feeds)]
-        self._kept = dict(zip((port.name for port in self.caches), results[1:], strict=True))
+        caches = results[len(results) - len(self.caches) :]
+        self._kept = {port.name: x for port, x in zip(self.caches, caches, strict=True)}
         return results
 
 
 def load(out: Path, threads: int = 0) -> Session:
-    """Load what `emit` wrote; `threads` 0 is one a core. Raises TargetError where it is not that."""
+    """Load what `emit` wrote; `threads` 0 is one a core. Raises TargetError at anything else."""
     manifest = read_json(out / "manifest.json")
     if manifest.get("format") != "kvc8-onnx" or manifest.get("version") != 1:
         raise TargetError(f"{place(out)}: is no ONNX model of this kvc8; compile it again")
@@ -71,10 +73,18 @@ def load(out: Path, threads: int = 0) -> Session:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     # Without VNNI, int8 products are summed in pairs in int16, which saturates; this keeps exact.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    session = ort.InferenceSession(
-        str(out / "model.onnx"), options, providers=["CPUExecutionProvider"]
-    )
-    return Session(*(_ports(manifest[part]) for part in ("inputs", "caches", "outputs")), session)
+    try:
+        session = ort.InferenceSession(
+            str(out / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+    except ort_state.NotImplemented as error:  # bfloat16: most ops have no kernel for it
+        what = f"{place(out)}: ONNX Runtime cannot compute this on a CPU ({shown(error)})"
+        raise TargetError(f"{what}; compile it in float32") from error
+    except (ort_state.Fail, ort_state.InvalidProtobuf, ort_state.NoSuchFile) as error:
+        what = f"{place(out)}: cannot be loaded ({shown(error)})"
+        raise TargetError(f"{what}; compile it again") from error
+    inputs, caches, outputs = (_ports(manifest[part]) for part in ("inputs", "caches", "outputs"))
+    return Session(inputs, caches, outputs, session)
 
 
 def _ports(entries: object) -> tuple[Port, ...]:
@@ -86,9 +96,8 @@ def _feed(port: Port, given: Mapping[str, Tensor]) -> ort.OrtValue:
     if port.name not in given:
         raise TargetError(f"{port.name}: has no value; give one, or allocate the caches")
     tensor = given[port.name]
-    known = [d for d in port.shape]
-    fits = len(known) == tensor.dim() and all(
-        isinstance(d, str) or d == n for d, n in zip(known, tensor.shape, strict=True)
+    fits = len(port.shape) == tensor.dim() and all(
+        isinstance(d, str) or d == n for d, n in zip(port.shape, tensor.shape, strict=True)
     )
     if tensor.dtype is not port.dtype or not fits:
         wants = f"{port.dtype} {list(port.shape)}"
@@ -98,4 +107,4 @@ def _feed(port: Port, given: Mapping[str, Tensor]) -> ort.OrtValue:
 
 
 def _tensor(value: ort.OrtValue) -> Tensor:
-    return torch.from_numpy(value.numpy())
+    return torch.from_dlpack(value)  # shares the memory

@@ -1,0 +1,139 @@
+"""kvc8-compile as a user meets it: what it writes, and what it says when it cannot."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from sparse import LLAMA_70B, write_sparse
+
+from kvc8.backends.npu.artifact_reader import read
+from kvc8.ir.text import parse, show
+from kvc8.tools import command
+from kvc8.tools import compile as tool
+
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"
+WEIGHTS, DESCRIPTION = "quant_model_weight_w8a8.safetensors", "quant_model_description.json"
+K_SCALE = "model.layers.2.self_attn.k_proj.kv_cache_scale"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    directory = tmp_path / "model"
+    shutil.copytree(LLAMA, directory)
+    for path in directory.iterdir():
+        path.chmod(0o644)
+    return directory
+
+
+def compile_(directory: Path, out: Path, *options: str) -> int:
+    arguments = [str(directory), "--target", "npu", "-o", str(out), *options]
+    return command.entry(tool.parser(), tool.work, arguments)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], directory: Path, out: Path, *options: str) -> str:
+    """The one sentence of a refused compile, which leaves nothing behind."""
+    before = sorted(out.parent.iterdir())
+    assert compile_(directory, out, *options) == 1
+    assert sorted(out.parent.iterdir()) == before
+    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
+    assert len(said) == 1
+    return said[0].removeprefix("error: ")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in {**found, **changes}.items() if v is not None}))
+
+
+def test_an_artifact_is_whole_and_reads_back(model, tmp_path):
+    out, dump = tmp_path / "out", tmp_path / "dump"
+    assert compile_(model, out, "--dump", str(dump)) == 0
+    artifact = read(out)
+    for program in artifact.programs.values():
+        assert show(parse(show(program))) == show(program)
+    names = sorted(str(path.relative_to(dump)) for path in dump.rglob("*.py"))
+    assert names[0] == "00-captured.py"
+    assert "decode/08-remove_cache_copies.py" in names
+    for path in dump.rglob("*.py"):
+        assert show(parse(path.read_text())) + "\n" == path.read_text()
+
+
+def test_no_config(model, tmp_path, capsys):
+    (model / "config.json").unlink()
+    assert refusal(capsys, model, tmp_path / "out") == (
+        f"{model}: has no config.json; name the directory of a Hugging Face model"
+    )
+
+
+def test_an_unknown_architecture(model, tmp_path, capsys):
+    edit_json(model / "config.json", model_type="hal9000")
+    said = refusal(capsys, model, tmp_path / "out")
+    assert said.startswith("config.json: transformers ")
+    assert said.endswith(
+        " knows no model_type 'hal9000'; correct it, or install a transformers that does"
+    )
+
+
+def test_a_block_size_that_the_device_does_not_take(model, tmp_path, capsys):
+    assert refusal(capsys, model, tmp_path / "out", "--block-size", "100") == (
+        "model.layers.0.self_attn: npu_fused_infer_attention_score on ascend910b takes a block "
+        "size that is a multiple of 32 up to 512 and this is 100 (op-plugin "
+        "docs/zh/custom_APIs/torch_npu/npu_fused_infer_attention_score.md; ops-transformer "
+        "incre_flash_attention_tiling_check.cpp:349); compile with --block-size 96"
+    )
+
+
+def test_a_dtype_that_the_device_does_not_take(model, tmp_path, capsys):
+    assert refusal(capsys, model, tmp_path / "out", "--dtype", "float32") == (
+        "model.layers.0.self_attn.q_proj: npu_quantize on ascend910b takes f16 or bf16 and this "
+        "is f32 (op-plugin docs/zh/custom_APIs/torch_npu/npu_quantize.md); "
+        "compile with --dtype float16"
+    )
+
+
+def test_an_output_that_exists(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert refusal(capsys, model, out) == (
+        f"{out}: exists already; choose another directory or remove it"
+    )
+
+
+def test_a_model_without_kv_scales(tiny_model, tmp_path, capsys):
+    directory = tiny_model("llama")
+    capsys.readouterr()
+    said = refusal(capsys, directory, tmp_path / "out")
+    assert said.startswith("insert_kv_quant: rewrote nothing (k_new_0 (model.layers.0.self_attn)")
+    assert said.endswith("; quantize the KV cache of this model first, with kvc8-quantize")
+
+
+def test_a_killed_compile_leaves_nothing_or_all(model, tmp_path):
+    """SIGKILL at moments spread over the whole run."""
+    code = "import sys; from kvc8.tools.compile import main; sys.exit(main())"
+    for i, delay in enumerate((0.5, 3.0, 4.0, 4.5, 5.0)):
+        out = tmp_path / f"out{i}"
+        run = [sys.executable, "-c", code, str(model), "--target", "npu", "-o", str(out)]
+        child = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(delay)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        if out.exists():
+            read(out)
+
+
+@pytest.mark.slow
+def test_a_70b_model_of_headers_alone_compiles(tmp_path, capsys):
+    directory = write_sparse(tmp_path / "llama70b", LLAMA_70B)
+    assert compile_(directory, tmp_path / "out") == 0
+    assert read(tmp_path / "out").extra_bytes < 50e6
+    assert capsys.readouterr().err == (
+        "warning: llama70b: every kv_cache_scale is zero, so the shards hold no data; "
+        "the result has the right shape and will not run\n"
+    )
