@@ -87,11 +87,7 @@ class Program:
             self._last_placeholder() if recipe is not None else next(reversed(self.inputs()), None)
         )
         first = next(iter(self.graph.nodes), None)
-        if last:
-            spot = self.graph.inserting_after(last)
-        else:
-            spot = self.graph.inserting_before(first)
-        with spot:
+        with self.graph.inserting_after(last) if last else self.graph.inserting_before(first):
             node = self.graph.placeholder(name)
         if node.next.op != "placeholder":
             self._last = node

@@ -28,6 +28,7 @@ from kvc8.ir.recipe import Arg, Recipe
 from kvc8.ir.types import DTYPE_NAMES, DTYPES, Dim, IntsType, TensorType, Type, dim, show_type, size
 
 WIDTH = 100
+SPACES = ("aten", "kvc8", "npu", "atb")
 
 
 def show(program: Program) -> str:
@@ -162,11 +163,12 @@ def _read_op(func: ast.expr) -> Callable[..., object]:
         found: Callable[..., object] = getattr(operator, rest[0])
         return found
     op, overload = [*rest, "default"][:2] if rest else ("", "")
-    packet = getattr(getattr(torch.ops, space), op, None) if op else None
-    if packet is None or not hasattr(packet, overload):
+    # only the namespaces of programs: torch.ops has attributes that load libraries
+    packet = getattr(getattr(torch.ops, space), op, None) if op and space in SPACES else None
+    named = getattr(packet, overload, None)
+    if not isinstance(named, OpOverload):
         raise IRError(f"line {func.lineno}: there is no op {ast.unparse(func)}; correct its name")
-    found = getattr(packet, overload)
-    return found
+    return named
 
 
 def _read_type(note: ast.expr | None) -> Type:

@@ -194,7 +194,7 @@ for row in schemas:
     libraries[namespace].define(rest)
 libraries["npu"].impl("npu_swiglu", lambda input, dim=-1: input, "Meta")
 libraries["npu"].impl("npu_swiglu", lambda input, dim=-1: input, "CPU")
-import kvc8.backends.npu
+import kvc8.backends.npu.emulation
 x = torch.ones(4)
 assert torch.ops.npu.npu_swiglu(x) is x
 print(*torch.ops.npu.npu_dynamic_quant(x[None])[0][0].tolist())

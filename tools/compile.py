@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from kvc8.backends import npu as _emulated  # noqa: F401  gives the NPU ops their CPU kernels
 from kvc8.backends.npu import artifact, legality
+from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.npu.kv_layout import kv_layout
 from kvc8.ir.capture import capture, config_dtype

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from kvc8.backends import npu as _emulated  # noqa: F401  gives the NPU ops their CPU kernels
+from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir.errors import ModelError
 from kvc8.ir.text import parse, show
 from kvc8.ir.verify import verify

@@ -30,7 +30,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.backends import npu as _emulated  # noqa: F401  gives the NPU ops their CPU kernels
+from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu import runtime
 from kvc8.backends.onnx import emitter, runner
 from kvc8.ir import npu, ops
@@ -38,6 +38,7 @@ from kvc8.ir.capture import capture, config_dtype
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
 from kvc8.ir.program import Program, argument, is_call
 from kvc8.ir.recipe import make
+from kvc8.ir.types import dtype_name
 from kvc8.passes import pipeline
 from kvc8.tools.command import entry
 from kvc8.tools.compile import quantize
@@ -132,12 +133,12 @@ def _forms(
         for p, kv in ((reference, "int8"), (own, "float"))
     )
     float_cache = _model({"prefill": captured, "decode": captured}, checkpoint, prompt, tokens)
-    dtype = str(config_dtype(checkpoint)).removeprefix("torch.")
+    dtype = dtype_name(config_dtype(checkpoint))
     return [
-        ("float cache, float32", _replay(float_cache, prompt, tokens)),
-        ("NPU emulated, float32", _replay(same, prompt, tokens)),
-        ("ONNX Runtime, float32", _onnx(reference, checkpoint, prompt, tokens)),
-        (f"NPU emulated, {dtype}", _replay(device, prompt, tokens)),
+        ("float cache f32", _replay(float_cache, prompt, tokens)),
+        ("NPU emulated f32", _replay(same, prompt, tokens)),
+        ("ONNX Runtime f32", _onnx(reference, checkpoint, prompt, tokens)),
+        (f"NPU emulated {dtype}", _replay(device, prompt, tokens)),
     ]
 
 
@@ -295,7 +296,7 @@ def _broken(row: Row) -> list[str]:
     if row.same_inputs:
         what = f"{row.same_inputs} int8 codes differ though their inputs are equal"
         found.append(f"{row.form}: {what}; report it with the output of --json")
-    if row.codes == 0 and row.logits > LOGITS and row.form.endswith("float32"):
+    if row.codes == 0 and row.logits > LOGITS and row.form.endswith("f32"):
         what = f"all codes agree and logits differ by {row.logits:.2g}, more than {LOGITS}"
         found.append(f"{row.form}: {what}; compile with --dump and compare the programs")
     return found

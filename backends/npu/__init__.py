@@ -1,3 +1,5 @@
-"""The Ascend NPU: ops as torch_npu declares them, emulation, artifact and runtime."""
+"""The Ascend NPU: limits of its ops, emulation on a CPU, artifact and runtime.
 
-from kvc8.backends.npu import emulation as emulation
+Imports nothing, so that `device.load_torch_npu` can run before the ops are declared; import
+`kvc8.backends.npu.emulation` for their CPU kernels.
+"""

@@ -107,4 +107,4 @@ def _feed(port: Port, given: Mapping[str, Tensor]) -> ort.OrtValue:
 
 
 def _tensor(value: ort.OrtValue) -> Tensor:
-    return torch.from_dlpack(value)  # shares the memory
+    return torch.utils.dlpack.from_dlpack(value)  # shares the memory
