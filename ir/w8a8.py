@@ -67,6 +67,8 @@ def quantize_linear(
 ) -> Mapping[str, Tensor]:
     """The tensors of a W8A8 linear by their last name, stored for a model of `dtype`.
 
+    The bias is inside of quant_bias; that msModelSlim stores it once more is left to the caller.
+
     weight [out, in] becomes int8, symmetric per output channel, scale max|w|/127, clamped to
     -127..127. deq_scale is float32(input_scale * weight_scale): as it is in a bfloat16 model, as
     its bits in an int64 in others. quant_bias is round(bias/deq_scale - sum(w8)*input_offset).
@@ -78,7 +80,7 @@ def quantize_linear(
     shift = w8.sum(1, dtype=torch.int64) * input_offset.double()
     wanted = torch.zeros_like(shift) if bias is None else bias.double() / deq_scale.double()
     bits = deq_scale.view(torch.int32).to(torch.int64)
-    parts = {
+    return {
         "weight": w8,
         "weight_scale": scale,
         "weight_offset": torch.zeros_like(scale),
@@ -87,7 +89,6 @@ def quantize_linear(
         "quant_bias": torch.round(wanted - shift).to(torch.int32),
         "deq_scale": deq_scale if dtype is torch.bfloat16 else bits,
     }
-    return parts if bias is None else {**parts, "bias": bias}
 
 
 def _weight_scale(
@@ -103,7 +104,7 @@ def _weight_scale(
 def part_types(
     out: int, width: int, dtype: torch.dtype
 ) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The dtype and shape of what `quantize_linear` gives, without the bias."""
+    """The dtype and shape of what `quantize_linear` gives."""
     deq_scale = torch.float32 if dtype is torch.bfloat16 else torch.int64
     return {
         "weight": (torch.int8, (out, width)),

@@ -114,6 +114,7 @@ def test_a_model_without_kv_scales(tiny_model, tmp_path, capsys):
     assert said.endswith("; quantize the KV cache of this model first, with kvc8-quantize")
 
 
+@pytest.mark.slow
 def test_a_killed_compile_leaves_nothing_or_all(model, tmp_path):
     """SIGKILL at moments spread over the whole run."""
     code = "import sys; from kvc8.tools.compile import main; sys.exit(main())"

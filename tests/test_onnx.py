@@ -1,8 +1,11 @@
 """An ONNX model gives in ONNX Runtime what its program gives, and its int8 codes bit for bit."""
 
+import functools
 import json
 import shutil
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -47,10 +50,31 @@ def compiled(program: Program, directory: Path, out: Path) -> Session:
     return load(out, threads=1)
 
 
-def quantized(directory: Path) -> Program:
-    program = capture(open_checkpoint(directory), dtype=torch.float32)
-    run_passes(program, QUANTIZE)
-    return program
+@dataclass(frozen=True)
+class Emitted:
+    program: Program
+    directory: Path  # of the model
+    out: Path
+
+
+@pytest.fixture(scope="session")
+def emitted(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Emitted]:
+    """`emitted(kind, tied=False)` and `emitted(directory)`, which is quantized; made once each."""
+
+    @functools.cache
+    def emitted(model: str | Path, tied: bool = False) -> Emitted:
+        directory = tiny_model(model, tied=tied) if isinstance(model, str) else model
+        checkpoint = open_checkpoint(directory)
+        program = capture(checkpoint, dtype=torch.float32)
+        if isinstance(model, Path):
+            run_passes(program, QUANTIZE)
+        out = tmp_path_factory.mktemp("onnx") / "out"
+        emit(program, checkpoint, out)
+        return Emitted(program, directory, out)
+
+    return emitted
 
 
 @pytest.fixture(scope="session")
@@ -91,27 +115,25 @@ def keep(program: Program, made: dict[str, torch.Tensor], results: list[torch.Te
     made.update({c.name: r for c, r in zip(program.caches(), results[1:], strict=True)})
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_prefill_and_decode_agree_with_the_program(kind, tied, tiny_model, tmp_path):
-    directory = tiny_model(kind, tied=tied)
-    program = capture(open_checkpoint(directory))
-    session = compiled(program, directory, tmp_path / "out")
-    made, text = values(program, directory), tokens(16)
+@pytest.mark.parametrize(("kind", "tied"), [*((kind, False) for kind in KINDS), ("llama", True)])
+def test_prefill_and_decode_agree_with_the_program(kind, tied, emitted):
+    model = emitted(kind, tied=tied)
+    session = load(model.out, threads=1)
+    made, text = values(model.program, model.directory), tokens(16)
     session.allocate(blocks=16, block_size=4)
     for start, end in ((0, 14), (14, 15), (15, 16)):
         given = step(text[start:end], [start], [end], TABLE)
-        want, got = run(program, {**made, **given}), session.run(given)
+        want, got = run(model.program, {**made, **given}), session.run(given)
         for a, b in zip(want, got, strict=True):
             assert (a - b).abs().max() <= BOUND * a.abs().max()
-        keep(program, made, want)
+        keep(model.program, made, want)
 
 
 @pytest.mark.parametrize("directory", QUANTIZED)
-def test_the_int8_caches_of_a_quantized_model_are_equal_bit_for_bit(directory, tmp_path):
+def test_the_int8_caches_of_a_quantized_model_are_equal_bit_for_bit(directory, emitted):
     """Codes differ only where a value lies within rounding of a tie: nowhere in this text."""
-    program = quantized(directory)
-    session = compiled(program, directory, tmp_path / "out")
+    program = emitted(directory).program
+    session = load(emitted(directory).out, threads=1)
     made, text = values(program, directory), tokens(16)
     session.allocate(blocks=16, block_size=4)
     for start, end in ((0, 14), (14, 15), (15, 16)):
@@ -124,10 +146,10 @@ def test_the_int8_caches_of_a_quantized_model_are_equal_bit_for_bit(directory, t
         keep(program, made, want)
 
 
-def test_a_mixed_batch_with_padding_and_then_other_sizes_in_the_same_session(tmp_path):
+def test_a_mixed_batch_with_padding_and_then_other_sizes_in_the_same_session(emitted):
     directory = QUANTIZED[1]
-    program = quantized(directory)
-    session = compiled(program, directory, tmp_path / "out")
+    program = emitted(directory).program
+    session = load(emitted(directory).out, threads=1)
     batches = [  # blocks of the cache, and new tokens, lengths and tables
         (16, [0, 8, 3], [6, 9, 3], [[14, 2, 0], [12, 1, 6], [3, 4, 5]]),  # the third has none new
         (9, [5], [6], [[3, 8]]),
@@ -299,10 +321,9 @@ def test_paged_attention_reads_what_belongs_to_it_and_nothing_else(how, dtype, s
     assert (got[12:] == 0).all()
 
 
-def test_only_the_pages_that_are_read_are_dequantized(tmp_path):
-    session_dir = tmp_path / "out"
-    emit(quantized(QUANTIZED[0]), open_checkpoint(QUANTIZED[0]), session_dir)
-    graph = onnx.load(session_dir / "model.onnx", load_external_data=False).graph
+def test_only_the_pages_that_are_read_are_dequantized(emitted):
+    out = emitted(QUANTIZED[0]).out
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     read = [node for node in graph.node if node.op_type == "DequantizeLinear"]
     assert len(read) == 8  # K and V of four layers
@@ -311,11 +332,9 @@ def test_only_the_pages_that_are_read_are_dequantized(tmp_path):
         assert makers[makers[flat.input[0]].input[0]].op_type == "Gather"
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_model_is_valid_and_of_standard_ops_and_names_its_sizes(kind, tiny_model, tmp_path):
-    directory = tiny_model(kind)
-    emit(capture(open_checkpoint(directory)), open_checkpoint(directory), tmp_path / "out")
-    shutil.copytree(tmp_path / "out", tmp_path / "copy")  # the checker refuses hard links
+@pytest.mark.parametrize("model", [*KINDS, *QUANTIZED])
+def test_the_model_is_valid_and_of_standard_ops_and_names_its_sizes(model, emitted, tmp_path):
+    shutil.copytree(emitted(model).out, tmp_path / "copy")  # the checker refuses hard links
     onnx.checker.check_model(tmp_path / "copy" / "model.onnx", full_check=True)
     model = onnx.load(tmp_path / "copy" / "model.onnx")
     onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
@@ -327,21 +346,20 @@ def test_the_model_is_valid_and_of_standard_ops_and_names_its_sizes(kind, tiny_m
     assert shapes["input_ids"] == ["T"]
     assert shapes["query_starts"] == ["B + 1"]
     assert shapes["block_table"] == ["B", "M"]
-    assert shapes["logits"] == ["R", 128]
+    assert shapes["logits"][0] == "R"
     assert shapes["k_cache_0_new"] == shapes["k_cache_0"]
     assert shapes["k_cache_0"][:2] == ["N", "S"]
 
 
-def test_weights_are_linked_and_not_copied(tiny_model, tmp_path):
-    directory = tiny_model("llama")
-    emit(capture(open_checkpoint(directory)), open_checkpoint(directory), tmp_path / "out")
-    shard = tmp_path / "out" / "weights" / "model.safetensors"
-    assert shard.samefile(directory / "model.safetensors")
-    own = {p.name: p.stat().st_size for p in (tmp_path / "out").iterdir() if p.is_file()}
+def test_weights_are_linked_and_not_copied(emitted):
+    model = emitted("llama")
+    shard = model.out / "weights" / "model.safetensors"
+    assert shard.samefile(model.directory / "model.safetensors")
+    own = {p.name: p.stat().st_size for p in model.out.iterdir() if p.is_file()}
     assert own["derived.bin"] < 1024  # the rotary frequencies
     assert own["model.onnx"] < shard.stat().st_size / 5
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= own.keys()
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = json.loads((model.out / "manifest.json").read_text())
     assert manifest["inputs"][0] == {"name": "input_ids", "dtype": "i64", "shape": ["T"]}
     assert [port["name"] for port in manifest["outputs"]][:2] == ["logits", "k_cache_0_new"]
 
@@ -364,7 +382,7 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("small", [0, weights.SMALL])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_are_exact_as_nodes_and_as_derived_tensors(
     recipe, small, stored, tmp_path, monkeypatch

@@ -17,9 +17,11 @@ from kvc8.ir import ops
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import ModelError
 from kvc8.ir.layouts import layer_index
+from kvc8.ir.model_files import place, shown
 from kvc8.ir.program import Program, argument, is_cache, is_parameter, recipe_of, tensor_type
 from kvc8.ir.recipe import make, stored_names
 from kvc8.ir.run import Value, run
+from kvc8.ir.safetensors_files import StoredTensor
 from kvc8.ir.types import size
 from kvc8.ir.w8a8 import Range, finite
 
@@ -57,6 +59,28 @@ def sites(program: Program) -> list[Site]:
         if inside and part == "weight" and len(weight.users) == 1:
             found.append(Site(module, argument(linear, 0)))
     return found
+
+
+def load(tensor: StoredTensor) -> Tensor:
+    """Read a stored tensor into memory of its own.
+
+    Checkpoint.read maps it, and what is mapped stays resident long after it was used: a run over
+    all weights would then seem to need as much memory as the model has.
+    """
+    held = bytearray(tensor.nbytes)
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.offset)
+            got = file.readinto(held)
+    except OSError as error:
+        raise ModelError(
+            f"{place(tensor.file)}: cannot be read ({shown(error.strerror)}); check its rights"
+        ) from error
+    if got != tensor.nbytes:
+        raise ModelError(f"{place(tensor.file)}: has become shorter; copy the file again")
+    if not held:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape)
 
 
 def vocabulary(program: Program) -> int:
@@ -175,7 +199,7 @@ class _Values(Mapping[str, Value]):
     def __init__(
         self, program: Program, checkpoint: Checkpoint, step: Mapping[str, Tensor]
     ) -> None:
-        self._step, self._read = step, checkpoint.read
+        self._step, self._stored = step, checkpoint.tensors
         self._made = {node.name: node for node in [*program.parameters(), *program.caches()]}
         self._sizes = {size("N"): len(step["seq_lens"]), size("S"): int(step["seq_lens"].max())}
 
@@ -184,7 +208,7 @@ class _Values(Mapping[str, Value]):
             return self._step[name]
         node = self._made[name]
         if not is_cache(node):
-            return make(recipe_of(node), self._read)
+            return make(recipe_of(node), lambda stored: load(self._stored[stored]))
         type_ = tensor_type(node)
         return torch.zeros([self._sizes.get(d, d) for d in type_.shape], dtype=type_.dtype)
 

@@ -10,7 +10,10 @@ The result has msModelSlim's ascendV1 layout and differs from msModelSlim's in i
 """
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,52 +23,86 @@ from rich.progress import Progress
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError
-from kvc8.ir.program import Program
-from kvc8.tools.calibrate import Statistics, calibrate, vocabulary
+from kvc8.ir.model_files import listed, place
+from kvc8.tools.calibrate import Report, calibrate, vocabulary
 from kvc8.tools.calibration_data import encode_texts, read_texts
 from kvc8.tools.command import entry
-from kvc8.tools.quantize_model import choose, plan, write_model
+from kvc8.tools.quantize_model import choose, not_copied, plan, write_model
 from kvc8.tools.quantize_writer import check_new
 from kvc8.tools.tokenize import read_tokenizer
 
 RECIPE = "min-max, K after RoPE"
+DIFFERENCES = (
+    "unlike msModelSlim, K is measured after RoPE, so that it does not clip; K and V are "
+    "symmetric; and a range is what all texts reach, not a mean of them and not a histogram's"
+)
 # What the vendor's script takes and this recipe does not do: by option, what it does.
 ONLY = (
-    ("w_bit", (8,), "weights are 8 bits wide"),
-    ("a_bit", (8,), "activations are 8 bits wide"),
-    ("act_method", (1,), "activation ranges are the least and greatest value (1)"),
-    ("anti_method", ("none",), "outliers are not smoothed (none)"),
-    ("disable_level", ("L0",), "layers are not chosen by their range (L0)"),
+    ("w_bit", 8, "weights are 8 bits wide"),
+    ("a_bit", 8, "activations are 8 bits wide"),
+    ("act_method", 1, "activation ranges are the least and greatest value (1)"),
+    ("anti_method", "none", "outliers are not smoothed (none)"),
+    ("disable_level", "L0", "layers are not chosen by their range (L0)"),
+    ("device_type", "cpu", "calibration runs on the CPU (cpu)"),
 )
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of kvc8-quantize, in its own spelling and the vendor script's."""
-    found = argparse.ArgumentParser(prog="kvc8-quantize", description=__doc__.splitlines()[0])
+    found = argparse.ArgumentParser(
+        prog="kvc8-quantize",
+        description=__doc__.splitlines()[0],
+        epilog=f"The vendor script's spellings are taken too; {DIFFERENCES}.",
+    )
     found.add_argument("directory", type=Path, nargs="?", help="the float model")
-    found.add_argument("--model_path", "--model-path", type=Path, dest="model_path")
+    found.add_argument("--model_path", "--model-path", type=Path, help="the float model")
     found.add_argument(
-        "-o", "--output", "--save_directory", "--save-directory", type=Path, required=True
+        *("-o", "--output", "--save_directory", "--save-directory"), type=Path, required=True
     )
-    found.add_argument("--calib-file", "--calib_file", type=Path, required=True)
-    found.add_argument("--w-bit", "--w_bit", type=int, default=8)
-    found.add_argument("--a-bit", "--a_bit", type=int, default=8)
-    found.add_argument("--act-method", "--act_method", type=int, default=1)
-    found.add_argument("--anti-method", "--anti_method", default="none")
-    found.add_argument("--disable-level", "--disable_level", default="L0")
-    found.add_argument("--device-type", "--device_type", choices=("cpu", "npu"), default="cpu")
     found.add_argument(
-        *("--use-kvcache-quant", "--use_kvcache_quant"),
-        nargs="?",
-        const="True",
-        default="True",
-        choices=("True", "False"),
+        *("--calib-file", "--calib_file"), type=Path, required=True, help="JSON lines or plain text"
     )
-    found.add_argument("--disable", nargs="*", default=[], help="linears that stay float, by name")
-    found.add_argument("--down-proj", action="store_true", help="quantize down_proj as well")
-    found.add_argument("--samples", type=int, help="use so many texts of the file")
-    found.add_argument("--max-tokens", type=int, default=512, help="of each text")
+    found.add_argument("--samples", type=_count, help="use so many texts of the file")
+    found.add_argument("--max-tokens", type=_count, default=512, help="of each text (512)")
+    _add_recipe(found)
     return found
+
+
+def _add_recipe(found: argparse.ArgumentParser) -> None:
+    for name, real, does in ONLY:
+        spelled = ("--" + name.replace("_", "-"), "--" + name)
+        found.add_argument(*spelled, type=type(real), default=real, help=does)
+    cache = found.add_mutually_exclusive_group()
+    cache.add_argument(
+        *("--use-kvcache-quant", "--use_kvcache_quant"),
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=True,
+        help="scales for an int8 KV cache (the default)",
+    )
+    cache.add_argument("--no-use-kvcache-quant", dest="use_kvcache_quant", action="store_false")
+    found.add_argument(
+        *("--disable", "--disable_names", "--disable-names"),
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="linears that stay float, with * for any characters; who reads the same value does too",
+    )
+    found.add_argument("--down-proj", action="store_true", help="quantize down_proj as well")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
 
 
 def work(args: argparse.Namespace) -> int:
@@ -73,28 +110,26 @@ def work(args: argparse.Namespace) -> int:
     source = _source(args)
     check_new(args.output)
     checkpoint = open_checkpoint(source)
-    if checkpoint.layout != "float":
-        what = f"{source.name}: is quantized already ({checkpoint.layout})"
-        raise ModelError(f"{what}; name the float model it came from")
-    program = capture(checkpoint, torch.float32)
-    chosen, left = choose(program, args.disable, args.down_proj)
+    _check_float(checkpoint)
     texts = read_texts(args.calib_file, args.samples)
     tokenizer = read_tokenizer(source)
+    program = capture(checkpoint, torch.float32)
+    chosen, left = choose(program, args.disable, args.down_proj)
     rows = encode_texts(
         texts, lambda text: tokenizer.encode_any(text.content), args.max_tokens, vocabulary(program)
     )
-    seen = _measure(program, checkpoint, rows, args.max_tokens)
-    made = plan(program, checkpoint, chosen, seen, args.use_kvcache_quant == "True")
     tokens = sum(map(len, rows))
-    notes = {
-        "kv_calibrated": "post-rope",
-        "recipe": RECIPE,
-        "texts": len(rows),
-        "tokens": tokens,
-    }
-    write_model(made, args.output, notes, lambda _: None)
+    with _progress("calibrating", tokens) as report:
+        seen = calibrate(program, checkpoint, rows, args.max_tokens, report)
+    made = plan(program, checkpoint, chosen, seen, args.use_kvcache_quant)
+    notes = {"recipe": RECIPE, "texts": len(rows), "tokens": tokens}
+    if made.kv:
+        notes = {"kv_calibrated": "post-rope", **notes}
+    with _progress("writing", sum(entry.nbytes for entry in made.entries())) as report:
+        write_model(made, args.output, notes, report)
     print(f"{args.output}: {len(chosen)} linears in W8A8, {len(left)} float, lm_head float")
-    print(f"K (after RoPE) and V of {len(made.kv) // 2} layers measured on {tokens:,} tokens")
+    if made.kv:
+        print(f"K (after RoPE) and V of {len(made.kv) // 2} layers measured on {tokens:,} tokens")
     return 0
 
 
@@ -102,31 +137,42 @@ def _source(args: argparse.Namespace) -> Path:
     """The model's directory; refuses options that this recipe would have to ignore."""
     for name, real, does in ONLY:
         given = getattr(args, name)
-        if given not in real:
+        if given != real:
             option = "--" + name.replace("_", "-")
             raise ModelError(f"{option}: {given} is not there yet, {does}; leave the option out")
-    source: Path | None = args.directory or args.model_path
-    if source is None:
-        raise ModelError("kvc8-quantize: no model is named; give its directory")
+    if (args.directory is None) == (args.model_path is None):
+        count = "no model is named" if args.directory is None else "two models are named"
+        raise ModelError(f"kvc8-quantize: {count}; give one directory")
+    if args.model_path is not None:  # somebody who comes from the vendor's script
+        print(f"note: {DIFFERENCES}", file=sys.stderr)
+    source: Path = args.directory or args.model_path
     return source
 
 
-def _measure(
-    program: Program, checkpoint: Checkpoint, rows: list[list[int]], most: int
-) -> Statistics:
+def _check_float(checkpoint: Checkpoint) -> None:
+    if checkpoint.layout != "float":
+        what = f"is quantized already ({checkpoint.layout})"
+        raise ModelError(f"{place(checkpoint.path)}: {what}; name the float model it came from")
+    for warning in checkpoint.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if rest := not_copied(checkpoint):
+        print(f"note: {place(checkpoint.path)}: {listed(rest)} is not copied", file=sys.stderr)
+
+
+@contextmanager
+def _progress(title: str, total: int) -> Iterator[Report]:
+    """A bar on the terminal, if stderr is one."""
     console = Console(stderr=True)
     with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("calibrating", total=sum(map(len, rows)))
-
-        def report(done: int, layer: str) -> None:
-            bar.update(task, completed=done, description=layer)
-
-        return calibrate(program, checkpoint, rows, most, report)
+        task = bar.add_task(title, total=total)
+        yield lambda done, where: bar.update(task, completed=done, description=f"{title} {where}")
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run kvc8-quantize."""
-    return entry(parser(), work)
+    # A run that is told to end takes back what it has written, as one that is interrupted does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return entry(parser(), work, arguments)
 
 
 if __name__ == "__main__":

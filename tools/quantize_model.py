@@ -15,10 +15,9 @@ from kvc8.ir.capture import config_dtype
 from kvc8.ir.checkpoint import Checkpoint, kv_widths
 from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import place
-from kvc8.ir.program import Program, argument, recipe_of
-from kvc8.ir.recipe import stored_names
+from kvc8.ir.program import Program, argument
 from kvc8.ir.w8a8 import Range, kv_scale, part_types, quantize_linear
-from kvc8.tools.calibrate import Site, Statistics, sites
+from kvc8.tools.calibrate import Site, Statistics, load, sites
 from kvc8.tools.quantize_writer import (
     DESCRIPTION,
     WEIGHTS,
@@ -59,16 +58,26 @@ class Plan:
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor by name; those of one linear at a time."""
-        read, stored = self.checkpoint.read, self.checkpoint.tensors
+        stored = self.checkpoint.tensors
         for name, top in self.kv.items():
             scale = kv_scale(top, self.dtype)
-            yield f"{name}.kv_cache_scale", scale
+            yield f"{name}.kv_cache_scale", _sound(f"{name}.kv_cache_scale", scale)
             yield f"{name}.kv_cache_offset", torch.zeros_like(scale)
         for module, seen in self.linears.items():
-            bias = read(f"{module}.bias") if f"{module}.bias" in stored else None
-            parts = quantize_linear(read(f"{module}.weight"), bias, seen, self.dtype)
+            bias = load(stored[f"{module}.bias"]) if f"{module}.bias" in stored else None
+            parts = quantize_linear(load(stored[f"{module}.weight"]), bias, seen, self.dtype)
+            for part in ("weight_scale", "input_scale"):
+                _sound(f"{module}.{part}", parts[part])
             yield from ((f"{module}.{part}", tensor) for part, tensor in parts.items())
-        yield from ((name, read(name)) for name in self.copied)
+        yield from ((name, load(stored[name])) for name in self.copied)
+
+
+def _sound(name: str, scale: Tensor) -> Tensor:
+    """A scale, which must be a number that its dtype holds."""
+    if not bool(scale.isfinite().all()):
+        kind = str(scale.dtype).removeprefix("torch.")
+        raise ModelError(f"{name}: is beyond what {kind} holds; check the model's weights")
+    return scale
 
 
 def choose(
@@ -98,23 +107,26 @@ def plan(
 ) -> Plan:
     """What to write for a model, given what was measured."""
     linears = {site.module: seen.inputs[site.source] for site in chosen}
-    used = {name for node in program.parameters() for name in stored_names(recipe_of(node))}
     quantized = {f"{module}.weight" for module in linears}
-    copied = [
-        name
-        for name, tensor in checkpoint.tensors.items()
-        if name not in quantized
-        and (name in used or _worth_keeping(checkpoint, name))
-        and tensor.dtype.is_floating_point
-    ]
+    left_out = {*quantized, *not_copied(checkpoint)}
+    copied = [name for name in checkpoint.tensors if name not in left_out]
     tops = _kv_tops(program, checkpoint, seen) if kv else {}
     return Plan(checkpoint, config_dtype(checkpoint), linears, tops, copied)
 
 
-def _worth_keeping(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether to copy a tensor that the program does not read; a tied lm_head is a second copy."""
-    tied = bool(checkpoint.config.get("tie_word_embeddings"))
-    return not (tied and name.endswith(("lm_head.weight", "embed_tokens.weight")))
+def not_copied(checkpoint: Checkpoint) -> list[str]:
+    """The stored tensors that are left out: a tied lm_head's second copy, and whole numbers.
+
+    Whole numbers in a float model are buffers, which its code makes again by itself; the
+    description has no label for them.
+    """
+    found = [name for name, t in checkpoint.tensors.items() if not t.dtype.is_floating_point]
+    heads = [name for name in checkpoint.tensors if name.endswith("lm_head.weight")]
+    tables = [name for name in checkpoint.tensors if name.endswith("embed_tokens.weight")]
+    if checkpoint.config.get("tie_word_embeddings") and heads and tables:
+        same = torch.equal(checkpoint.read(heads[0]), checkpoint.read(tables[0]))
+        found += heads[:1] if same else []
+    return found
 
 
 def _kv_tops(program: Program, checkpoint: Checkpoint, seen: Statistics) -> dict[str, Tensor]:
@@ -139,16 +151,20 @@ def _attention(write: Node) -> str:
 
 
 def write_model(
-    made: Plan, out: Path, notes: Mapping[str, object], progress: Callable[[Entry], None]
+    made: Plan, out: Path, notes: Mapping[str, object], report: Callable[[int, str], None]
 ) -> None:
-    """Write the model directory, with `notes` on how it was made in the description."""
+    """Write the model directory, with `notes` on how it was made in the description.
+
+    `report` gets the number of bytes written so far, and the tensor written last.
+    """
     entries = made.entries()
-    by_name = {entry.name: entry for entry in entries}
 
     def told() -> Iterator[tuple[str, Tensor]]:
+        done = 0
         for name, tensor in made.tensors():
             yield name, tensor
-            progress(by_name[name])
+            done += tensor.nbytes
+            report(done, name)
 
     with new_directory(out) as directory:
         write_tensors(directory / WEIGHTS, entries, told())

@@ -3,11 +3,10 @@
 A stored tensor is external data at its place in its shard, which is hard-linked into the model's
 directory, since ONNX Runtime reads no data from outside of it. Of other recipes,
 
-    from under 1 MB of stored tensors    the tensor is made now and written to derived.bin
+    from under 64 KB of stored tensors   the tensor is made now and written to derived.bin
     cast, reshape, transpose, slice,     nodes over external data, which ONNX Runtime computes once
     concat, neg, reciprocal, expand      when it loads the model
-    w8a8                                 DequantizeLinear, with a scale in derived.bin: its float
-                                         weight is made anew each step and never kept
+    w8a8                                 likewise Cast and Mul, with a scale in derived.bin
     whatever else                        made now and written to derived.bin
 """
 
@@ -26,7 +25,7 @@ from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.program import recipe_of
 from kvc8.ir.recipe import Arg, Recipe, make, stored_names
 
-SMALL = 1 << 20
+SMALL = 1 << 16  # bytes; under it a tensor costs less than the nodes that would make it
 ALIGNMENT = 64
 DERIVED, FOLDER = "derived.bin", "weights"
 
@@ -77,8 +76,9 @@ class Weights:
         """The float weight, each output's codes times its scale."""
         w8, in_scale, _, deq_scale, _ = (arg for arg in recipe.args if isinstance(arg, Recipe))
         read = self.checkpoint.read
-        scale = self._put(make(deq_scale, read) / make(in_scale, read).float(), f"{name}/scale")
-        return self.b.op("DequantizeLinear", self._value(w8, name), scale, axis=0)
+        scale = (make(deq_scale, read) / make(in_scale, read).float())[:, None]
+        codes = self.b.cast(self._value(w8, name), torch.int8, torch.float32)
+        return self.b.op("Mul", codes, self._put(scale, f"{name}/scale"))
 
     def _external(self, name: str) -> Value:
         if name not in self._stored:
