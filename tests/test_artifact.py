@@ -21,6 +21,9 @@ from kvc8.ir.errors import IRError, KVC8Error, ModelError, TargetError
 from kvc8.ir.program import Program
 from kvc8.ir.text import parse, show
 
+pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
+
+
 # A model of one layer without attention: what is embedded goes into the cache and out again.
 TEXT = """
 def lowered(

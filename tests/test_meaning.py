@@ -24,6 +24,9 @@ from kvc8.passes.remove_cache_copies import remove_cache_copies
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
 
+pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
+
+
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"  # symmetric
 QWEN2 = CHECKPOINTS / "qwen2_fp16_none_asym" / "quant"  # with zero points and biases

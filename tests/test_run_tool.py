@@ -20,6 +20,9 @@ from kvc8.tools import run
 from kvc8.tools.command import entry
 from kvc8.tools.tokenize import TextStream, read_tokenizer
 
+pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
+
+
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"
 EMULATED = "emulated on a CPU, as documented; not verified on a device"
 

@@ -23,6 +23,9 @@ from kvc8.ir.recipe import make
 from kvc8.ir.text import parse
 from kvc8.passes import pipeline
 
+pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
+
+
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"
 BLOCK = 32
 PROMPTS = [[5, 6, 7], [9, 8] * 20, [100, 200, 300, 400, 5], [77] * 32, [11]]

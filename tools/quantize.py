@@ -88,7 +88,7 @@ def _add_recipe(found: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME",
-        help="linears that stay float, with * for any characters; who reads the same value does too",
+        help="linears that stay float (* for any characters), and those that read the same value",
     )
     found.add_argument("--down-proj", action="store_true", help="quantize down_proj as well")
 

@@ -3,6 +3,9 @@
 QuantizeLinear adds the zero point after it rounds, and kvc8 before: they differ where x/scale lies
 halfway between two integers and the zero point is odd. So QuantizeLinear and DequantizeLinear
 stand for the symmetric ops only, and zero points, which need not be integers, are added in float32.
+
+MatMulInteger is exact by its definition. On x86 without VNNI, ONNX Runtime's sums saturate unless
+session.x64quantprecision is 1, as runner.py sets it.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,464 @@
+"""kvc8-quantize: what it writes, measured against the float model, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from steps import step, values
+from transformers import AutoModelForCausalLM
+
+from kvc8.ir import ops
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.program import argument
+from kvc8.ir.run import run
+from kvc8.ir.w8a8 import Range, input_params, kv_scale, quantize_linear
+from kvc8.passes import pipeline
+from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.tools import command, quantize
+from kvc8.tools.tokenize import read_tokenizer
+
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+LINEAR = torch.ops.aten.linear.default
+TEXTS = ("The sea is a very large thing.", "12 + 30 = 42", "def f(x): return x", "Why not? ~!{}")
+WEIGHTS, DESCRIPTION = "quant_model_weight_w8a8.safetensors", "quant_model_description.json"
+REPOSITORY = Path(__file__).parent.parent
+HELD_OUT = """The bakery on Cooper Lane opens at five, long before the first bus. Nadia lights the \
+ovens, weighs the flour and lets the radio talk to itself. By six the windows are white with steam \
+and somebody is always waiting outside, stamping their feet. She knows most of them by what they \
+buy: two rolls and a paper, a rye loaf cut thin, the boy who counts his coins twice. In winter she \
+keeps a pot of soup behind the counter and forgets to charge for it. Her accountant has written \
+her three letters about that. The formula is not complicated, he says: revenue minus cost is \
+profit, and soup is a cost. She has pinned the letters above the sink, where the steam has made \
+the ink run, so that only the word "kindly" can still be read."""
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def quantize_(directory: Path, out: Path, texts: Path, *options: str) -> int:
+    arguments = [str(directory), "-o", str(out), "--calib-file", str(texts), *options]
+    return command.entry(quantize.parser(), quantize.work, arguments)
+
+
+def in_dtype(directory: Path, new: Path, dtype: str, **changed: torch.Tensor) -> Path:
+    """A copy of a model that stores its tensors in another dtype, and some of them changed."""
+    shutil.copytree(directory, new)
+    found = {**load_file(new / "model.safetensors"), **changed}
+    kind = getattr(torch, dtype)
+    save_file({n: t.to(kind) for n, t in found.items()}, new / "model.safetensors")
+    edit_json(new / "config.json", dtype=dtype)
+    return new
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def tokens_of(directory: Path) -> list[list[int]]:
+    return [read_tokenizer(directory).encode(text) for text in TEXTS]
+
+
+def deq_scale(parts: dict[str, torch.Tensor]) -> torch.Tensor:
+    found = parts["deq_scale"]
+    return found if found.dtype is torch.float32 else found.to(torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_result_opens_and_accounts_for_every_tensor(kind, tied, tiny_model, texts, tmp_path):
+    source, out = tiny_model(kind, tied=tied), tmp_path / "out"
+    assert quantize_(source, out, texts) == 0
+    found, before = open_checkpoint(out), open_checkpoint(source)
+    assert (found.warnings, found.layout, found.kv_calibrated) == ((), "ascendV1", "post-rope")
+    assert set(found.kv) == set(range(4))
+    assert len(found.w8a8) == 4 * 6  # all but down_proj and lm_head
+    parts = ("weight_scale", "weight_offset", "input_scale", "input_offset")
+    parts += ("quant_bias", "deq_scale")
+    new = {f"{module}.{part}" for module in found.w8a8 for part in parts}
+    new |= {
+        f"model.layers.{i}.self_attn.{side}_proj.kv_cache_{part}"
+        for i in range(4)
+        for side in "kv"
+        for part in ("scale", "offset")
+    }
+    assert set(found.tensors) == {*before.tensors, *new}
+    assert ("lm_head.weight" in found.tensors) is not tied
+    for name in set(before.tensors) - {f"{module}.weight" for module in found.w8a8}:
+        assert found.tensors[name].dtype is before.tensors[name].dtype
+        assert torch.equal(found.read(name), before.read(name))
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantize"] == "w8a8"
+    kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
+    assert config["quantization_config"] == kinds
+    assert config["tie_word_embeddings"] is tied
+    count = sum(map(len, tokens_of(source)))
+    recipe = {"kv_calibrated": "post-rope", "recipe": "min-max, K after RoPE"}
+    assert found.kvc8 == {**recipe, "texts": 4, "tokens": count}
+    assert read_tokenizer(out).encode("as before") == read_tokenizer(source).encode("as before")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_parameters_are_those_of_the_float_model(kind, dtype, tiny_model, texts, tmp_path):
+    """Hooks and cache of transformers give the ranges; a window would cut its cache short."""
+    source, out = in_dtype(tiny_model(kind), tmp_path / "m", dtype), tmp_path / "out"
+    assert quantize_(source, out, texts) == 0
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ranges: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: ranges[name].append(args[0])
+            )
+    rows: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for tokens in tokens_of(source):
+        with torch.no_grad():
+            cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
+        for i, layer in enumerate(cache.layers):
+            for side, x in (("k", layer.keys), ("v", layer.values)):
+                rows[f"model.layers.{i}.self_attn.{side}_proj"].append(
+                    x[0].transpose(0, 1).flatten(1)
+                )
+    stored, kind_ = load_file(out / WEIGHTS), getattr(torch, dtype)
+    eps = torch.finfo(kind_).eps + 1e-5  # rounded up by less than one place; sums in another order
+    for name, found in rows.items():
+        want = torch.cat(found).abs().amax(0) / 127
+        scale = stored[f"{name}.kv_cache_scale"]
+        assert scale.dtype is kind_
+        assert (scale.float() >= want * (1 - 1e-5)).all()
+        assert (scale.float() <= want * (1 + eps)).all()
+        assert not stored[f"{name}.kv_cache_offset"].any()
+    weights = dict(model.named_parameters())
+    for name in open_checkpoint(out).w8a8:
+        x = torch.cat([x.flatten() for x in ranges[name]])
+        parts = {
+            n.removeprefix(f"{name}."): t for n, t in stored.items() if n.startswith(f"{name}.")
+        }
+        bias = weights.get(f"{name}.bias")
+        check_linear(parts, weights[f"{name}.weight"].detach(), bias, x.min(), x.max(), eps)
+        assert parts["deq_scale"].dtype is (torch.float32 if dtype == "bfloat16" else torch.int64)
+
+
+def check_linear(parts, weight, bias, low, high, eps):
+    """A W8A8 linear's tensors against its float weight and the range of its input."""
+    in_scale, offset = parts["input_scale"].float(), parts["input_offset"].float()
+    want = (high - low) / 255
+    assert want * (1 - 1e-5) <= in_scale <= want * (1 + eps)
+    assert (offset - (-low / in_scale - 128)).abs() <= 0.5 + 1e-3
+    scale, w8 = parts["weight_scale"].float(), parts["weight"].float()
+    assert (w8.abs().amax(1) >= 126).all()  # no code is wasted
+    assert w8.abs().max() <= 127
+    assert ((w8 * scale - weight).abs() <= scale / 2 * (1 + 1e-5)).all()
+    deq = deq_scale(parts)
+    assert torch.equal(deq, in_scale * scale[:, 0])
+    meant = (parts["quant_bias"].double() + w8.double().sum(1) * offset.double()) * deq
+    bias = torch.zeros(len(deq)) if bias is None else bias.detach()
+    assert ((meant - bias).abs() <= deq / 2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_no_k_or_v_of_the_texts_clips(kind, dtype, tiny_model, texts, tmp_path):
+    source, out = in_dtype(tiny_model(kind), tmp_path / "m", dtype), tmp_path / "out"
+    assert quantize_(source, out, texts, "--max-tokens", "17") == 0
+    program, stored = capture(open_checkpoint(source), torch.float32), load_file(out / WEIGHTS)
+    writes = {argument(node, 1): node for node in program.calls(ops.cache_write)}
+    codes: dict[str, torch.Tensor] = {}
+
+    def observe(node, value):
+        if node in writes:
+            side = writes[node].name[0]
+            name = f"{writes[node].meta['origin']}.{side}_proj.kv_cache_scale"
+            reach = (value.flatten(1).abs() / stored[name].float()).amax(0)
+            codes[name] = torch.maximum(codes.get(name, reach), reach)
+
+    made = values(program, source)
+    for tokens in tokens_of(source):
+        tokens = tokens[:17]
+        run(program, {**made, **step(tokens, [0], [len(tokens)], [[0, 1, 2, 3, 4]])}, observe)
+    assert len(codes) == 8
+    for reach in codes.values():
+        assert reach.max() <= 127 * (1 + 1e-5)
+        assert reach.min() >= 127 * (1 - 2**-10 - 1e-5)  # and no channel has room to spare
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_each_linear_stays_within_its_bound(kind, tiny_model, texts, tmp_path):
+    """|y - y'| <= s/2·Σ|w'| + s_w/2·Σ|x| + deq/2: rounded inputs, weights and bias, added up."""
+    source, out = tiny_model(kind), tmp_path / "out"
+    assert quantize_(source, out, texts, "--down-proj") == 0
+    program, checkpoint = capture(open_checkpoint(source)), open_checkpoint(out)
+    quantized = capture(checkpoint, torch.float32)
+    insert_linear_quant(quantized)
+    assert len(quantized.calls(ops.quant_linear)) == 4 * 7
+    stored, held = load_file(out / WEIGHTS), {}
+    linears = {node: node.meta["origin"] for node in program.calls(LINEAR)}
+
+    def observe(node, value):
+        held[node] = value
+        if linears.get(node) in checkpoint.w8a8:
+            check(held[argument(node, 0)][0], value[0], linears[node])
+
+    def check(x, y, name):
+        parts = {
+            n.removeprefix(f"{name}."): t for n, t in stored.items() if n.startswith(f"{name}.")
+        }
+        s, deq, w_scale = parts["input_scale"], deq_scale(parts), parts["weight_scale"][:, 0]
+        x8 = ops.quantize(x, s, parts["input_offset"])
+        new = ops.quant_linear(x8, parts["weight"], deq, parts["quant_bias"], torch.float32)
+        w = (parts["weight"].float() * parts["weight_scale"]).abs().sum(1)
+        bound = s / 2 * w + w_scale / 2 * x.abs().sum(1, keepdim=True) + deq / 2
+        assert ((new - y).abs() <= bound * (1 + 1e-4)).all()
+
+    made = values(program, source)
+    for tokens in tokens_of(source):
+        run(program, {**made, **step(tokens, [0], [len(tokens)], [list(range(8))])}, observe)
+
+
+def test_the_same_run_twice_writes_the_same_bytes(tiny_model, texts, tmp_path):
+    for name in ("a", "b"):
+        assert quantize_(tiny_model("qwen2"), tmp_path / name, texts) == 0
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {"config.json", DESCRIPTION, WEIGHTS, "tokenizer.json"} <= set(names)
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_dead_channel_has_a_scale_that_float16_can_invert(tiny_model, texts, tmp_path):
+    name = "model.layers.1.self_attn.v_proj"
+    weight = load_file(tiny_model("llama") / "model.safetensors")[f"{name}.weight"]
+    weight[3] = 0
+    changed = {f"{name}.weight": weight}
+    source = in_dtype(tiny_model("llama"), tmp_path / "m", "float16", **changed)
+    assert quantize_(source, tmp_path / "out", texts) == 0
+    stored = load_file(tmp_path / "out" / WEIGHTS)
+    assert stored[f"{name}.kv_cache_scale"][3] == torch.finfo(torch.float16).smallest_normal
+    assert (1 / stored[f"{name}.kv_cache_scale"]).isfinite().all()
+    assert not stored[f"{name}.weight"][3].any()
+    assert torch.equal(
+        kv_scale(torch.zeros(2), torch.bfloat16), torch.full((2,), 2.0**-23).bfloat16()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_row_of_zeros_keeps_its_bias(dtype):
+    """Its scale grows until the bias fits into an int32."""
+    weight, bias = torch.zeros(2, 8, dtype=dtype), torch.tensor([50.0, -0.25], dtype=dtype)
+    parts = quantize_linear(weight, bias, Range(-0.01, 0.02), dtype)
+    got = parts["quant_bias"].double() * deq_scale(parts)
+    assert (got - bias.double()).abs().max() <= deq_scale(parts).max()
+    assert float(input_params(Range(0, 0), torch.float16)[0]) == 2.0**-14
+
+
+def test_both_copies_of_a_tied_head_become_one(tiny_model, texts, tmp_path, capsys):
+    source = tmp_path / "m"
+    table = load_file(tiny_model("llama", tied=True) / "model.safetensors")[
+        "model.embed_tokens.weight"
+    ]
+    in_dtype(tiny_model("llama", tied=True), source, "float32", **{"lm_head.weight": table})
+    capsys.readouterr()
+    assert quantize_(source, tmp_path / "out", texts) == 0
+    found = open_checkpoint(tmp_path / "out")
+    assert found.warnings == ()
+    assert "lm_head.weight" not in found.tensors
+    assert capsys.readouterr().err == f"note: {source}: lm_head.weight is not copied\n"
+
+
+def test_what_reads_one_value_stays_float_together(tiny_model, texts, tmp_path):
+    source = tiny_model("llama")
+    options = ("--disable", "model.layers.0.*.k_proj", "lm_head", "--no-use-kvcache-quant")
+    assert quantize_(source, tmp_path / "out", texts, "--down-proj", *options) == 0
+    found = open_checkpoint(tmp_path / "out")
+    assert (found.warnings, found.kv, found.kv_calibrated) == ((), {}, None)
+    first = [name.split(".")[-1] for name in found.w8a8 if ".0." in name]
+    assert sorted(first) == ["down_proj", "gate_proj", "o_proj", "up_proj"]
+    assert len(found.w8a8) == 4 * 7 - 3
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+def test_the_vendor_scripts_spelling(tiny_model, texts, tmp_path, capsys):
+    out, model = tmp_path / "out", tiny_model("llama")
+    capsys.readouterr()
+    spelled = f"--model_path {model} --save_directory {out} --calib_file {texts} "
+    spelled += "--w_bit 8 --a_bit 8 --act_method 1 --anti_method none --disable_level L0 "
+    spelled += "--device_type cpu --use_kvcache_quant True"
+    assert command.entry(quantize.parser(), quantize.work, spelled.split()) == 0
+    said = capsys.readouterr()
+    assert said.err == (
+        "note: unlike msModelSlim, K is measured after RoPE, so that it does not clip; K and V are "
+        "symmetric; and a range is what all texts reach, not a mean of them and not a histogram's\n"
+    )
+    count = sum(map(len, tokens_of(model)))
+    assert said.out == (
+        f"{out}: 24 linears in W8A8, 4 float, lm_head float\n"
+        f"K (after RoPE) and V of 4 layers measured on {count} tokens\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--w-bit 4", "--w-bit: 4 is not there yet, weights are 8 bits wide"),
+        ("--a_bit 16", "--a-bit: 16 is not there yet, activations are 8 bits wide"),
+        ("--act-method 3", "--act-method: 3 is not there yet, activation ranges are the least and "
+         "greatest value (1)"),
+        ("--anti_method m3", "--anti-method: m3 is not there yet, outliers are not smoothed "
+         "(none)"),
+        ("--disable-level L2", "--disable-level: L2 is not there yet, layers are not chosen by "
+         "their range (L0)"),
+        ("--device_type npu", "--device-type: npu is not there yet, calibration runs on the CPU "
+         "(cpu)"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_refused_by_name(options, said, tiny_model, texts, tmp_path, capsys):
+    assert refusal(capsys, tiny_model("llama"), tmp_path, texts, *options.split()) == (
+        f"{said}; leave the option out"
+    )
+
+
+def refusal(capsys, directory: Path, folder: Path, texts: Path, *options: str) -> str:
+    """The one sentence of a refused run, which leaves nothing behind."""
+    before = sorted(folder.iterdir())
+    capsys.readouterr()
+    assert quantize_(directory, folder / "out", texts, *options) == 1
+    assert sorted(folder.iterdir()) == before
+    [said] = capsys.readouterr().err.splitlines()
+    return said.removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", ": holds no text; write one text a line, as JSON"),
+        ('{"text": "a"}\n\n{"text"\n', ": line 3: is not JSON (Expecting ':' delimiter: line 1 "
+         "column 8 (char 7)); write one object a line"),
+        ("[1]\n", ': line 1: is no object; write {"text": "..."}'),
+        ('{"title": "a"}', ": line 1: has none of inputs_pretokenized, text, prompt or messages; "
+         "name its text so"),
+        ('{"text": "a"}\n{"prompt": 7}', ": line 2: prompt is 7; give it a text"),
+        ('{"inputs_pretokenized": ""}', ": line 1: inputs_pretokenized is empty; give it a text"),
+        ('{"messages": [{"role": "user"}]}', ": line 1: messages is no list of role and content; "
+         "write a chat so"),
+    ],
+)  # fmt: skip
+def test_a_wrong_calibration_file(content, said, tiny_model, tmp_path, capsys):
+    path = tmp_path / "c.jsonl"
+    path.write_text(content)
+    assert refusal(capsys, tiny_model("llama"), tmp_path, path) == f"{path}{said}"
+
+
+def test_texts_that_cannot_be_read(tiny_model, tmp_path, capsys):
+    model, path = tiny_model("llama"), tmp_path / "texts"
+    assert refusal(capsys, model, tmp_path, path) == (
+        f"{path}: cannot be read (No such file or directory); name a file of texts"
+    )
+    path.write_bytes(b"caf\xe9")
+    assert refusal(capsys, model, tmp_path, path) == (
+        f"{path}: is not text in UTF-8 (byte 3); save it as UTF-8"
+    )
+
+
+def test_plain_text_is_cut_at_blank_lines(tiny_model, tmp_path):
+    path = tmp_path / "plain.txt"
+    path.write_text("one\ntwo\n\n\nthree\n")
+    assert quantize_(tiny_model("llama"), tmp_path / "out", path) == 0
+    assert open_checkpoint(tmp_path / "out").kvc8["texts"] == 2
+    assert open_checkpoint(tmp_path / "out").kvc8["tokens"] == len("one\ntwo" + "three")
+
+
+def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
+    made, bad, small = tmp_path / "made", tmp_path / "bad", tmp_path / "small"
+    assert quantize_(tiny_model("llama"), made, texts) == 0
+    assert refusal(capsys, made, tmp_path, texts) == (
+        f"{made}: is quantized already (ascendV1); name the float model it came from"
+    )
+    nan = {"model.layers.2.mlp.up_proj.weight": torch.full((128, 64), float("nan"))}
+    in_dtype(tiny_model("llama"), bad, "float32", **nan)
+    assert refusal(capsys, bad, tmp_path, texts) == (
+        "model.layers.2.mlp: gives a value that is not finite; check the model's weights"
+    )
+    shutil.copytree(tiny_model("llama", vocab_size=70), small)
+    assert refusal(capsys, small, tmp_path, texts) == (
+        f"{texts}: line 1: gives token {max(tokens_of(small)[0])} and the model has 70; "
+        "copy the tokenizer that belongs to it"
+    )
+    assert refusal(capsys, tiny_model("llama"), tmp_path, texts, "--disable", "q") == (
+        "--disable q: names no linear of this model; "
+        "write one as model.layers.0.mlp.up_proj, or with * for any characters"
+    )
+    assert refusal(capsys, tiny_model("llama"), tmp_path, texts, "--model_path", "x") == (
+        "kvc8-quantize: two models are named; give one directory"
+    )
+    (tmp_path / "out").mkdir()
+    assert refusal(capsys, tiny_model("llama"), tmp_path, texts) == (
+        f"{tmp_path / 'out'}: exists already; remove it or name another directory"
+    )
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_run_leaves_nothing(kill, tiny_model, texts, tmp_path):
+    """Killed when the weights are written and the rest is not."""
+    stop = "lambda *_: (print('here', flush=True), time.sleep(60))"
+    code = "import sys, time\nfrom kvc8.tools import quantize, quantize_model\n"
+    code += f"quantize_model.write_json = {stop}\nsys.exit(quantize.main())"
+    folder = tmp_path / "folder"
+    given = [str(tiny_model("llama")), "-o", str(folder / "out"), "--calib-file", str(texts)]
+    child = subprocess.Popen([sys.executable, "-c", code, *given], stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"here\n"
+    child.send_signal(kill)
+    child.communicate()
+    if kill == signal.SIGTERM:  # interrupted; after SIGKILL only a hidden directory is left
+        assert (child.returncode, list(folder.iterdir())) == (130, [])
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+def test_the_real_model(smollm2, tmp_path):
+    """Seconds, peak memory, and the KL divergence from the float model on a text not seen."""
+    out = tmp_path / "out"
+    texts = REPOSITORY / "tests" / "data" / "calibration.jsonl"
+    command_ = [sys.executable, "-m", "kvc8.tools.quantize", str(smollm2), "-o", str(out)]
+    start = time.monotonic()
+    child = subprocess.Popen([*command_, "--calib-file", str(texts)], stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    seconds, peak = time.monotonic() - start, usage.ru_maxrss / 1000
+    print(f"\nquantized in {seconds:.1f} s, CPU {usage.ru_utime:.1f} s, peak {peak:.0f} MB")
+    assert open_checkpoint(out).warnings == ()
+    tokens = read_tokenizer(smollm2).encode(HELD_OUT)
+    want = logits(smollm2, tokens, ())
+    linear = divergence(want, logits(out, tokens, (insert_linear_quant,)))
+    both = divergence(want, logits(out, tokens, pipeline.QUANTIZE))
+    print(f"mean KL over {len(tokens)} tokens: W8A8 {linear:.4f}, W8A8+C8 {both:.4f}")
+    assert both < 0.1
+
+
+def logits(directory: Path, tokens: list[int], passes) -> torch.Tensor:
+    """The log probabilities that a model gives after some passes, computed in float32."""
+    program = capture(open_checkpoint(directory), torch.float32)
+    if passes:
+        pipeline.run(program, passes)
+    made = values(program, directory, blocks=1, block=len(tokens))
+    given = step(tokens, [0], [len(tokens)], [[0]], block=len(tokens))
+    return run(program, {**made, **given})[0].log_softmax(-1)
+
+
+def divergence(want: torch.Tensor, got: torch.Tensor) -> float:
+    return float((want.exp() * (want - got)).sum(-1).mean())
