@@ -27,6 +27,9 @@ from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.tools import command, quantize
 from kvc8.tools.tokenize import read_tokenizer
 
+pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
+
+
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 LINEAR = torch.ops.aten.linear.default
 TEXTS = ("The sea is a very large thing.", "12 + 30 = 42", "def f(x): return x", "Why not? ~!{}")
