@@ -293,6 +293,15 @@ def test_what_reads_one_value_stays_float_together(tiny_model, texts, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+def test_scales_for_the_cache_alone(tiny_model, texts, tmp_path):
+    assert quantize_(tiny_model("llama"), tmp_path / "out", texts, "--disable", "*") == 0
+    found = open_checkpoint(tmp_path / "out")
+    assert (len(found.kv), found.w8a8) == (4, {})
+    [warning] = found.warnings
+    assert ": the vendor does not support C8 without W8A8; " in warning
+    assert json.loads((tmp_path / "out" / DESCRIPTION).read_text())["model_quant_type"] == "FLOAT"
+
+
 def test_the_vendor_scripts_spelling(tiny_model, texts, tmp_path, capsys):
     out, model = tmp_path / "out", tiny_model("llama")
     capsys.readouterr()
@@ -405,6 +414,10 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
     )
     assert refusal(capsys, tiny_model("llama"), tmp_path, texts, "--model_path", "x") == (
         "kvc8-quantize: two models are named; give one directory"
+    )
+    nothing = ("--disable", "*", "--no-use-kvcache-quant")
+    assert refusal(capsys, tiny_model("llama"), tmp_path, texts, *nothing) == (
+        "--disable: leaves nothing to quantize; name fewer linears"
     )
     (tmp_path / "out").mkdir()
     assert refusal(capsys, tiny_model("llama"), tmp_path, texts) == (

@@ -115,6 +115,8 @@ def work(args: argparse.Namespace) -> int:
     tokenizer = read_tokenizer(source)
     program = capture(checkpoint, torch.float32)
     chosen, left = choose(program, args.disable, args.down_proj)
+    if not chosen and not args.use_kvcache_quant:
+        raise ModelError("--disable: leaves nothing to quantize; name fewer linears")
     rows = encode_texts(
         texts, lambda text: tokenizer.encode_any(text.content), args.max_tokens, vocabulary(program)
     )

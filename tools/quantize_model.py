@@ -176,7 +176,8 @@ def write_model(
 def _description(
     made: Plan, entries: Sequence[Entry], notes: Mapping[str, object]
 ) -> dict[str, object]:
-    head: dict[str, object] = {"version": "1.0.0", "model_quant_type": "W8A8"}
+    kind = "W8A8" if made.linears else "FLOAT"
+    head: dict[str, object] = {"version": "1.0.0", "model_quant_type": kind}
     if made.kv:
         head |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
     labels = {entry.name: entry.label for entry in entries}
