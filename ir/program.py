@@ -191,12 +191,6 @@ def recipe_of(node: Node) -> Recipe:
     return found
 
 
-def replace(old: Node, new: Node) -> None:
-    """Let every user of `old` use `new`, which takes its name and origin."""
-    old.replace_all_uses_with(new)
-    new.meta["origin"] = old.meta.get("origin", "")
-
-
 def users(node: Node) -> Iterator[Node]:
     """The calls that use a node; the output does not count."""
     yield from [user for user in node.users if user.op != "output"]
