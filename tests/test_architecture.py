@@ -29,7 +29,6 @@ THIRD_PARTIES = {
         "ir/checkpoint*.py",
         "ir/safetensors_files.py",
         "backends/npu/artifact.py",
-        "tools/quantize*.py",
     ],
     "onnx": ["backends/onnx/*"],
     "onnx_ir": ["backends/onnx/*"],

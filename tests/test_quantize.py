@@ -429,8 +429,9 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
 def test_a_killed_run_leaves_nothing(kill, tiny_model, texts, tmp_path):
     """Killed when the weights are written and the rest is not."""
     stop = "lambda *_: (print('here', flush=True), time.sleep(60))"
-    code = "import sys, time\nfrom kvc8.tools import quantize, quantize_model\n"
-    code += f"quantize_model.write_json = {stop}\nsys.exit(quantize.main())"
+    code = "import sys, time\nfrom kvc8.tools import quantize\n"
+    code += "from kvc8.tools.quantizer import model\n"
+    code += f"model.write_json = {stop}\nsys.exit(quantize.main())"
     folder = tmp_path / "folder"
     given = [str(tiny_model("llama")), "-o", str(folder / "out"), "--calib-file", str(texts)]
     child = subprocess.Popen([sys.executable, "-c", code, *given], stdout=subprocess.PIPE)

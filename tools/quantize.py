@@ -24,14 +24,14 @@ from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import listed, place
-from kvc8.tools.calibrate import Report, calibrate, vocabulary
-from kvc8.tools.calibration_data import encode_texts, read_texts
 from kvc8.tools.command import entry
-from kvc8.tools.quantize_model import choose, not_copied, plan, write_model
-from kvc8.tools.quantize_writer import check_new
+from kvc8.tools.quantizer.calibrate import Report, calibrate, vocabulary
+from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts
+from kvc8.tools.quantizer.model import choose, not_copied, plan, write_model
+from kvc8.tools.quantizer.writer import check_new
 from kvc8.tools.tokenize import read_tokenizer
 
-RECIPE = "min-max, K after RoPE"
+RECIPES = {"minmax": "min-max, K after RoPE"}  # by name, what the description notes
 DIFFERENCES = (
     "unlike msModelSlim, K is measured after RoPE, so that it does not clip; K and V are "
     "symmetric; and a range is what all texts reach, not a mean of them and not a histogram's"
@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_recipe(found: argparse.ArgumentParser) -> None:
+    found.add_argument(
+        "--recipe", choices=RECIPES, default="minmax", help="how numbers are chosen (minmax)"
+    )
     for name, real, does in ONLY:
         spelled = ("--" + name.replace("_", "-"), "--" + name)
         found.add_argument(*spelled, type=type(real), default=real, help=does)
@@ -124,7 +127,7 @@ def work(args: argparse.Namespace) -> int:
     with _progress("calibrating", tokens) as report:
         seen = calibrate(program, checkpoint, rows, args.max_tokens, report)
     made = plan(program, checkpoint, chosen, seen, args.use_kvcache_quant)
-    notes = {"recipe": RECIPE, "texts": len(rows), "tokens": tokens}
+    notes = {"recipe": RECIPES[args.recipe], "texts": len(rows), "tokens": tokens}
     if made.kv:
         notes = {"kv_calibrated": "post-rope", **notes}
     with _progress("writing", sum(entry.nbytes for entry in made.entries())) as report:

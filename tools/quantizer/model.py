@@ -17,8 +17,8 @@ from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import place
 from kvc8.ir.program import Program, argument
 from kvc8.ir.w8a8 import Range, kv_scale, part_types, quantize_linear
-from kvc8.tools.calibrate import Site, Statistics, load, sites
-from kvc8.tools.quantize_writer import (
+from kvc8.tools.quantizer.calibrate import Site, Statistics, load, sites
+from kvc8.tools.quantizer.writer import (
     DESCRIPTION,
     WEIGHTS,
     Entry,
