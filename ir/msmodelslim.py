@@ -9,8 +9,9 @@ settings. Three layouts share it:
                      newer command line; no weight_scale or weight_offset
 
 The first two observe K before RoPE, the third after it; `"kvc8": {"kv_calibrated": ...}`, which
-kvc8-quantize adds, overrules that. Every label must have its tensor, and a tensor without a label
-is reported. A label or setting with a meaning that kvc8 does not implement is an error.
+kvc8-quantize adds, overrules that. Every label must have its tensor, but for the lm_head that a
+model ties to its embedding, and a tensor without a label is reported. A label or setting with a
+meaning that kvc8 does not implement is an error.
 """
 
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ def read_description(
     """
     where = place(path)
     switched = _switched_on(path, description, config)
-    labels, warnings = _labels(where, description, tensors)
+    labels, warnings = _labels(where, description, tensors, config)
     kv_names, linears = _sort_out(where, labels, tensors)
     kv: Mapping[int, tuple[KVScale, KVScale]] = {}
     if kv_names or switched:
@@ -141,7 +142,10 @@ def _calibrated(where: str, layout: str, kvc8: Mapping[str, object]) -> Calibrat
 
 
 def _labels(
-    where: str, description: Mapping[str, object], tensors: Mapping[str, StoredTensor]
+    where: str,
+    description: Mapping[str, object],
+    tensors: Mapping[str, StoredTensor],
+    config: Mapping[str, object],
 ) -> tuple[dict[str, str], list[str]]:
     """Tell labels from settings and check both; gives the labels, and warnings."""
     labels: dict[str, str] = {}
@@ -149,6 +153,8 @@ def _labels(
     for name, value in description.items():
         if name in SETTINGS:
             strange += _setting(where, name, value)
+        elif value == "FLOAT" and name not in tensors and tied_head(name, config):
+            continue  # the embedding, which has a label of its own
         elif isinstance(value, str) and (value in LABELS or name in tensors):
             labels[name] = _label(where, name, value, tensors)
         elif name != "kvc8":
@@ -157,16 +163,34 @@ def _labels(
     if strange:
         known = "kvc8 does not know and leaves out; check what wrote it"
         warnings.append(f"{where}: says {listed(strange)}, which {known}")
-    if bare := [name for name in tensors if name not in labels]:
-        if odd := [name for name in bare if tensors[name].dtype not in FLOATS]:
-            raise ModelError(
-                f"{where}: has no label for {listed(odd)}, which is not floating point; "
-                "copy the description that belongs to these weights"
-            )
-        warnings.append(
-            f"{where}: has no label for {listed(bare)}; kvc8 takes it as FLOAT, check that it is"
-        )
+    warnings += _unlabeled(where, labels, tensors)
     return labels, warnings
+
+
+def _unlabeled(
+    where: str, labels: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """Report the tensors that have no label; raises ModelError for one that is not float."""
+    bare = [name for name in tensors if name not in labels]
+    if odd := [name for name in bare if tensors[name].dtype not in FLOATS]:
+        raise ModelError(
+            f"{where}: has no label for {listed(odd)}, which is not floating point; "
+            "copy the description that belongs to these weights"
+        )
+    kind = "kvc8 takes it as FLOAT, check that it is"
+    return [f"{where}: has no label for {listed(bare)}; {kind}"] if bare else []
+
+
+def tied_head(name: str, config: Mapping[str, object]) -> bool:
+    """Whether `name` is an output layer that config.json says is the embedding.
+
+    Tools label every module, and safetensors stores what two of them share once.
+    """
+    text = config.get("text_config")
+    tied = config.get(
+        "tie_word_embeddings", text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    )
+    return tied is True and name.rpartition("lm_head.")[1:] == ("lm_head.", "weight")
 
 
 def _setting(where: str, name: str, value: object) -> list[str]:

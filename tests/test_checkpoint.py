@@ -190,6 +190,36 @@ def test_a_layer_rolled_back_to_float_keeps_its_kv_scales(tmp_path: Path) -> Non
     assert sorted(checkpoint.kv) == [0, 1]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_label_of_an_lm_head_tied_to_the_embedding_needs_no_tensor(
+    tmp_path: Path, nested: bool
+) -> None:
+    tensors, labels = quantized()
+    expected = open_checkpoint(write(tmp_path / "without", tensors, labels))
+    tied: dict[str, object] = {**CONFIG, "tie_word_embeddings": True}
+    labels["lm_head.weight"] = "FLOAT"
+    config = {"text_config": tied} if nested else tied
+    checkpoint = open_checkpoint(write(tmp_path / "with", tensors, labels, config))
+    assert (checkpoint.kv, checkpoint.w8a8, checkpoint.warnings) == (
+        expected.kv,
+        expected.w8a8,
+        (),
+    )
+
+
+@pytest.mark.parametrize(("tied", "label"), [(False, "FLOAT"), (True, "W8A8")])
+def test_any_other_lm_head_needs_its_tensor(tmp_path: Path, tied: bool, label: str) -> None:
+    tensors, labels = quantized()
+    labels["lm_head.weight"] = label
+    write(tmp_path, tensors, labels, {**CONFIG, "tie_word_embeddings": tied})
+    with pytest.raises(ModelError) as raised:
+        open_checkpoint(tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path}/quant_model_description.json: labels lm_head.weight {label} and no weights "
+        "file holds it; copy the directory again"
+    )
+
+
 def test_scales_below_a_fused_linear_are_found(tmp_path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     for layer in range(2):
