@@ -33,7 +33,7 @@ class Tokenizer:
         Raises ModelError where there is no chat template, or it is broken.
         """
         if not chat:
-            return [int(token) for token in self.inner.encode(text)]
+            return [int(token) for token in self.inner.encode(text, verbose=False)]
         if not self.has_chat:
             raise ModelError(f"{place(self.path)}: has no chat template; give --no-chat")
         try:

@@ -1,0 +1,168 @@
+"""What kvc8-evaluate says: its figures against plain formulas, for every form of a model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from steps import step, values
+from transformers import AutoModelForCausalLM
+
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.run import run
+from kvc8.tools import command, compile, evaluate
+from kvc8.tools.divergence import ROWS, Figures
+from kvc8.tools.evaluate_forms import Options, open_float, open_form
+from kvc8.tools.tokenize import read_tokenizer
+
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+QUANTIZED = CHECKPOINTS / "llama_fp16_m3" / "quant"
+TEXT = "The cache keeps what was said, in int8; this is text enough for windows of some tokens. "
+FLOAT32 = Options(torch.float32, "repair", float_cache=False)
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    given = [str(argument) for argument in arguments]
+    status = command.entry(evaluate.parser(), evaluate.work, given)
+    return status, *capsys.readouterr()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_figures_are_those_of_the_plain_formulas():
+    random = torch.Generator().manual_seed(0)
+    figures, expected = Figures(), []
+    for _ in range(2):
+        count = 2 * ROWS + 5
+        model, reference = (torch.randn(count, 50, generator=random) * 3 for _ in range(2))
+        tokens = torch.randint(50, (count,), generator=random)
+        figures.add(model, reference, tokens)
+        ours, theirs = (x.double().log_softmax(-1)[:-1] for x in (model, reference))
+        loss = torch.nn.functional.nll_loss(ours, tokens[1:], reduction="none")
+        kl = torch.nn.functional.kl_div(ours, theirs, reduction="none", log_target=True).sum(-1)
+        expected.append((loss, kl, ours.argmax(-1) == theirs.argmax(-1)))
+    loss, kl, same = (torch.cat(part) for part in zip(*expected, strict=True))
+    # A log probability is at most 25 here and rounded in float32 a few times: 25 * 2**-24 each;
+    # the terms of a divergence add up to it with weights of sum one.
+    bound = 4 * 25 * 2.0**-24
+    assert figures.perplexity == pytest.approx(float(loss.mean().exp()), rel=bound)
+    assert figures.kl_mean == pytest.approx(float(kl.mean()), abs=bound)
+    assert figures.kl_p99 == pytest.approx(float(kl.quantile(0.99)), abs=bound)
+    assert figures.top1 == float(same.double().mean())
+    assert figures.kl_by_position.shape == (2 * ROWS + 4,)
+
+
+@pytest.mark.slow
+def test_the_float_model_against_itself_and_transformers(tiny_model, text, capsys):
+    source = tiny_model("qwen2")
+    options = ("--against", source, "--text", text, "--windows", 2, "--window", 24, "--json")
+    status, said, err = ran(capsys, source, *options)
+    assert (status, err) == (0, "")
+    found = json.loads(said)
+    assert found["tokens"] == 2 * 23
+    [row] = found["models"]
+    assert (row["kind"], row["kl_mean"], row["top1_agreement"]) == ("float", 0.0, 1.0)
+    assert row["perplexity"] == found["float"]["perplexity"]
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    tokens = torch.tensor(read_tokenizer(source).encode(TEXT)[:48]).view(2, 24)
+    with torch.no_grad():
+        logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+    # transformers computes the same float32 sums in another order; no quantizer amplifies that.
+    assert found["float"]["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The quantized golden model in every form there is."""
+    folder = tmp_path_factory.mktemp("forms")
+    for target in ("npu", "onnx"):
+        out = ("-o", str(folder / target), "--dtype", "float16" if target == "npu" else "float32")
+        given = [str(QUANTIZED), "--target", target, *out]
+        assert command.entry(compile.parser(), compile.work, given) == 0
+    return {"directory": QUANTIZED, "npu": folder / "npu", "onnx": folder / "onnx"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["directory", "npu", "onnx"])
+def test_each_window_is_a_prompt_of_its_own(form, compiled):
+    """No window sees the one before it, and a token's logits depend on no later token."""
+    opened = open_form(compiled[form], FLOAT32, 24)
+    tokens = list(range(40, 64))
+    first = opened.logits(tokens)
+    assert first.shape[0] == 24
+    opened.logits([7] * 24)
+    assert torch.equal(opened.logits(tokens), first)
+    other = opened.logits([*tokens[:12], *[7] * 12])
+    if form == "directory":  # elsewhere a sum over other rows may be taken in another order
+        assert torch.equal(other[:12], first[:12])
+    assert not torch.equal(other[12:], first[12:])
+
+
+@pytest.mark.slow
+def test_all_forms_in_one_table(compiled, text, capsys):
+    source = CHECKPOINTS / "llama_fp16_m3" / "quant"
+    options = ("--against", source, "--text", text, "--windows", 1, "--window", 32)
+    status, said, _ = ran(capsys, *compiled.values(), *options)
+    assert status == 0
+    for kind in ("float", "reference", "NPU, emulated", "ONNX Runtime"):
+        assert kind in said
+    assert said.endswith("they were not verified on a device\n")
+
+
+@pytest.mark.slow
+def test_a_float_cache_leaves_what_w8a8_costs(compiled):
+    opened = open_form(QUANTIZED, Options(torch.float32, "repair", float_cache=True), 16)
+    assert opened.kind == "reference, float cache"
+    whole = open_form(QUANTIZED, FLOAT32, 16)
+    alone = open_float(QUANTIZED, 16)
+    tokens = list(range(40, 56))
+    got = [form.logits(tokens) for form in (opened, whole, alone)]
+    assert len({float(logits.sum()) for logits in got}) == 3
+    program = capture(open_checkpoint(QUANTIZED), torch.float32)
+    given = step(tokens, [0], [16], [list(range(4))])
+    assert torch.equal(got[2], run(program, {**values(program, QUANTIZED), **given})[0])
+
+
+def test_what_cannot_be_evaluated(tiny_model, text, tmp_path, capsys):
+    source = tiny_model("llama")
+    options = ("--against", source, "--window", 24, "--windows", 2)
+
+    def refusal(*arguments: object) -> str:
+        status, _, err = ran(capsys, source, *options, *arguments)
+        assert status == 1
+        return err.removeprefix("error: ").removesuffix("\n")
+
+    missing = tmp_path / "missing"
+    assert refusal("--text", missing) == (
+        f"{missing}: cannot be read (No such file or directory); name a text"
+    )
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert refusal("--text", tmp_path / "latin") == (
+        f"{tmp_path / 'latin'}: is not text in UTF-8 (byte 3); save it as UTF-8"
+    )
+    assert refusal("--text", text, "--windows", 9) == (
+        f"{text}: gives 3 windows of 24 tokens and 9 are wanted; "
+        "give a longer text, or fewer --windows"
+    )
+
+
+@pytest.mark.slow
+def test_another_models_vocabulary_is_refused(tiny_model, text, tmp_path, capsys):
+    source, other = tiny_model("llama"), tmp_path / "other"
+    shutil.copytree(tiny_model("llama", vocab_size=192), other)
+    options = ("--against", source, "--text", text, "--window", 24, "--windows", 1)
+    status, _, err = ran(capsys, other, *options)
+    assert (status, err) == (
+        1,
+        f"error: {other}: gives logits for 192 tokens and {source} for 128; "
+        "name the float model that it was made from\n",
+    )

@@ -1,0 +1,179 @@
+"""kvc8-evaluate: what a quantized or compiled model loses against the float one, on a text.
+
+    kvc8-evaluate OUT... --against FLOAT_DIR --text F
+
+OUT is a model directory, run as its reference program in float32, an NPU artifact, emulated, or an
+ONNX model. The text is cut into windows, and each of them is a prompt of its own. The float model
+is computed in float32 and once for all OUTs. Figures: perplexity, KL(float || OUT) in nats by its
+mean and its 99th percentile, and how often both think the same token the likeliest.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from kvc8.ir.errors import ModelError
+from kvc8.ir.model_files import place, shown
+from kvc8.tools.command import entry
+from kvc8.tools.divergence import Figures
+from kvc8.tools.evaluate_forms import Form, Options, open_float, open_form
+from kvc8.tools.tokenize import read_tokenizer
+
+DTYPES = {"config": None, "float32": torch.float32, "float16": torch.float16}
+EMULATED = "NPU rows are emulated as the ops are documented; they were not verified on a device"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of kvc8-evaluate."""
+    found = argparse.ArgumentParser(prog="kvc8-evaluate", description=__doc__.splitlines()[0])
+    found.add_argument("out", type=Path, nargs="+", metavar="OUT", help="what to judge")
+    found.add_argument("--against", type=Path, required=True, help="the float model's directory")
+    found.add_argument("--text", type=Path, required=True, help="a file of text, not calibrated on")
+    found.add_argument("--windows", type=_count, default=8, help="so many windows of it (8)")
+    found.add_argument("--window", type=_count, default=1024, help="tokens of a window (1024)")
+    found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
+    found.add_argument(
+        "--float-cache", action="store_true", help="model directories: W8A8 alone, without C8"
+    )
+    found.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="what model directories compute in (float32)",
+    )
+    found.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return found
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def work(args: argparse.Namespace) -> int:
+    """Evaluate and print; gives the exit status."""
+    windows = _windows(args)
+    base = open_float(args.against, args.window)
+    options = Options(DTYPES[args.dtype], args.kv_scales, args.float_cache)
+    forms = [open_form(path, options, args.window) for path in args.out]
+    with _progress(len(windows) * (1 + len(forms))) as step:
+        figures = _evaluate(base, forms, windows, step)
+    tokens = sum(len(window) - 1 for window in windows)
+    if args.json:
+        print(json.dumps(_as_json(args, base, forms, figures, tokens), indent=1))
+    else:
+        _print(base, forms, figures, tokens)
+    return 0
+
+
+def _windows(args: argparse.Namespace) -> list[list[int]]:
+    """The first windows of the text; raises ModelError where it has too few."""
+    try:
+        text = args.text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        what = f"is not text in UTF-8 (byte {error.start})"
+        raise ModelError(f"{place(args.text)}: {what}; save it as UTF-8") from error
+    except OSError as error:
+        why = shown(error.strerror)
+        raise ModelError(f"{place(args.text)}: cannot be read ({why}); name a text") from error
+    tokens = read_tokenizer(args.against).encode(text)
+    starts = range(0, len(tokens) - args.window + 1, args.window)[: args.windows]
+    if args.window < 2 or len(starts) < args.windows:
+        what = f"gives {len(starts)} windows of {args.window} tokens and {args.windows} are wanted"
+        raise ModelError(f"{place(args.text)}: {what}; give a longer text, or fewer --windows")
+    return [tokens[start : start + args.window] for start in starts]
+
+
+@torch.no_grad()
+def _evaluate(
+    base: Form, forms: Sequence[Form], windows: Sequence[list[int]], step: Callable[[str], None]
+) -> list[Figures]:
+    """The figures of the float model and of each form. One window's logits are held at a time."""
+    figures = [Figures() for _ in (base, *forms)]
+    for window in windows:
+        tokens = torch.tensor(window)
+        step(base.name)
+        reference = base.logits(window)
+        figures[0].add_alone(reference, tokens)
+        for form, seen in zip(forms, figures[1:], strict=True):
+            step(form.name)
+            logits = form.logits(window)
+            _check_width(form, base, logits.shape[1], reference.shape[1])
+            seen.add(logits, reference, tokens)
+    return figures
+
+
+def _check_width(form: Form, base: Form, ours: int, theirs: int) -> None:
+    if ours != theirs:
+        what = f"gives logits for {ours} tokens and {base.name} for {theirs}"
+        raise ModelError(f"{form.name}: {what}; name the float model that it was made from")
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal, if stderr is one."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda name: bar.update(task, advance=1, description=Path(name).name)
+
+
+def _as_json(
+    args: argparse.Namespace,
+    base: Form,
+    forms: Sequence[Form],
+    figures: Sequence[Figures],
+    tokens: int,
+) -> dict[str, object]:
+    rows = [
+        {
+            "model": form.name,
+            "kind": form.kind,
+            "perplexity": seen.perplexity,
+            "perplexity_change": seen.perplexity / figures[0].perplexity - 1,
+            "kl_mean": seen.kl_mean,
+            "kl_p99": seen.kl_p99,
+            "top1_agreement": seen.top1,
+        }
+        for form, seen in zip(forms, figures[1:], strict=True)
+    ]
+    text = {"text": str(args.text), "windows": args.windows, "window": args.window}
+    reference = {"model": base.name, "perplexity": figures[0].perplexity}
+    return {**text, "tokens": tokens, "float": reference, "models": rows}
+
+
+def _print(base: Form, forms: Sequence[Form], figures: Sequence[Figures], tokens: int) -> None:
+    title = f"against {base.name} in float32 on {tokens:,} tokens"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "run as"):
+        table.add_column(name)
+    for name in ("perplexity", "change", "KL, mean", "KL, 99 %", "same top token"):
+        table.add_column(name, justify="right")
+    own = figures[0].perplexity
+    table.add_row(Path(base.name).name, "float", f"{own:.3f}", "", "", "", "")
+    for form, seen in zip(forms, figures[1:], strict=True):
+        change = f"{seen.perplexity / own - 1:+.2%}"
+        kl = (f"{seen.kl_mean:.5f}", f"{seen.kl_p99:.4f}")
+        row = (Path(form.name).name, form.kind, f"{seen.perplexity:.3f}", change, *kl)
+        table.add_row(*row, f"{seen.top1:.2%}")
+    Console(width=110).print(table)
+    if any(form.kind.startswith("NPU") for form in forms):
+        print(EMULATED)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run kvc8-evaluate."""
+    return entry(parser(), work, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
