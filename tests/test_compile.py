@@ -86,17 +86,30 @@ def test_an_unknown_architecture(model, tmp_path, capsys):
 
 def test_a_block_size_that_the_device_does_not_take(model, tmp_path, capsys):
     assert refusal(capsys, model, tmp_path / "out", "--block-size", "100") == (
-        "model.layers.0.self_attn: npu_fused_infer_attention_score on ascend910b takes a block "
-        "size that is a multiple of 32 up to 512 and this is 100 (op-plugin "
+        "model.layers.0.self_attn: npu_fused_infer_attention_score on ascend910b takes block "
+        "size in multiples of 32 up to 512 with pages i8 and cache format ND, and this is 100 "
+        "(op-plugin docs/zh/custom_APIs/torch_npu/npu_fused_infer_attention_score.md; "
+        "ops-transformer incre_flash_attention_tiling_check.cpp:349); compile with --block-size 96"
+    )
+
+
+def test_heads_that_the_device_does_not_take(tmp_path, capsys):
+    small = {"hidden_size": 640, "num_attention_heads": 8, "num_key_value_heads": 2}
+    config = LLAMA_70B | small | {"num_hidden_layers": 1, "intermediate_size": 640}
+    directory = write_sparse(tmp_path / "heads80", config)
+    assert refusal(capsys, directory, tmp_path / "out") == (
+        "model.layers.0.self_attn: npu_fused_infer_attention_score on ascend910b takes head_dim "
+        "in multiples of 32 with pages i8, and this is 80 (op-plugin "
         "docs/zh/custom_APIs/torch_npu/npu_fused_infer_attention_score.md; ops-transformer "
-        "incre_flash_attention_tiling_check.cpp:349); compile with --block-size 96"
+        "incre_flash_attention_tiling_check.cpp:349); pad the heads to 96, or compile for onnx "
+        "instead"
     )
 
 
 def test_a_dtype_that_the_device_does_not_take(model, tmp_path, capsys):
     assert refusal(capsys, model, tmp_path / "out", "--dtype", "float32") == (
-        "model.layers.0.self_attn.q_proj: npu_quantize on ascend910b takes f16 or bf16 and this "
-        "is f32 (op-plugin docs/zh/custom_APIs/torch_npu/npu_quantize.md); "
+        "model.layers.0.self_attn.q_proj: npu_quantize on ascend910b takes input dtype f16 or "
+        "bf16, and this is f32 (op-plugin docs/zh/custom_APIs/torch_npu/npu_quantize.md); "
         "compile with --dtype float16"
     )
 

@@ -1,100 +1,146 @@
 """Whether a device takes the calls of a lowered program, before anything is written.
 
-The limits are data, legality.json: by soc and op, each with its source. They are what documents
-say; no device was asked. The real torch_npu's own shape functions check much less.
+The limits are data, legality.json: by soc and op a list of rows, each one limit of one fact
+(backends/npu/facts.py) with its source:
+
+    {"fact": "head_dim", "when": {"pages": ["i8"]}, "multiple": 32, "max": 512,
+     "source": "...", "cure": "compile for onnx instead"}
+
+A limit is `one_of` a list, or `min`, `max` and `multiple` of a number, or `same_as` another fact,
+or `multiple_of` one. It holds `when` the facts named there are one of those values. `{nearest}` in
+a cure is the nearest legal value. All rows are what documents and sources say; no device was
+asked. The real torch_npu's own shape functions check much less.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from types import MappingProxyType
 
+from torch._ops import OpOverload
 from torch.fx import Node
 
+from kvc8.backends.npu.facts import Fact, Facts, facts
 from kvc8.ir.errors import TargetError
-from kvc8.ir.program import Program, argument, op_name, tensor_type
-from kvc8.ir.types import dtype_name
-
-Limits = Mapping[str, object]
-Broken = tuple[str, str]  # what is wrong, what to do
+from kvc8.ir.program import Program, op_name
 
 
-def limits(soc: str) -> Mapping[str, Limits]:
-    """The limits of each op on a soc. Raises TargetError for a soc that has no table."""
+@dataclass(frozen=True)
+class Row:
+    """One limit of an op on a soc."""
+
+    fact: str
+    source: str
+    cure: str
+    when: Mapping[str, list[Fact]] = field(default_factory=lambda: MappingProxyType({}))
+    one_of: list[Fact] | None = None
+    min: int | None = None
+    max: int | None = None
+    multiple: int | None = None
+    same_as: str | None = None
+    multiple_of: str | None = None
+
+    def applies(self, found: Facts) -> bool:
+        """Whether the facts are such that the row speaks of them."""
+        needed = [self.fact, *filter(None, (self.same_as, self.multiple_of))]
+        return all(name in found for name in needed) and all(
+            found.get(name) in values for name, values in self.when.items()
+        )
+
+    def holds(self, found: Facts) -> bool:
+        """Whether a fact keeps to the limit."""
+        value = found[self.fact]
+        if self.one_of is not None:
+            return value in self.one_of
+        if self.same_as:
+            return value == found[self.same_as]
+        if not isinstance(value, int):
+            return False  # "several" rows where the limit is a number
+        if self.multiple_of:
+            return value % int(found[self.multiple_of]) == 0
+        low, high = self.min or 1, self.max or value
+        return low <= value <= high and value % (self.multiple or 1) == 0
+
+    def limit(self, found: Facts) -> str:
+        """What the op takes, in words."""
+        if self.one_of is not None:
+            return f"{self.fact} {' or '.join(map(str, self.one_of))}"
+        if self.same_as:
+            return f"{self.fact} equal to {self.same_as} ({found[self.same_as]})"
+        if self.multiple_of:
+            what = f"{self.multiple_of} ({found[self.multiple_of]})"
+            return f"{self.fact} in multiples of {what}"
+        step = f"in multiples of {self.multiple}" if self.multiple else ""
+        low = f"from {self.min}" if self.min else ""
+        high = f"up to {self.max}" if self.max else ""
+        return " ".join(filter(None, (self.fact, step, low, high)))
+
+    def nearest(self, found: Facts) -> Fact:
+        """The legal value nearest to the one found; of words, the first."""
+        value = found[self.fact]
+        if self.one_of is not None:
+            numbers = [x for x in self.one_of if isinstance(x, int) and isinstance(value, int)]
+            return min(numbers, key=lambda x: abs(x - int(value)), default=self.one_of[0])
+        if self.same_as:
+            return found[self.same_as]
+        step = int(found[self.multiple_of]) if self.multiple_of else self.multiple or 1
+        asked = value if isinstance(value, int) else 1
+        low = -(-(self.min or step) // step) * step
+        high = (self.max or max(asked + step, low)) // step * step
+        return max(low, min(high, (asked + step // 2) // step * step))
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that a call breaks."""
+
+    op: str
+    row: Row
+    found: Facts
+
+    def reason(self, soc: str) -> str:
+        """What the op takes, where, and what it got, with the source."""
+        what = f"{self.op} on {soc} takes {self.row.limit(self.found)}"
+        when = " and ".join(f"{name} {self.found[name]}" for name in self.row.when)
+        what += f" with {when}" * bool(when)
+        return f"{what}, and this is {self.found[self.row.fact]} ({self.row.source})"
+
+    @property
+    def cure(self) -> str:
+        """What to do about it."""
+        return self.row.cure.replace("{nearest}", str(self.row.nearest(self.found)))
+
+
+def limits(soc: str) -> Mapping[str, tuple[Row, ...]]:
+    """The rows of each op on a soc. Raises TargetError for a soc that has no table."""
     table = json.loads(files("kvc8.backends.npu").joinpath("legality.json").read_text())
     if soc not in table:
         known = ", ".join(sorted(table))
         raise TargetError(f"--soc: there are no limits for {soc}; choose one of {known}")
-    found: Mapping[str, Limits] = table[soc]
-    return found
+    return {op: tuple(Row(**row) for row in rows) for op, rows in table[soc].items()}
 
 
 def check(program: Program, soc: str, block_size: int) -> None:
-    """Raise TargetError at the first call that breaks a limit, with its source."""
+    """Raise TargetError at the first call that breaks a limit, with its source and a cure."""
     table = limits(soc)
     for node in program.graph.nodes:
-        name = op_name(node.target) if node.op == "call_function" else ""
-        if name not in table or name not in CHECKS:
-            continue
-        for what, cure in CHECKS[name](node, table[name], block_size):
-            where = f"{node.meta.get('origin') or node.name}: {name} on {soc} takes {what}"
-            raise TargetError(f"{where} ({table[name]['source']}); {cure}")
+        if node.op == "call_function" and isinstance(node.target, OpOverload):
+            for broken in broken_by(table, op_name(node.target), node, block_size):
+                where = node.meta.get("origin") or node.name
+                raise TargetError(f"{where}: {broken.reason(soc)}; {broken.cure}")
 
 
-def _input_dtype(node: Node, limit: Limits, _: int) -> Iterator[Broken]:
-    yield from _dtype(argument(node, 0), limit, "dtypes")
+def broken_by(
+    table: Mapping[str, tuple[Row, ...]], op: str, node: Node, block_size: int
+) -> Iterator[Broken]:
+    """The rows of an op that a call breaks."""
+    if rows := table.get(op):
+        yield from breaks(op, rows, facts(node, block_size))
 
 
-def _dtype(node: Node, limit: Limits, key: str) -> Iterator[Broken]:
-    allowed, found = limit[key], dtype_name(tensor_type(node).dtype)
-    assert isinstance(allowed, list)
-    if found not in allowed:
-        yield f"{' or '.join(allowed)} and this is {found}", "compile with --dtype float16"
-
-
-def _matmul(node: Node, limit: Limits, _: int) -> Iterator[Broken]:
-    yield from _dtype(node, limit, "outputs")
-    most = _int(limit, "last_dim_max")
-    for side in tensor_type(argument(node, 1)).shape:
-        if isinstance(side, int) and side > most:
-            yield f"sides up to {most} and this is {side}", "keep this linear float"
-
-
-def _attention(node: Node, limit: Limits, block_size: int) -> Iterator[Broken]:
-    yield from _dtype(argument(node, 0), limit, "dtypes")
-    q, packed = tensor_type(argument(node, 0)), node.kwargs.get("input_layout") == "TND"
-    int8 = "key_antiquant_scale" in node.kwargs
-    heads = node.kwargs["num_heads"]
-    assert isinstance(heads, int)
-    dim = q.shape[-1] if packed else int(q.shape[-1]) // heads
-    step, most = _int(limit, f"head_dim_multiple{'_int8' * int8}"), _int(limit, "head_dim_max")
-    if not isinstance(dim, int) or dim % step or dim > most:
-        what = f"a head_dim that is a multiple of {step} up to {most} and this is {dim}"
-        yield what, "compile for onnx instead"
-    if "block_table" in node.kwargs:
-        yield from _block(limit, block_size, int8)
-
-
-def _block(limit: Limits, block_size: int, int8: bool) -> Iterator[Broken]:
-    step = _int(limit, f"block_size_multiple{'_int8' * int8}")
-    most = _int(limit, "block_size_max")
-    if block_size % step or not 0 < block_size <= most:
-        near = min(most, max(step, round(block_size / step) * step))
-        what = f"a block size that is a multiple of {step} up to {most} and this is {block_size}"
-        yield what, f"compile with --block-size {near}"
-
-
-def _int(limit: Limits, key: str) -> int:
-    found = limit[key]
-    assert isinstance(found, int)
-    return found
-
-
-CHECKS: Mapping[str, Callable[[Node, Limits, int], Iterator[Broken]]] = MappingProxyType(
-    {
-        "npu_quantize": _input_dtype,
-        "npu_quant_matmul": _matmul,
-        "npu_fused_infer_attention_score": _attention,
-        "npu_scatter_pa_kv_cache": _input_dtype,
-    }
-)
+def breaks(op: str, rows: tuple[Row, ...], found: Facts) -> Iterator[Broken]:
+    """The rows that facts break."""
+    for row in rows:
+        if row.applies(found) and not row.holds(found):
+            yield Broken(op, row, found)
