@@ -6,6 +6,7 @@ not touched until they are read. An entry that cannot be accounted for is an err
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -55,6 +56,21 @@ class Checkpoint:
     warnings: tuple[str, ...]  # a sentence each, `where: what; what to do`
     kvc8: Mapping[str, object] = field(default_factory=dict)  # what kvc8-quantize noted
     _files: TensorFiles = field(default_factory=TensorFiles, repr=False, compare=False)
+
+    @cached_property
+    def inputs(self) -> Mapping[str, tuple[str, str]]:
+        """The input scale and offset of each W8A8 linear, by module.
+
+        Linears side by side whose parameters are equal bit for bit (q, k and v, say) share the
+        names of the first, so that what is equal can be seen without its values.
+        """
+        shared: dict[tuple[str, str], tuple[str, str]] = {}
+        found = {}
+        for module, linear in self.w8a8.items():
+            names = linear.input_scale, linear.input_offset
+            bits = repr([(t.dtype, t.tolist()) for t in map(self.read, names)])
+            found[module] = shared.setdefault((module.rpartition(".")[0], bits), names)
+        return found
 
     def read(self, name: str) -> torch.Tensor:
         """Map a stored tensor into memory, in its stored dtype and shape, without a copy.

@@ -8,7 +8,7 @@ insert_linear_quant to find. KV scales stand in the recipe of the cache they bel
 import torch
 from torch import Tensor
 
-from kvc8.ir.checkpoint import Checkpoint, KVScale, LinearQuant
+from kvc8.ir.checkpoint import Checkpoint, KVScale
 from kvc8.ir.errors import ModelError
 from kvc8.ir.recipe import Recipe, cast, stored, values
 
@@ -23,7 +23,7 @@ def parameter_recipe(
     for name in names:
         module, _, part = name.rpartition(".")
         if module in checkpoint.w8a8 and part in ("weight", "bias"):
-            return cast(_w8a8(checkpoint, checkpoint.w8a8[module], part), dtype)
+            return cast(_w8a8(checkpoint, module, part), dtype)
         if name in checkpoint.tensors:
             _check_shape(checkpoint, name, shape)
             same = checkpoint.tensors[name].dtype is dtype
@@ -32,13 +32,14 @@ def parameter_recipe(
     raise ModelError(f"{where}; check that config.json belongs to these weights")
 
 
-def _w8a8(checkpoint: Checkpoint, linear: LinearQuant, part: str) -> Recipe:
+def _w8a8(checkpoint: Checkpoint, module: str, part: str) -> Recipe:
+    linear = checkpoint.w8a8[module]
     if part == "bias" and linear.bias is not None:
         return stored(linear.bias)
     deq_scale = stored(linear.deq_scale)
     if checkpoint.tensors[linear.deq_scale].dtype is torch.int64:
         deq_scale = Recipe("float_bits", (deq_scale,))
-    parts = (linear.weight, linear.input_scale, linear.input_offset)
+    parts = (linear.weight, *checkpoint.inputs[module])
     op = "w8a8" if part == "weight" else "w8a8_bias"
     return Recipe(op, (*map(stored, parts), deq_scale, stored(linear.quant_bias)))
 

@@ -15,6 +15,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
@@ -181,6 +182,13 @@ def argument(node: Node, index: int) -> Node:
     found = node.args[index]
     assert isinstance(found, Node)
     return found
+
+
+def unshaped(node: Node) -> Node:
+    """What a node is a reshape of, through any number of them; itself where it is none."""
+    while is_call(node, torch.ops.aten.reshape.default):
+        node = argument(node, 0)
+    return node
 
 
 def recipe_of(node: Node) -> Recipe:

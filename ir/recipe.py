@@ -137,7 +137,7 @@ STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "cast": lambda x, dtype: x.to(dtype),
         "reshape": lambda x, shape: x.reshape(shape),
         "transpose": lambda x, a, b: x.transpose(a, b),
-        "expand": lambda x, shape: x.expand(shape),
+        "expand": lambda x, shape: x.expand(shape).contiguous(),  # as ops take it, at no launch
         "slice": _slice,
         "concat": lambda xs, dim: torch.cat(xs, dim),
         "neg": lambda x: -x,

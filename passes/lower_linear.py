@@ -87,8 +87,16 @@ def _transposed(program: Program, weight: Node) -> Node:
 def _packed(program: Program, deq_scale: Node, linear: Node) -> Node:
     if tensor_type(linear).dtype is not torch.float16:
         return deq_scale
-    recipe = recipe_of(deq_scale)
-    bits = recipe.args[0] if recipe.op == "float_bits" else Recipe("int_bits", (recipe,))
-    assert isinstance(bits, Recipe)
     type_ = TensorType(torch.int64, tensor_type(deq_scale).shape)
-    return program.placeholder(f"{deq_scale.name}_packed", type_, bits)
+    return program.placeholder(f"{deq_scale.name}_packed", type_, _bits(recipe_of(deq_scale)))
+
+
+def _bits(recipe: Recipe) -> Recipe:
+    """The bits of float32 values; bits that the checkpoint has are taken as they are."""
+    inner = recipe.args[0] if recipe.args else None
+    if recipe.op == "float_bits" and isinstance(inner, Recipe):
+        return inner
+    if recipe.op == "concat" and isinstance(inner, tuple):
+        parts = tuple(_bits(part) for part in inner if isinstance(part, Recipe))
+        return Recipe("concat", (parts, *recipe.args[1:]))
+    return Recipe("int_bits", (recipe,))

@@ -7,10 +7,14 @@ from pathlib import Path
 from kvc8.ir.program import Program
 from kvc8.ir.text import show
 from kvc8.passes.fold_kv_scales import fold_kv_scales
+from kvc8.passes.fuse_linears import fuse_linears
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.lower_linear import lower_linear
+from kvc8.passes.lower_norms import lower_norms
 from kvc8.passes.lower_paged_attention import lower_paged_attention
+from kvc8.passes.lower_rope import lower_rope
+from kvc8.passes.lower_swiglu import lower_swiglu
 from kvc8.passes.remove_cache_copies import remove_cache_copies
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
@@ -27,21 +31,24 @@ QUANTIZE: tuple[Step, ...] = (
 )
 AS_IS: tuple[Step, ...] = (remove_identities, insert_linear_quant, insert_kv_quant)
 
+# A decoder layer without its attention, in NPU ops.
+LAYER: tuple[Step, ...] = (fuse_linears, lower_linear, lower_norms, lower_rope, lower_swiglu)
+
 NPU_PREFILL: tuple[Step, ...] = (
     fold_kv_scales,
-    lower_linear,
+    *LAYER,
     partial(lower_paged_attention, phase="prefill"),
     remove_cache_copies,
 )
 NPU_PREFILL_INT8: tuple[Step, ...] = (
     fold_kv_scales,
-    lower_linear,
+    *LAYER,
     partial(lower_paged_attention, phase="prefill", prefill_kv="int8"),
     remove_cache_copies,
 )
 NPU_DECODE: tuple[Step, ...] = (
     fold_kv_scales,
-    lower_linear,
+    *LAYER,
     partial(lower_paged_attention, phase="decode"),
     remove_cache_copies,
 )

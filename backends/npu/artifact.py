@@ -53,7 +53,7 @@ COPIED = (
 # What a recipe may do at load time: it moves values and changes none. The rest is done now, for a
 # result of up to LARGEST_DERIVED bytes.
 PLAIN = frozenset(
-    ("stored", "cast", "reshape", "slice", "concat", "transpose", "float_bits", "values")
+    ("stored", "cast", "reshape", "slice", "concat", "transpose", "expand", "float_bits", "values")
 ) | {"masked_above", "derived"}
 LARGEST_DERIVED = 1_000_000
 # What torch raises when a recipe's arguments do not fit.
