@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch is imported
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -84,6 +85,38 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return tiny_model
+
+
+@pytest.fixture(scope="session")
+def emitted(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., object]:
+    """`emitted(kind, tied=False)` and `emitted(directory)`, which is quantized; made once each.
+
+    Gives an onnx_models.Emitted.
+    """
+    from onnx_models import Emitted, captured, quantized
+
+    from kvc8.backends.onnx.emitter import emit
+    from kvc8.ir.checkpoint import open_checkpoint
+
+    @functools.cache
+    def emitted(model: str | Path, tied: bool = False) -> Emitted:
+        directory = tiny_model(model, tied=tied) if isinstance(model, str) else model
+        program = captured(directory) if isinstance(model, str) else quantized(directory)
+        out = tmp_path_factory.mktemp("onnx") / "out"
+        emit(program, open_checkpoint(directory), out)
+        return Emitted(program, directory, out)
+
+    return emitted
+
+
+@pytest.fixture(scope="session")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint for programs written by hand."""
+    from onnx_models import write_stored
+
+    return write_stored(tmp_path_factory.mktemp("stored"))
 
 
 def _write_model(directory: Path, kind: str, seed: int, config: dict[str, object]) -> None:

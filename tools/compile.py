@@ -41,7 +41,14 @@ def parser() -> argparse.ArgumentParser:
         "--block-size", type=int, default=128, help="tokens a block of the cache holds"
     )
     found.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="compute in this; config.json's if unset"
+        "--flavor",
+        choices=("standard", "gqa"),
+        help="of ONNX: standard ops over pages (default), or ONNX Runtime's fastest, a dense cache",
+    )
+    found.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="compute in this; if unset config.json's for an NPU, and float32 for ONNX",
     )
     found.add_argument(
         "--kv-scales",
@@ -63,10 +70,13 @@ def work(args: argparse.Namespace) -> int:
     """Compile as the arguments say; gives the exit status."""
     if args.output.exists():
         raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
+    if args.flavor and args.target != "onnx":
+        raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
     checkpoint = open_checkpoint(args.directory)
     for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
         warnings.warn(warning, stacklevel=2)
-    program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else None)
+    unset = torch.float32 if args.target == "onnx" else None  # which a CPU computes fastest
+    program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else unset)
     told = quantize(program, args.kv_scales, args.dump)
     if args.target == "npu":
         told += _npu(args, checkpoint, program)
@@ -104,7 +114,7 @@ def _npu(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> 
 def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> None:
     from kvc8.backends.onnx.emitter import emit  # onnx takes a second to import; the NPU needs none
 
-    emit(program, checkpoint, args.output)
+    emit(program, checkpoint, args.output, args.flavor or "standard")
 
 
 def _report(args: argparse.Namespace, told: Told, program: Program) -> None:

@@ -49,7 +49,8 @@ class Builder:
         self.initializers: list[Value] = []
         self.scope, self.origin = "", ""  # the program's node that is being lowered
         self.values: dict[Node, object] = {}  # what the program's nodes have become
-        self._made: dict[object, Value] = {}
+        self._calls: dict[object, Sequence[Value]] = {}
+        self._made: dict[object, Value] = {}  # constants
         self._sizes: dict[str, tuple[Value, int]] = {}
 
     def value(self, node: Node) -> Value:
@@ -61,24 +62,37 @@ class Builder:
     def input(self, name: str, type_: TensorType) -> Value:
         """An input of the model; sizes that it is the first to name are read off it."""
         value = typed(ir.Value(name=name), type_)
+        self.name_sizes(value, type_)
+        return value
+
+    def name_sizes(self, value: Value, type_: TensorType) -> None:
+        """Read the sizes that a type names off a value of it, where nothing gives them yet."""
         for axis, d in enumerate(type_.shape):
             if not isinstance(d, int) and d.is_Symbol:
                 self._sizes.setdefault(str(d), (value, axis))
-        return value
 
     def op(self, kind: str, *inputs: Operand, **attributes: Attribute) -> Value:
         """What a node of one output gives. Ints and lists of ints stand for int64 constants."""
+        [made] = self.call("", kind, *inputs, outputs=1, **attributes)
+        return made
+
+    def call(
+        self, domain: str, kind: str, *inputs: Operand, outputs: int, **attributes: Attribute
+    ) -> Sequence[Value]:
+        """What a node of an op of any domain gives, which has so many outputs."""
         values = [self._operand(x) for x in inputs]
         frozen = tuple((k, _frozen(v)) for k, v in sorted(attributes.items()))
-        key = kind, tuple(values), frozen
-        if key not in self._made:
-            node = ir.node(kind, values, attributes, name=f"{self.scope}/{kind}_{len(self.nodes)}")
+        key = domain, kind, tuple(values), frozen
+        if key not in self._calls:
+            name = f"{self.scope}/{kind}_{len(self.nodes)}"
+            node = ir.node(kind, values, attributes, domain=domain, num_outputs=outputs, name=name)
             if self.origin:
                 node.metadata_props["origin"] = self.origin
-            [self._made[key]] = node.outputs
-            node.outputs[0].name = node.name
+            for i, value in enumerate(node.outputs):
+                value.name = f"{name}.{i}" if i else name
             self.nodes.append(node)
-        return self._made[key]
+            self._calls[key] = node.outputs
+        return self._calls[key]
 
     def cast(self, x: Value, old: torch.dtype, new: torch.dtype) -> Value:
         """The values of x, which are `old`, as `new`."""

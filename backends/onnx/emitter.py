@@ -1,32 +1,49 @@
 """Emit a program as an ONNX directory.
 
-    model.onnx      standard ops of opset 23; symbolic sizes are dimension parameters
+    model.onnx      symbolic sizes are dimension parameters
     weights/        the checkpoint's shards, hard-linked; model.onnx points into them
     derived.bin     small tensors made from stored ones
     manifest.json   the names, dtypes and shapes of inputs, caches and outputs
     config.json, tokenizer.json, ...   as the model has them
 
-Inputs are those of the program and its caches, in its order; outputs are `logits` and each cache as
-it now is, `<cache>_new`. onnx.load and onnx.checker refuse external data that has several hard
+The flavor `standard` has standard ops of opset 23 and takes what the program takes, in its order:
+
+    input_ids      i64[T]     the new tokens of all sequences, end to end
+    positions      i64[T]     where each stands in its sequence, from 0
+    slot_mapping   i32[T]     the flat slot of the cache it goes to, or -1 for padding
+    block_table    i32[B, M]  the blocks of each sequence
+    seq_lens       i32[B]     tokens of each sequence with the new ones
+    query_starts   i32[B + 1] where each sequence's new tokens begin, and the end of the last
+    logits_rows    i64[R]     the tokens whose logits are wanted
+    <cache>        [N, S, kv_heads, head_dim], k_cache_0, v_cache_0, ...: N blocks of S tokens
+
+The flavor `gqa` is described in gqa.py. Outputs are `logits` [R, vocabulary] and each cache as it
+now is, `<cache>_new`. onnx.load and onnx.checker refuse external data that has several hard
 links; ONNX Runtime does not. Copy the directory to use them.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.fx import Node
 
 from kvc8.backends.npu.files import Part, directory
-from kvc8.backends.onnx.builder import Builder, Value, typed
-from kvc8.backends.onnx.lowerings import LOWERINGS
+from kvc8.backends.onnx import gqa
+from kvc8.backends.onnx.builder import DTYPES, Builder, Value, typed
+from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.weights import Weights
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.model_files import file_names, model_file
 from kvc8.ir.program import Program, Stage, is_parameter, substitute, tensor_type, type_of
-from kvc8.ir.types import IntType, dtype_name, show_dim
+from kvc8.ir.shapes import Target
+from kvc8.ir.types import IntType, dtype_name
+
+Flavor = Literal["standard", "gqa"]
 
 OPSET, IR_VERSION = 23, 11
 STAGES = (Stage.CAPTURED, Stage.QUANTIZED)
@@ -36,42 +53,50 @@ CARRIED = (  # what the names of small files begin with
 )
 
 
-def emit(program: Program, checkpoint: Checkpoint, out: Path) -> None:
+def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "standard") -> None:
     """Write a captured or quantized program to the new directory `out`.
 
     Raises TargetError where the program is lowered for the NPU, holds an op that has no lowering,
-    or `out` exists already; then nothing is written.
+    does with its caches what the flavor cannot, or `out` exists already; then nothing is written.
     """
     if program.stage not in STAGES:
         what = f"{program.stage.value}: ONNX is made from a captured or quantized program"
         raise TargetError(f"{what}; emit before lowering for the NPU")
     b = Builder()
     weights = Weights(b, checkpoint)
-    inputs = _inputs(program, b, weights)
+    inputs = gqa.inputs(program, b) if flavor == "gqa" else _inputs(program, b)
+    _parameters(program, b, weights)
+    lowerings = gqa.LOWERINGS if flavor == "gqa" else LOWERINGS
     for node in program.graph.nodes:
         if node.op == "call_function":
-            _lower(b, node)
+            _lower(b, node, lowerings)
     model = _model(program, b, inputs)
     with directory(out) as part:
         weights.write(part)
         part.write("model.onnx", ir.to_proto(model).SerializeToString())
-        part.write("manifest.json", json.dumps(_manifest(program), indent=1).encode() + b"\n")
+        part.write(
+            "manifest.json",
+            json.dumps(_manifest(program, model, flavor), indent=1).encode() + b"\n",
+        )
         _carry(part, checkpoint.path)
 
 
-def _inputs(program: Program, b: Builder, weights: Weights) -> list[Value]:
-    """Make every placeholder a value; gives those that are inputs of the model."""
+def _inputs(program: Program, b: Builder) -> list[Value]:
+    """Make the inputs and caches of the program inputs of the model."""
     given = [*program.inputs(), *program.caches()]
     values = [b.input(node.name, tensor_type(node)) for node in given]
     b.values.update(zip(given, values, strict=True))
+    return values
+
+
+def _parameters(program: Program, b: Builder, weights: Weights) -> None:
     for node in program.graph.nodes:
         if node.op == "placeholder" and is_parameter(node):
             b.scope = node.name
             b.values[node] = weights.parameter(node)
-    return values
 
 
-def _lower(b: Builder, node: Node) -> None:
+def _lower(b: Builder, node: Node, lowerings: Mapping[Target, Lowering]) -> None:
     """Make a call of the program nodes of the model, the last of which has its name."""
     b.scope, b.origin = node.name, node.meta.get("origin", "")
     type_ = type_of(node)
@@ -79,13 +104,13 @@ def _lower(b: Builder, node: Node) -> None:
         b.values[node] = type_.value
         return
     assert not isinstance(node.target, str)
-    if node.target not in LOWERINGS:
+    if node.target not in lowerings:
         name = str(node.target).removesuffix(".default")
         what = f"{node.name}: onnx has no lowering for {name}"
         raise TargetError(f"{what}; add one to backends/onnx/lowerings.py, or remove the call")
     args = [substitute(arg, b.values.__getitem__) for arg in node.args]
     kwargs = {name: substitute(arg, b.values.__getitem__) for name, arg in node.kwargs.items()}
-    made = LOWERINGS[node.target](b, node, *args, **kwargs)
+    made = lowerings[node.target](b, node, *args, **kwargs)
     b.values[node] = made
     producer = made.producer() if isinstance(made, ir.Value) else None
     if producer and isinstance(made, ir.Value) and made.name == producer.name:
@@ -99,7 +124,7 @@ def _model(program: Program, b: Builder, inputs: list[Value]) -> ir.Model:
         outputs,
         nodes=b.nodes,
         initializers=b.initializers,
-        opset_imports={"": OPSET},
+        opset_imports={"": OPSET, **dict.fromkeys(sorted({n.domain for n in b.nodes} - {""}), 1)},
         name=program.stage.value,
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="kvc8")
@@ -116,7 +141,9 @@ def _outputs(program: Program, b: Builder) -> list[Value]:
         value = b.value(node)
         while value.producer() is None or value in outputs:
             value = b.op("Identity", value)
-        typed(value, tensor_type(node)).name = name
+        if value.type is None:  # a dense cache has its own type
+            typed(value, tensor_type(node))
+        value.name = name
         outputs.append(value)
     return outputs
 
@@ -129,23 +156,24 @@ def _output_names(program: Program) -> list[str]:
     return ["logits", *(f"{node.name}_seen" for node in watched), *caches]
 
 
-def _manifest(program: Program) -> dict[str, object]:
-    [output] = program.graph.find_nodes(op="output")
-    outputs = zip(_output_names(program), output.args[0], strict=True)
+def _manifest(program: Program, model: ir.Model, flavor: Flavor) -> dict[str, object]:
+    caches = {cache.name for cache in program.caches()}
+    given = [(value.name in caches, _entry(value)) for value in model.graph.inputs]
     return {
         "format": "kvc8-onnx",
         "version": 1,
-        "flavor": "standard",
-        "inputs": [_entry(node.name, node) for node in program.inputs()],
-        "caches": [_entry(node.name, node) for node in program.caches()],
-        "outputs": [_entry(name, node) for name, node in outputs],
+        "flavor": flavor,
+        "inputs": [entry for is_cache, entry in given if not is_cache],
+        "caches": [entry for is_cache, entry in given if is_cache],
+        "outputs": [_entry(value) for value in model.graph.outputs],
     }
 
 
-def _entry(name: str, node: Node) -> dict[str, object]:
-    type_ = tensor_type(node)
-    shape = [d if isinstance(d, int) else show_dim(d) for d in type_.shape]
-    return {"name": name, "dtype": dtype_name(type_.dtype), "shape": shape}
+def _entry(value: Value) -> dict[str, object]:
+    assert value.shape is not None
+    [dtype] = [ours for ours, theirs in DTYPES.items() if theirs == value.dtype]
+    shape = [d if isinstance(d, int) else d.value for d in value.shape]
+    return {"name": value.name, "dtype": dtype_name(dtype), "shape": shape}
 
 
 def _carry(part: Part, model: Path) -> None:

@@ -41,8 +41,8 @@ class Session:
     _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def allocate(self, blocks: int, block_size: int) -> None:
-        """Start with empty caches of `blocks` blocks."""
-        sizes = {"N": blocks, "S": block_size}
+        """Start with empty caches of `blocks` blocks; a dense cache has one for each sequence."""
+        sizes = {"N": blocks, "S": block_size, "B": blocks, "L": block_size}
         for port in self.caches:
             shape = [sizes[d] if isinstance(d, str) else d for d in port.shape]
             self._kept[port.name] = torch.zeros(shape, dtype=port.dtype)
