@@ -43,25 +43,25 @@ def _paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each sequence's newest tokens over its pages, in float32.
+    """Causal attention of each sequence's newest tokens over its pages.
 
     q [T, Hq, D]; caches [N, S, H, D], H divides Hq; block_table int [B, M]; seq_lens int [B], the
     tokens of each sequence with the new ones; query_starts int [B + 1], where each sequence's rows
     begin in q. A row past the last start attends to nothing and gives zeros. `scale` multiplies
     the logits; with `window` w > 0 a query sees itself and the w - 1 tokens before it; `softcap`
     c > 0 makes the logits c*tanh(x/c); `sinks` [Hq] adds one logit a head that carries no value.
-    Gives [T, Hq, D] in q's dtype.
+    Gives [T, Hq, D] in q's dtype, computed in float32, or in float64 where that is q's.
     """
     out = torch.zeros(*q.shape[:2], v_cache.shape[3], dtype=q.dtype)
-    block = k_cache.shape[1]
+    block, wide = k_cache.shape[1], torch.promote_types(q.dtype, torch.float32)
     for b, end in enumerate(seq_lens.tolist()):
         start, stop = query_starts[b : b + 2].tolist()
         if start == stop:
             continue
         pages = block_table[b, : -(-end // block)].long()
-        k, v = (c[pages].flatten(0, 1)[:end].float() for c in (k_cache, v_cache))
+        k, v = (c[pages].flatten(0, 1)[:end].to(wide) for c in (k_cache, v_cache))
         mask = causal_mask(stop - start, end, window)
-        out[start:stop] = attend(q[start:stop].float(), k, v, mask, scale, softcap, sinks)
+        out[start:stop] = attend(q[start:stop].to(wide), k, v, mask, scale, softcap, sinks)
     return out
 
 

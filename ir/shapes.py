@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import SymInt
 from torch._dynamo.source import ConstantSource
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -40,6 +41,7 @@ class Shapes:
         return self._seen[key]
 
     def _run(self, target: Target, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
+        args, kwargs = _fixed(target, args, kwargs, self._hint)
         try:
             with self._fake:
                 named = {name: self._dummy(item) for name, item in kwargs.items()}
@@ -48,7 +50,20 @@ class Shapes:
             why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             what = f"does not take {_show(args)} {_show(kwargs)}".rstrip(" {}")
             raise IRError(f"{target}: {what} ({why}); correct the call") from error
+        self._check_free(target)
         return self._type(result)
+
+    def _check_free(self, target: Target) -> None:
+        """A rule that looked at a size's value would fix it to its hint, here and ever after."""
+        for symbol, number in self._env.replacements.items():
+            names = [str(name) for name, sym in self._symbols.items() if sym.node._expr == symbol]
+            what = f"its shape rule takes the size {' '.join(names)} for {number}"
+            raise IRError(f"{target}: {what}; write the rule for any size")
+
+    def _hint(self, number: IntType) -> int:
+        """A value that stands for a whole number, where an op takes no symbolic one."""
+        size = self._size(number.value)
+        return size if isinstance(size, int) else int(size.node.hint)
 
     def _dummy(self, value: object) -> object:
         """A value without data for each type inside `value`."""
@@ -100,6 +115,28 @@ class Shapes:
             return d
         names = {sym.node.expr: size(str(symbol)) for symbol, sym in self._symbols.items()}
         return dim(d.node.expr.xreplace(names))
+
+
+def _fixed(
+    target: Target,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    hint: Callable[[IntType], int],
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The arguments, with numbers in place of types wherever the op's schema has a plain int.
+
+    torch would make such a number of a symbolic size by fixing the size to its value.
+    """
+    if not isinstance(target, OpOverload):
+        return args, kwargs
+    plain = {a.name for a in target._schema.arguments if str(a.real_type) == "int"}
+    names = [a.name for a in target._schema.arguments]
+
+    def fix(name: str, value: object) -> object:
+        return hint(value) if name in plain and isinstance(value, IntType) else value
+
+    fixed = tuple(fix(name, value) for name, value in zip(names, args, strict=False))
+    return fixed, {name: fix(name, value) for name, value in kwargs.items()}
 
 
 def _frozen(value: object) -> object:

@@ -19,6 +19,7 @@ from kvc8.ir.errors import IRError
 Dim: TypeAlias = int | sympy.Expr
 
 DTYPES = {
+    "f64": torch.float64,
     "f32": torch.float32,
     "f16": torch.float16,
     "bf16": torch.bfloat16,

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from kvc8.ir.errors import KVC8Error
 
 ERROR, INTERRUPTED = 1, 130
+NOTES = 4  # lines below an error, at most, and one that counts the others
 
 
 def entry(
@@ -42,6 +43,8 @@ def entry(
         if given.traceback:
             raise
         print(f"error: {_sentence(error)}", file=sys.stderr)
+        for note in _notes(error):
+            print(f"  {note}", file=sys.stderr)
         return ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -51,6 +54,13 @@ def _sentence(error: KVC8Error | OSError) -> str:
     if isinstance(error, KVC8Error):
         return str(error)
     return f"{error.filename or 'the system'}: {error.strerror or error}; check the path"
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What belongs to an error, the sites that a pass left alone for instance: the first few."""
+    notes = getattr(error, "__notes__", [])
+    left = len(notes) - NOTES
+    return notes if left <= 1 else [*notes[:NOTES], f"and {left} more; --traceback shows them all"]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from kvc8.backends.onnx.quantization import dequantized
 from kvc8.ir import ops
 from kvc8.ir.program import argument, is_call, tensor_type
 
-F32, I64 = torch.float32, torch.int64
+I64 = torch.int64
 
 
 def cache_write(b: Builder, node: Node, cache: Value, rows: Value, slots: Value) -> Value:
@@ -66,14 +66,19 @@ def paged_attention(
     table = _table(b, node, batch, table)
     k, v = (_gathered(b, node, index, table) for index in (1, 2))
     logits = b.op("MatMul", _query(b, node, batch, q), b.op("Transpose", k, perm=[0, 2, 3, 1]))
-    logits = b.op("Mul", logits, b.number(scale, F32))
+    logits = b.op("Mul", logits, b.number(scale, _wide(node)))
     if softcap:
-        cap = b.number(softcap, F32)
+        cap = b.number(softcap, _wide(node))
         logits = b.op("Mul", b.op("Tanh", b.op("Div", logits, cap)), cap)
     weights = _weights(b, node, batch, logits, window, sinks)
-    v = v if is_call(node.args[2], ops.dequantize) else _clean(b, batch, v)
+    v = v if is_call(node.args[2], ops.dequantize) else _clean(b, node, batch, v)
     out = b.op("MatMul", weights, b.op("Transpose", v, perm=[0, 2, 1, 3]))
     return _rows(b, node, batch, out)
+
+
+def _wide(node: Node) -> torch.dtype:
+    """What attention is computed in: float32, or float64 where the program is."""
+    return torch.promote_types(tensor_type(node).dtype, torch.float32)
 
 
 def _batch(b: Builder, node: Node, lens: Value, starts: Value) -> _Batch:
@@ -110,7 +115,7 @@ def _table(b: Builder, node: Node, batch: _Batch, table: Value) -> Value:
 
 
 def _gathered(b: Builder, node: Node, index: int, table: Value) -> Value:
-    """The keys or values of each sequence, float32 [B, L, H, D]."""
+    """The keys or values of each sequence, [B, L, H, D]."""
     cache = argument(node, index)
     type_ = tensor_type(cache)
     stored = argument(cache, 0) if is_call(cache, ops.dequantize) else cache
@@ -118,13 +123,13 @@ def _gathered(b: Builder, node: Node, index: int, table: Value) -> Value:
     pages = b.op("Reshape", b.op("Gather", b.value(stored), table, axis=0), wanted)
     if stored is not cache:
         pages = dequantized(b, cache, pages, type_.shape)
-    return b.cast(pages, type_.dtype, F32)
+    return b.cast(pages, type_.dtype, _wide(node))
 
 
-def _clean(b: Builder, batch: _Batch, values: Value) -> Value:
+def _clean(b: Builder, node: Node, batch: _Batch, values: Value) -> Value:
     """Zero in place of what lies past a sequence's end, which may be no number; 0 * NaN is NaN."""
     valid = b.op("Unsqueeze", b.op("Less", batch.key, batch.lens), [2, 3])
-    return b.op("Where", valid, values, b.number(0, F32))
+    return b.op("Where", valid, values, b.number(0, _wide(node)))
 
 
 def _query(b: Builder, node: Node, batch: _Batch, q: Value) -> Value:
@@ -132,7 +137,7 @@ def _query(b: Builder, node: Node, batch: _Batch, q: Value) -> Value:
     type_ = tensor_type(argument(node, 0))
     last = b.op("Sub", b.size(type_.shape[0]), [1])
     row = b.op("Min", b.op("Add", b.op("Unsqueeze", batch.first, [1]), batch.step), last)
-    rows = b.op("Gather", b.cast(q, type_.dtype, F32), row, axis=0)
+    rows = b.op("Gather", b.cast(q, type_.dtype, _wide(node)), row, axis=0)
     heads, groups = _heads(node)
     rows = b.op("Reshape", rows, b.shape([0, 0, heads, groups, type_.shape[2]]))
     turned = b.op("Transpose", rows, perm=[0, 2, 3, 1, 4])
@@ -166,12 +171,12 @@ def _weights(
         "Where",
         _seen(b, batch, window),
         b.op("Reshape", logits, split),
-        b.number(float("-inf"), F32),
+        b.number(float("-inf"), _wide(node)),
     )
     if sinks is None:
         weights = b.op("Softmax", masked, axis=-1)
     else:
-        sinks = b.cast(sinks, tensor_type(argument(node, 9)).dtype, F32)
+        sinks = b.cast(sinks, tensor_type(argument(node, 9)).dtype, _wide(node))
         sinks = b.op("Reshape", sinks, [1, heads, groups, 1, 1])
         shape = b.op("Concat", b.op("Shape", masked, end=-1), [1], axis=0)
         beside = b.op("Concat", masked, b.op("Expand", sinks, shape), axis=-1)
@@ -196,6 +201,9 @@ def _rows(b: Builder, node: Node, batch: _Batch, out: Value) -> Value:
     )
     at = b.op("Where", real, at, b.number(0, I64))
     out = b.op(
-        "Where", b.op("Unsqueeze", real, [1, 2]), b.op("Gather", out, at, axis=0), b.number(0, F32)
+        "Where",
+        b.op("Unsqueeze", real, [1, 2]),
+        b.op("Gather", out, at, axis=0),
+        b.number(0, _wide(node)),
     )
-    return b.cast(out, F32, type_.dtype)
+    return b.cast(out, _wide(node), type_.dtype)
