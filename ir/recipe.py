@@ -10,7 +10,11 @@ A recipe is an expression; in a program's text it stands as the parameter's defa
 | `values([...], dtype)` | the numbers written here, 1-D (rotary frequencies, say) |
 | `cast(x, dtype)` `reshape(x, shape)` `transpose(x, a, b)` | as torch |
 | `slice(x, dim, start, end)` `concat([x, ...], dim)` | as torch |
-| `neg(x)` `reciprocal(x)` `expand(x, shape)` | as torch |
+| `neg(x)` `reciprocal(x)` `round(x)` `expand(x, shape)` | as torch |
+| `add(x, y)` `sub(x, y)` `mul(x, y)` `div(x, y)` | as torch, broadcast |
+| `per_query(x, groups)` | of [H, D], what each query head sees: [H*groups*D] |
+| `matvec(w, x)` | [O] of w [O, K] and x [K], float64 |
+| `head_power(x)` | of [H, D], the least power of two above each row that float16 holds: [H, D] |
 | `float_bits(x)` | float32 whose bits are the low half of int64 x (msModelSlim's deq_scale) |
 | `int_bits(x)` | the inverse: float32's bits, zero-extended to int64 |
 | `w8a8(w8, input_scale, input_offset, deq_scale, quant_bias)` | the float weight: w8*deq/input |
@@ -127,6 +131,20 @@ def _round_up(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(near.float() < x, above, near).float()
 
 
+def _per_query(x: Tensor, groups: int) -> Tensor:
+    return x.repeat_interleave(groups, 0).flatten()
+
+
+def _matvec(w: Tensor, x: Tensor) -> Tensor:
+    parts = [rows.double() @ x.double() for rows in w.split(4096)]  # not all of w in float64
+    return torch.cat(parts)
+
+
+def _head_power(x: Tensor) -> Tensor:
+    _, exponent = torch.frexp(x.abs().amax(1, keepdim=True))
+    return torch.ldexp(torch.ones_like(x), exponent.clamp(-14, 15).expand(x.shape))
+
+
 def _masked_above(n: int) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool).triu(1)
 
@@ -142,6 +160,14 @@ STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "concat": lambda xs, dim: torch.cat(xs, dim),
         "neg": lambda x: -x,
         "reciprocal": lambda x: 1 / x,
+        "round": lambda x: x.round(),
+        "add": lambda x, y: x + y,
+        "sub": lambda x, y: x - y,
+        "mul": lambda x, y: x * y,
+        "div": lambda x, y: x / y,
+        "per_query": _per_query,
+        "matvec": _matvec,
+        "head_power": _head_power,
         "float_bits": _float_bits,
         "int_bits": _int_bits,
         "rope_bound": _rope_bound,

@@ -72,6 +72,14 @@ def fold_kv_scales(program: Program) -> Iterator[Remark]:
         yield hit(write, "symmetric, so without offsets" if zero is None else "offsets negated")
 
 
+def dequantizer(cache: Node) -> Node | None:
+    """The npu_anti_quant that made float what an attention reads; None for another cache."""
+    if not is_call(cache, ATEN.unflatten.int):
+        return None
+    back = argument(cache, 0)
+    return back if is_call(back, npu.npu_anti_quant) else None
+
+
 def _fold_quantize(
     program: Program, rows: Node, cache: str, scale: Node, zero: Node | None
 ) -> None:

@@ -6,7 +6,12 @@ from pathlib import Path
 
 from kvc8.ir.program import Program
 from kvc8.ir.text import show
+from kvc8.passes.fold_k_offset import fold_k_offset
+from kvc8.passes.fold_k_scale import fold_k_scale
 from kvc8.passes.fold_kv_scales import fold_kv_scales
+from kvc8.passes.fold_v_offset import fold_v_offset
+from kvc8.passes.fold_v_offset_into_codes import fold_v_offset_into_codes
+from kvc8.passes.fold_v_scale import fold_v_scale
 from kvc8.passes.fuse_linears import fuse_linears
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
@@ -31,23 +36,39 @@ QUANTIZE: tuple[Step, ...] = (
 )
 AS_IS: tuple[Step, ...] = (remove_identities, insert_linear_quant, insert_kv_quant)
 
+# What reads the int8 cache: exact, and free of offsets wherever that costs nothing.
+FOLD_OFFSETS: tuple[Step, ...] = (fold_kv_scales, fold_k_offset, fold_v_offset)
+# `--fold kv`: every offset and scale into what stands either side of the attention. A prefill that
+# sees its own float K and V uses float weights as they are.
+FOLD_KV: tuple[Step, ...] = (
+    *FOLD_OFFSETS,
+    fold_v_offset_into_codes,
+    partial(fold_v_scale, weights=False),
+    partial(fold_k_scale, weights=False),
+)
+FOLD_KV_AND_WEIGHTS: tuple[Step, ...] = (
+    *FOLD_OFFSETS,
+    fold_v_offset_into_codes,
+    fold_v_scale,
+    fold_k_scale,
+)
+
 # A decoder layer without its attention, in NPU ops.
 LAYER: tuple[Step, ...] = (fuse_linears, lower_linear, lower_norms, lower_rope, lower_swiglu)
 
 NPU_PREFILL: tuple[Step, ...] = (
-    fold_kv_scales,
+    fold_kv_scales,  # and no more: it sees K and V before they are quantized
     *LAYER,
     partial(lower_paged_attention, phase="prefill"),
     remove_cache_copies,
 )
+# After one of the folds above:
 NPU_PREFILL_INT8: tuple[Step, ...] = (
-    fold_kv_scales,
     *LAYER,
     partial(lower_paged_attention, phase="prefill", prefill_kv="int8"),
     remove_cache_copies,
 )
 NPU_DECODE: tuple[Step, ...] = (
-    fold_kv_scales,
     *LAYER,
     partial(lower_paged_attention, phase="decode"),
     remove_cache_copies,
@@ -83,12 +104,19 @@ def _dump(program: Program, path: Path) -> None:
 
 
 def lower_for_npu(
-    program: Program, prefill_kv: str = "float", dump: Path | None = None
+    program: Program, prefill_kv: str = "float", dump: Path | None = None, fold: str = "offsets"
 ) -> tuple[dict[str, Program], list[tuple[str, Remark]]]:
-    """The prefill and decode programs of a QUANTIZED one, which stays as it is, and the remarks."""
+    """The program of each phase of a QUANTIZED one, which stays as it is, and the remarks.
+
+    `prefill_kv` is what a fresh prompt sees of itself, "float" or "int8"; `fold` is "offsets" or
+    "kv", which folds the scales as well.
+    """
+    int8 = prefill_kv == "int8"
+    every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
+    folds = every if fold == "kv" else FOLD_OFFSETS
     phases = {
-        "prefill": NPU_PREFILL_INT8 if prefill_kv == "int8" else NPU_PREFILL,
-        "decode": NPU_DECODE,
+        "prefill": (*folds, *NPU_PREFILL_INT8) if int8 else NPU_PREFILL,
+        "decode": (*folds, *NPU_DECODE),
     }
     lowered, told = {}, []
     for phase, passes in phases.items():

@@ -117,7 +117,7 @@ def repair_rope_scales(program: Program) -> Iterator[Remark]:
 
 def find_rope(rows: Node) -> Rope | None:
     """The rotation that gave `rows`, [T, H, D]; None where there is none."""
-    node = _behind(rows)
+    node = behind(rows)
     if is_call(node, ATEN.cat.default):  # rotated channels, then those that pass
         parts = node.args[0]
         assert isinstance(parts, list | tuple)
@@ -127,7 +127,7 @@ def find_rope(rows: Node) -> Rope | None:
         return None
     for product in node.all_input_nodes:
         for factor in product.all_input_nodes if is_call(product, ATEN.mul.Tensor) else ():
-            if rope := _rotated(_behind(factor)):
+            if rope := _rotated(behind(factor)):
                 return rope
     return None
 
@@ -150,7 +150,7 @@ def _rotated(node: Node) -> Rope | None:
     return Rope("half", width // 2, width, source)
 
 
-def _behind(node: Node) -> Node:
+def behind(node: Node) -> Node:
     """What a value was before it was moved about."""
     while is_call(node, *MOVES):
         node = argument(node, 0)
@@ -163,9 +163,9 @@ def _unsliced(node: Node) -> Node:
 
 def _check_no_norm(write: Node, source: Node) -> None:
     """Scales measured at k_proj hold only where nothing but RoPE comes after it."""
-    node = _behind(source)
+    node = behind(source)
     while is_call(node, ATEN.slice.Tensor, ATEN.split.Tensor, ATEN.add.Tensor):
-        node = _behind(argument(node, 0))
+        node = behind(argument(node, 0))
     if node.op != "placeholder" and not is_call(node, *LINEAR):
         what = "its K scales were measured at k_proj and a norm follows it"
         raise IRError(f"{write.meta.get('origin', write.name)}: {what}; quantize again after RoPE")

@@ -119,6 +119,35 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stored(tmp_path_factory.mktemp("stored"))
 
 
+@pytest.fixture(scope="session")
+def tiny_c8(
+    tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """`tiny_c8(kind, linears, variant)`: a `tiny_model` with an int8 cache, by kvc8-quantize.
+
+    `linears` are "w8a8" or "float". Variants: "symmetric"; "offsets", zero points a channel up to
+    the extremes; "pre-rope", symmetric, K scales said to be measured before RoPE.
+    """
+    import c8
+
+    made: dict[tuple[str, str, str], Path] = {}
+
+    def tiny_c8(kind: str, linears: str = "w8a8", variant: str = "symmetric") -> Path:
+        key = (kind, linears, variant)
+        if key not in made:
+            out = tmp_path_factory.mktemp("c8") / "-".join(key)
+            if variant == "symmetric":
+                layers = {} if kind == "gemma3" else {"num_hidden_layers": 2}
+                c8.quantize_model(tiny_model(kind, **layers), out, linears)
+            else:
+                change = c8.with_offsets if variant == "offsets" else c8.before_rope
+                change(tiny_c8(kind, linears), out)
+            made[key] = out
+        return made[key]
+
+    return tiny_c8
+
+
 def _write_model(directory: Path, kind: str, seed: int, config: dict[str, object]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 

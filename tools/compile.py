@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
         default="float",
         help="what a prompt sees of itself: its own K and V, or what the cache gives back of them",
     )
+    found.add_argument(
+        "--fold",
+        choices=("offsets", "kv"),
+        default="offsets",
+        help="drop the cache's offsets where that is exact (default), or fold its scales as well",
+    )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write the program after each pass")
     return found
 
@@ -102,10 +108,10 @@ def quantize(program: Program, kv_scales: str, dump: Path | None = None) -> Told
 
 
 def _npu(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> Told:
-    lowered, told = pipeline.lower_for_npu(program, args.prefill_kv, args.dump)
+    lowered, told = pipeline.lower_for_npu(program, args.prefill_kv, args.dump, args.fold)
     for phase in lowered.values():
         legality.check(phase, args.soc, args.block_size)
-    notes = {"prefill_kv": args.prefill_kv, "kv_scales": args.kv_scales}
+    notes = {"prefill_kv": args.prefill_kv, "kv_scales": args.kv_scales, "fold": args.fold}
     target = artifact.Target(args.soc, args.block_size, notes)
     artifact.write(args.output, checkpoint, lowered, target)
     return told

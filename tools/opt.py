@@ -17,7 +17,11 @@ from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Step, name_of
 from kvc8.tools.command import entry
 
-STEPS: tuple[Step, ...] = (*pipeline.QUANTIZE, *pipeline.NPU_DECODE)
+STEPS: tuple[Step, ...] = (
+    *pipeline.QUANTIZE,
+    *pipeline.FOLD_KV_AND_WEIGHTS,
+    *pipeline.NPU_DECODE,
+)
 
 
 def parser() -> argparse.ArgumentParser:
