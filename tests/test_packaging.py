@@ -13,7 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["ir", "passes", "backends", "tools"]
-SCRIPTS = {"tools/check", "tools/demo", "tools/environment.sh"}  # for the repository, not for users
+SCRIPTS = {
+    "tools/check",
+    "tools/check-npu",
+    "tools/demo",
+    "tools/environment.sh",
+}  # for the repository, not for users
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 

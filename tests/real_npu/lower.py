@@ -1,0 +1,60 @@
+"""Write lowered programs as text, for check.py to read beside the real torch_npu.
+
+    python lower.py OUT
+
+transformers imports torch_npu by itself wherever it finds it, so programs are made here, in kvc8's
+own environment, and only their text goes over: OUT/MODEL-DTYPE-PHASE.py.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sparse import LLAMA_70B, write_sparse
+
+from kvc8.backends.npu import legality
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.text import show
+from kvc8.passes import pipeline
+
+CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
+SMOLLM2 = LLAMA_70B | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+SOC, BLOCK_SIZE = "ascend910b", 128
+
+
+def models(scratch: Path) -> Iterator[tuple[str, Path]]:
+    """The directories of models, by name."""
+    yield "smollm2-shape", write_sparse(scratch / "smollm2", SMOLLM2)
+    for config in sorted(CHECKPOINTS.glob("*/quant/config.json")):
+        yield config.parent.parent.name, config.parent
+
+
+def main(out: str) -> None:
+    """Lower each model in each dtype."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, directory in models(Path(scratch)):
+            for dtype_name, dtype in DTYPES.items():
+                program = capture(open_checkpoint(directory), dtype)
+                pipeline.run(program, pipeline.QUANTIZE)
+                for phase, lowered in pipeline.lower_for_npu(program)[0].items():
+                    legality.check(lowered, SOC, BLOCK_SIZE)
+                    (folder / f"{name}-{dtype_name}-{phase}.py").write_text(show(lowered) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
