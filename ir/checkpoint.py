@@ -29,12 +29,15 @@ from kvc8.ir.safetensors_files import StoredTensor, TensorFiles, read_header, re
 __all__ = [
     "Calibrated",
     "Checkpoint",
+    "Files",
     "Granularity",
     "KVScale",
     "LinearQuant",
     "StoredTensor",
     "kv_widths",
     "open_checkpoint",
+    "read_files",
+    "understand",
 ]
 
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
@@ -84,10 +87,30 @@ class Checkpoint:
         return self._files.read(self.tensors[name])
 
 
+@dataclass(frozen=True)
+class Files:
+    """What the files of a model directory hold, before any of it is trusted to make sense."""
+
+    path: Path
+    config: Mapping[str, object]
+    description_path: Path | None  # of msModelSlim's description; None where there is none
+    description: Mapping[str, object]
+    tensors: Mapping[str, StoredTensor]
+    warnings: tuple[str, ...]
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open the model directory at `path`, reading JSON and headers only.
 
     Raises ModelError where a file is missing or damaged, or the parts disagree.
+    """
+    return understand(read_files(path))
+
+
+def read_files(path: Path) -> Files:
+    """Read the JSON files and the headers of the directory at `path`.
+
+    Raises ModelError where a file is missing or damaged; that they agree is not checked.
     """
     names = file_names(path)
     config_path = model_file(path, "config.json")
@@ -98,17 +121,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_json(config_path)
     description, unread = _find_description(path, names, config)
     tensors, warnings = _read_weights(path, names, description is not None)
-    found = _quantization(path, config, description, tensors)
-    _check_switch(place(config_path), config, found)
+    labels = read_json(description) if description else {}
+    return Files(path, config, description, labels, tensors, (*unread, *warnings))
+
+
+def understand(files: Files) -> Checkpoint:
+    """Work out what the files mean; raises ModelError where they disagree."""
+    found = _quantization(files)
+    _check_switch(place(files.path, "config.json"), files.config, found)
     return Checkpoint(
-        path=path,
-        config=config,
+        path=files.path,
+        config=files.config,
         layout=found.layout,
-        tensors=tensors,
+        tensors=files.tensors,
         w8a8=found.w8a8,
         kv=found.kv,
         kv_calibrated=found.kv_calibrated,
-        warnings=(*unread, *warnings, *found.warnings),
+        warnings=(*files.warnings, *found.warnings),
         kvc8=found.kvc8,
     )
 
@@ -176,15 +205,11 @@ def _find_weights(directory: Path, names: list[str], described: bool) -> str:
     )
 
 
-def _quantization(
-    path: Path,
-    config: Mapping[str, object],
-    description: Path | None,
-    tensors: Mapping[str, StoredTensor],
-) -> Quantization:
+def _quantization(files: Files) -> Quantization:
     """Read how the model is quantized, by the rules of the layout that its files show."""
-    if description is not None:
-        return read_description(description, read_json(description), tensors, config)
+    path, config, tensors = files.path, files.config, files.tensors
+    if files.description_path is not None:
+        return read_description(files.description_path, files.description, tensors, config)
     where = place(path, "config.json")
     settings = _quantization_config(where, config)
     if settings.get("quant_method") == "compressed-tensors":

@@ -44,7 +44,7 @@ def read_compressed_tensors(
                 f"{where}: kv_cache_scheme has {name} {shown(fields.get(name))} and kvc8 reads "
                 f"{value}; calibrate a static int8 KV cache"
             )
-    names = {key: name for name in tensors if (key := _kv_name(name))}
+    names = {key: name for name in tensors if (key := kv_name(name))}
     kv = kv_scales(names, tensors, kv_widths(config, where), "tensor", where)
     return Quantization(
         "compressed-tensors",
@@ -64,7 +64,7 @@ def _rest(tensors: Mapping[str, StoredTensor], known: set[str], where: str) -> t
     return tuple(warnings)
 
 
-def _kv_name(name: str) -> KVName | None:
+def kv_name(name: str) -> KVName | None:
     """Read `<...>.<layer>.<...>.k_scale` and its like."""
     *path, part = name.split(".")
     layer = layer_index(path)

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from kvc8.ir.errors import ModelError
+from kvc8.ir.parameters import whole
 
 QuantForm = Literal["page", "atb", "divide", "multiply", "rope_quant_cache"]
 DequantForm = Literal["page", "atb", "fused_infer"]
@@ -74,8 +75,7 @@ def by_channel(scale: Tensor, offset: Tensor | None, width: int, where: str) -> 
                 "use the config.json that the model was quantized with"
             )
     _check_scale(scale, where, "calibrate the model again")
-    wide = offset.to(torch.float32)
-    if not bool((wide == wide.round()).all() and wide.abs().max() <= 256):  # no NaN passes this
+    if not whole(offset):
         raise ModelError(
             f"{where}: an offset is not a whole number from -256 to 256; calibrate the model again"
         )

@@ -100,8 +100,8 @@ def read_description(
     kvc8 = description.get("kvc8", {})
     if not isinstance(kvc8, dict):
         raise ModelError(f"{where}: kvc8 is {shown(kvc8)}; it should be an object")
-    layout = _layout(path, description, tensors)
-    calibrated = _calibrated(where, layout, kvc8) if kv else None
+    layout = layout_of(path, description, tensors)
+    calibrated = calibrated_of(where, layout, kvc8) if kv else None
     return Quantization(layout, w8a8, kv, calibrated, kvc8, tuple(warnings))
 
 
@@ -118,16 +118,18 @@ def _switched_on(
     return "C8" in (*kinds, settings.get("kv_quant_type"))
 
 
-def _layout(
+def layout_of(
     path: Path, description: Mapping[str, object], tensors: Mapping[str, StoredTensor]
 ) -> str:
+    """Tell which of the three layouts the description at `path` and its weights are."""
     if path.name != NAME:
         return "safe_tensor"
     newer = any(tensor.file.name.startswith(NEWER_WEIGHTS) for tensor in tensors.values())
     return "msmodelslim-v1" if newer or {"metadata", "optional"} & set(description) else "ascendV1"
 
 
-def _calibrated(where: str, layout: str, kvc8: Mapping[str, object]) -> Calibrated:
+def calibrated_of(where: str, layout: str, kvc8: Mapping[str, object]) -> Calibrated:
+    """Tell where K was measured: what kvc8-quantize noted, else what the layout's tool does."""
     if "kv_calibrated" not in kvc8:
         return "post-rope" if layout == "msmodelslim-v1" else "pre-rope"
     match kvc8["kv_calibrated"]:
@@ -228,7 +230,7 @@ def _sort_out(
     linears: dict[str, dict[str, str]] = {}
     for name, label in labels.items():
         prefix, _, part = name.rpartition(".")
-        if (key := _kv_name(name)) and label != "FLOAT":
+        if (key := kv_name(name)) and label != "FLOAT":
             if key in kv:
                 raise ModelError(
                     f"{where}: labels both {shown(kv[key])} and {shown(name)}; remove one of them"
@@ -246,7 +248,7 @@ def _sort_out(
     return kv, linears
 
 
-def _kv_name(name: str) -> KVName | None:
+def kv_name(name: str) -> KVName | None:
     """Read `<...>.<layer>.<...>.k_proj.kv_cache_scale` and its like, also below a fused linear."""
     *path, module, part = ["", "", *name.split(".")]
     layer = layer_index(path)

@@ -87,20 +87,32 @@ def _scale(
 
 
 def check_kv_scales(checkpoint: Checkpoint) -> list[str]:
-    """Raise ModelError at a scale that divides by zero or is no number; gives warnings.
+    """Raise ModelError at a scale or offset that quantizes nothing; gives warnings.
 
     Shards whose scales are zero everywhere hold headers without data. They compile, for what a
     model costs can be asked before its weights are there; they are refused when run.
     """
-    bad = [s.scale for pair in checkpoint.kv.values() for s in pair if not _sound(checkpoint, s)]
+    sides = [side for pair in checkpoint.kv.values() for side in pair]
+    for side in sides:
+        if side.offset is not None and not whole(checkpoint.read(side.offset)):
+            what = "has an offset that is not a whole number from -256 to 256"
+            again = "quantize the KV cache again"
+            raise ModelError(f"{checkpoint.path.name}: {side.offset} {what}; {again}")
+    bad = [side.scale for side in sides if not _sound(checkpoint, side)]
     if not bad:
         return []
-    names = [s.scale for pair in checkpoint.kv.values() for s in pair]
+    names = [side.scale for side in sides]
     if bad == names and not any(bool(checkpoint.read(name).any()) for name in names):
         what = "every kv_cache_scale is zero, so the shards hold no data"
         return [f"{checkpoint.path.name}: {what}; the result has the right shape and will not run"]
     what = "has a scale that is zero, negative, infinite or not a number"
     raise ModelError(f"{checkpoint.path.name}: {bad[0]} {what}; quantize the KV cache again")
+
+
+def whole(offset: Tensor) -> bool:
+    """Whether offsets are codes: whole numbers, not far outside of int8."""
+    wide = offset.float()
+    return bool((wide == wide.round()).all() and wide.abs().max() <= 256)  # no NaN passes this
 
 
 def _sound(checkpoint: Checkpoint, kv: KVScale) -> bool:

@@ -19,7 +19,7 @@ A recipe is an expression; in a program's text it stands as the parameter's defa
 | `int_bits(x)` | the inverse: float32's bits, zero-extended to int64 |
 | `w8a8(w8, input_scale, input_offset, deq_scale, quant_bias)` | the float weight: w8*deq/input |
 | `w8a8_bias(...)` | the float bias that quant_bias stands for |
-| `rope_bound(scale, zero, distance, width, kind)` | K scales that hold after RoPE, symmetric |
+| `rope_bound(scale, zero, distance, width, kind, factor)` | K scales that hold after RoPE |
 | `round_up(x, dtype)` | float32 x, at least as large and exact in dtype |
 | `masked_above(n)` | bool [n, n], True above the diagonal: the NPU's compressed causal mask |
 | `derived(name)` | what the compiler made of a recipe like these; an artifact holds it |
@@ -114,14 +114,21 @@ def _w8a8_bias(w8: Tensor, _: Tensor, offset: Tensor, deq_scale: Tensor, bias: T
     return (bias.double() + w8.sum(1, dtype=torch.int64) * offset.double()) * deq_scale.double()
 
 
-def _rope_bound(scale: Tensor, zero: Tensor | None, distance: int, width: int, kind: str) -> Tensor:
+def furthest(zero: Tensor) -> Tensor:
+    """How far from its zero point the further end of a quantizer's range lies, in steps."""
+    return torch.maximum((-128 - zero).abs(), (127 - zero).abs())
+
+
+def _rope_bound(
+    scale: Tensor, zero: Tensor | None, distance: int, width: int, kind: str, factor: float = 1.0
+) -> Tensor:
     """See passes/repair_rope_scales.py; scale [H, D], of which `width` channels are rotated."""
-    far = 127.0 if zero is None else torch.maximum((-128 - zero).abs(), (127 - zero).abs())
+    far = 127.0 if zero is None else furthest(zero)
     reach = scale * far / 127
     turned = reach[:, :width].double()
     pairs = turned.unflatten(1, (2, distance) if kind == "half" else (-1, 2))
     bound = pairs.square().sum(1 if kind == "half" else 2, keepdim=True).sqrt()
-    both = bound.expand_as(pairs).flatten(1).float()
+    both = (bound * factor).expand_as(pairs).flatten(1).float()
     return torch.cat([both, reach[:, width:]], 1)
 
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from kvc8.ir.program import Program
+from kvc8.ir.recipe import Read
 from kvc8.ir.text import show
 from kvc8.passes.fold_k_offset import fold_k_offset
 from kvc8.passes.fold_k_scale import fold_k_scale
@@ -73,6 +74,11 @@ NPU_DECODE: tuple[Step, ...] = (
     partial(lower_paged_attention, phase="decode"),
     remove_cache_copies,
 )
+
+
+def reading(passes: tuple[Step, ...], read: Read) -> tuple[Step, ...]:
+    """The passes, with stored tensors shown to the one whose remarks tell of them."""
+    return tuple(partial(p, read=read) if p is repair_rope_scales else p for p in passes)
 
 
 def run(

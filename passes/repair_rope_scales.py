@@ -2,9 +2,14 @@
 
 RoPE turns the channels i and j of a pair into each other, so a scale measured before it says
 little about one channel after it, and channels clip. A rotation keeps k_i^2 + k_j^2, hence
-|k'_i| <= 127 * sqrt(s_i^2 + s_j^2) for every position: that is the new scale of both. Zero
-points measured before RoPE lose their meaning with it; the bound is symmetric, from the larger
-end of each channel's range, s_i * max(|-128 - z_i|, |127 - z_i|) / 127.
+|k'_i| <= 127 * sqrt(s_i^2 + s_j^2) for every position: that is the new scale of both. Where cos
+and sin carry a factor (YaRN's attention factor), so does the bound. Zero points measured before
+RoPE lose their meaning with it; the bound is symmetric, from the larger end of each channel's
+range, s_i * max(|-128 - z_i|, |127 - z_i|) / 127.
+
+With a reader of stored tensors the remark of a site says what it changes: the largest ratio r of a
+new scale to its old one, and 1 - 1/r, the share of what RoPE can reach in that channel that the
+old scale would cut off. After the repair nothing is cut off.
 
 before:
     def captured(
@@ -49,14 +54,17 @@ after:
         return [neg_1, k_new_0]
 
 Scales measured after RoPE are left alone, and those of a layer without RoPE. Where a norm lies
-between k_proj and RoPE, scales measured before it say nothing at all: that is an error.
+between k_proj and RoPE, scales measured before it say nothing at all: that is an error, and so is
+anything else there that is not known.
 The graph does not change, and so neither does any float value: bit_exact.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
@@ -70,7 +78,7 @@ from kvc8.ir.program import (
     recipe_of,
     tensor_type,
 )
-from kvc8.ir.recipe import Recipe
+from kvc8.ir.recipe import Arg, Read, Recipe, furthest, make, stored
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
@@ -82,17 +90,25 @@ LINEAR = (ATEN.linear.default, ops.quant_linear)
 class Rope:
     """How RoPE pairs the channels of a head: `half` pairs i with i + distance, `next` 2i with 2i+1.
 
-    Channels from `width` on are not rotated. `source` is what is rotated.
+    Channels from `width` on are not rotated. `source` is what is rotated, by cos and sin that were
+    multiplied by `factor`.
     """
 
     kind: str
     distance: int
     width: int
     source: Node
+    factor: float = 1.0
+
+    def bound(self, scale: Arg, zero: Arg) -> Recipe:
+        """Scales [H, D] that hold after RoPE, given scales and zero points measured before it."""
+        factor = () if self.factor == 1.0 else (self.factor,)
+        pairs = (self.distance, self.width, self.kind, *factor)
+        return Recipe("rope_bound", (scale, zero, *pairs))
 
 
 @rewrite(takes=Stage.CAPTURED, gives=Stage.CAPTURED, contract="bit_exact")
-def repair_rope_scales(program: Program) -> Iterator[Remark]:
+def repair_rope_scales(program: Program, read: Read | None = None) -> Iterator[Remark]:
     """See the module."""
     for write in program.calls(ops.cache_write):
         cache = argument(write, 0)
@@ -105,14 +121,40 @@ def repair_rope_scales(program: Program) -> Iterator[Remark]:
             yield miss(write, "its scales were measured after RoPE")
             continue
         rope = find_rope(argument(write, 1))
-        _check_no_norm(write, rope.source if rope else argument(write, 1))
+        if not from_linear(rope.source if rope else argument(write, 1)):
+            what = "its K scales were measured at k_proj and a norm follows it"
+            where = write.meta.get("origin", write.name)
+            raise IRError(f"{where}: {what}; quantize again after RoPE")
         if rope is None:
             yield miss(write, "no RoPE lies between its k_proj and the cache")
             continue
-        bound = Recipe("rope_bound", (scale, zero, rope.distance, rope.width, rope.kind))
+        bound = rope.bound(scale, zero)
         rounded = Recipe("round_up", (bound, tensor_type(cache).dtype))
         cache.meta["recipe"] = Recipe("cache", (rounded, None, "repaired"))
-        yield hit(write, f"channels paired by {rope.kind}, {rope.distance} apart")
+        told = f"; {_told(scale, zero, rope, read)}" if read else ""
+        yield hit(write, f"channels paired by {rope.kind}, {rope.distance} apart{told}")
+
+
+def _told(scale: Arg, zero: Arg, rope: Rope, read: Read) -> str:
+    assert isinstance(scale, Recipe)
+    made = make(zero, read) if isinstance(zero, Recipe) else None
+    ratio = largest_ratio(make(scale, read), made, rope)
+    if not math.isfinite(ratio):
+        return "the checkpoint holds no scales to compare"
+    cut = f"up to {1 - 1 / ratio:.0%} of what a channel can reach was cut off"
+    return f"K scales grow up to {ratio:.2f} times; {cut}"
+
+
+def largest_ratio(scale: Tensor, zero: Tensor | None, rope: Rope) -> float:
+    """The most that RoPE can reach in a channel over what a scale measured before it holds.
+
+    Scale and zero are float32 [H, D]. The ratio is 1 or more, or NaN where a scale is not positive.
+    """
+    given = {"scale": scale, "zero": zero if zero is not None else torch.zeros_like(scale)}
+    zeros = None if zero is None else stored("zero")
+    bound = make(rope.bound(stored("scale"), zeros), given.__getitem__)
+    held = scale if zero is None else scale * furthest(zero) / 127
+    return float((bound / held).max())
 
 
 def find_rope(rows: Node) -> Rope | None:
@@ -122,14 +164,25 @@ def find_rope(rows: Node) -> Rope | None:
         parts = node.args[0]
         assert isinstance(parts, list | tuple)
         inner = find_rope(parts[0]) if isinstance(parts[0], Node) else None
-        return inner and Rope(inner.kind, inner.distance, inner.width, _unsliced(inner.source))
+        return inner and replace(inner, source=_unsliced(inner.source))
     if not is_call(node, ATEN.add.Tensor):
         return None
     for product in node.all_input_nodes:
-        for factor in product.all_input_nodes if is_call(product, ATEN.mul.Tensor) else ():
+        factors = product.all_input_nodes if is_call(product, ATEN.mul.Tensor) else []
+        for i, factor in enumerate(factors):
             if rope := _rotated(behind(factor)):
-                return rope
+                return replace(rope, factor=_constant_factor(factors[1 - i]))
     return None
+
+
+def _constant_factor(sine: Node) -> float:
+    """The number that cos and sin were multiplied by on their way here."""
+    factor, node = 1.0, sine
+    while len(node.all_input_nodes) == 1 and not is_call(node, ATEN.sin.default, ATEN.cos.default):
+        if is_call(node, ATEN.mul.Tensor) and isinstance(node.args[1], int | float):
+            factor *= abs(node.args[1])
+        node = node.all_input_nodes[0]
+    return factor
 
 
 def _rotated(node: Node) -> Rope | None:
@@ -161,11 +214,9 @@ def _unsliced(node: Node) -> Node:
     return argument(node, 0) if is_call(node, ATEN.slice.Tensor) else node
 
 
-def _check_no_norm(write: Node, source: Node) -> None:
-    """Scales measured at k_proj hold only where nothing but RoPE comes after it."""
+def from_linear(source: Node) -> bool:
+    """Whether a value comes out of a linear, but for a bias, and nothing changed it since."""
     node = behind(source)
     while is_call(node, ATEN.slice.Tensor, ATEN.split.Tensor, ATEN.add.Tensor):
         node = behind(argument(node, 0))
-    if node.op != "placeholder" and not is_call(node, *LINEAR):
-        what = "its K scales were measured at k_proj and a norm follows it"
-        raise IRError(f"{write.meta.get('origin', write.name)}: {what}; quantize again after RoPE")
+    return node.op == "placeholder" or is_call(node, *LINEAR)

@@ -10,6 +10,7 @@ import argparse
 import re
 import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,9 +20,10 @@ from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.npu.kv_layout import kv_layout
 from kvc8.ir.capture import capture, config_dtype
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
-from kvc8.ir.errors import TargetError
+from kvc8.ir.checkpoint import Calibrated, Checkpoint, open_checkpoint
+from kvc8.ir.errors import ModelError, TargetError
 from kvc8.ir.program import Program
+from kvc8.ir.recipe import Read
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Remark
 from kvc8.tools.command import entry
@@ -56,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         default="repair",
         help="widen K scales that were measured before RoPE (default), or use them as they are",
     )
+    add_kv_calibrated(found)
     found.add_argument(
         "--prefill-kv",
         choices=("float", "int8"),
@@ -78,18 +81,36 @@ def work(args: argparse.Namespace) -> int:
         raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
     if args.flavor and args.target != "onnx":
         raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
-    checkpoint = open_checkpoint(args.directory)
+    checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
         warnings.warn(warning, stacklevel=2)
     unset = torch.float32 if args.target == "onnx" else None  # which a CPU computes fastest
     program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else unset)
-    told = quantize(program, args.kv_scales, args.dump)
+    told = quantize(program, args.kv_scales, args.dump, checkpoint.read)
     if args.target == "npu":
         told += _npu(args, checkpoint, program)
     else:
         _onnx(args, checkpoint, program)
     _report(args, told, program)
     return 0
+
+
+def add_kv_calibrated(to: argparse.ArgumentParser) -> None:
+    """Add the argument of `open_calibrated`."""
+    to.add_argument(
+        "--kv-calibrated",
+        choices=("pre-rope", "post-rope"),
+        help="where K was measured; what the directory's layout implies if unset",
+    )
+
+
+def open_calibrated(directory: Path, calibrated: Calibrated | None) -> Checkpoint:
+    """Open a model directory, of which someone may know better where its K was measured."""
+    checkpoint = open_checkpoint(directory)
+    if calibrated and not checkpoint.kv:
+        what = "holds no KV scales for --kv-calibrated to speak of"
+        raise ModelError(f"{directory}: {what}; leave it out, or quantize with kvc8-quantize")
+    return replace(checkpoint, kv_calibrated=calibrated) if calibrated else checkpoint
 
 
 def unsupported(checkpoint: Checkpoint) -> list[str]:
@@ -101,9 +122,12 @@ def unsupported(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def quantize(program: Program, kv_scales: str, dump: Path | None = None) -> Told:
-    """Bring a captured program to QUANTIZED."""
+def quantize(
+    program: Program, kv_scales: str, dump: Path | None = None, read: Read | None = None
+) -> Told:
+    """Bring a captured program to QUANTIZED; with `read`, of stored tensors, remarks say more."""
     passes = pipeline.QUANTIZE if kv_scales == "repair" else pipeline.AS_IS
+    passes = pipeline.reading(passes, read) if read else passes
     return pipeline.run(program, passes, dump)
 
 

@@ -28,14 +28,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kvc8.ir.capture import capture, config_dtype
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.program import Program
 from kvc8.ir.types import dtype_name
 from kvc8.ir.widen import widen
 from kvc8.passes import pipeline
 from kvc8.tools.command import entry
 from kvc8.tools.compare import Row, compare
-from kvc8.tools.compile import quantize
+from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
 from kvc8.tools.forms import Run, Tokens, generate, in_onnxruntime, one_program, replay
 from kvc8.tools.tokenize import read_tokenizer
 
@@ -63,13 +63,14 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tokens", type=int, default=200, help="of the prompt")
     found.add_argument("--steps", type=int, default=32, help="decode steps after it")
     found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
+    add_kv_calibrated(found)
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     return found
 
 
 def work(args: argparse.Namespace) -> int:
     """Run all forms and compare; gives 1 where one breaks a promise."""
-    checkpoint = open_checkpoint(args.directory)
+    checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     text = args.text.read_text(encoding="utf-8") if args.text else TEXT
     prompt = read_tokenizer(args.directory).encode(text)[: args.tokens]
     captured = capture(checkpoint, torch.float32)
