@@ -1,0 +1,1 @@
+"""What kvc8-inspect sees in a model directory, finds wrong with it, and prints."""

@@ -1,0 +1,88 @@
+"""How much memory the cache of a model takes, and who runs the model correctly."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvc8.tools.inspector.finding import Finding
+from kvc8.tools.inspector.model_findings import PARALLEL, shares
+from kvc8.tools.inspector.seen import Seen, kv_heads
+
+GB = 2**30  # the unit of a card's memory
+CARDS = (32, 64)  # GB
+BLOCK = 128  # tokens a block of the cache holds, by default
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """What the cache takes of each card, and how many tokens fit beside the weights."""
+
+    cache: str  # float16 or C8
+    cards: int  # tensor parallel over so many
+    bytes_per_token: int  # on each card
+    tokens: Mapping[int, int]  # by the GB of a card: whole blocks; 0 where the weights do not fit
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory plan: weights are as stored, and shared out evenly over cards."""
+
+    weights_bytes: int
+    rows: tuple[CacheRow, ...]
+
+
+def plan(seen: Seen) -> Plan:
+    """Work out the memory plan; without rows where config.json does not say how wide a cache is.
+
+    Nothing is set aside for activations, the runtime and what it duplicates on each card.
+    """
+    weights = sum(tensor.nbytes for tensor in seen.tensors.values())
+    channels = 2 * sum(seen.widths)  # K and V of a token
+    rows = [_row("float16", 1, 2 * channels, weights), _row("C8", 1, channels, weights)]
+    heads = kv_heads(seen)
+    for cards in PARALLEL:
+        if heads and shares(heads, cards):
+            here = channels // heads * max(1, heads // cards)
+            rows.append(_row("C8", cards, here, weights))
+    return Plan(weights, tuple(rows) if channels else ())
+
+
+def _row(cache: str, cards: int, each: int, weights: int) -> CacheRow:
+    free = {size: size * GB - -(-weights // cards) for size in CARDS}
+    fit = {size: max(0, room // (each or 1) // BLOCK * BLOCK) for size, room in free.items()}
+    return CacheRow(cache, cards, each, fit)
+
+
+# What a finding makes a runtime do; from their sources, not tried on a device.
+MINDIE = {
+    "pre-rope": "clips K",
+    "offset": "takes offsets by the wrong bits",
+    "bfloat16": "does not support C8 with bfloat16",
+    "c8-only": "does not support C8 without W8A8",
+    "c8-off": "leaves the KV scales unused",
+    "mixed-linears": "cannot pack linears of two kinds",
+    "float32-scale": "expects float16 scales",
+}
+VLLM = {
+    "pre-rope": "clips K",
+    "offset": "adds offsets and never takes them off",
+    "c8-off": "leaves the KV scales unused",
+    "c8-off-vllm": "leaves the KV scales unused",
+}
+KVC8 = {"pre-rope": "widens the K scales", "no-data": "it runs once the weights are there"}
+COMPRESSED = "reads no compressed-tensors KV scales"
+
+
+def runtimes(seen: Seen, findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
+    """What each runtime does with this directory that one should know; nothing where all is well.
+
+    Only what makes answers wrong or keeps the model from running counts, but for kvc8.
+    """
+    kinds = dict.fromkeys(finding.kind for finding in findings)
+    broken = any(finding.severity == "error" for finding in findings)
+    if broken or seen.refusal:
+        return {"kvc8": ("refuses it",), **dict.fromkeys(("MindIE", "vllm-ascend"), ("not asked",))}
+    told = {"kvc8": KVC8, "MindIE": MINDIE, "vllm-ascend": VLLM}
+    found = {name: tuple(says[k] for k in kinds if k in says) for name, says in told.items()}
+    if seen.layout == "compressed-tensors":
+        found["MindIE"] = found["vllm-ascend"] = (COMPRESSED,)
+    return found

@@ -1,0 +1,209 @@
+"""Look at a model directory without refusing what the compiler would refuse.
+
+Read are JSON files, headers, KV scales and the biases of norms; of the weights nothing. The model
+is captured as kvc8-compile does it, from its config, to see what lies between k_proj and the cache.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvc8.ir import ops
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import Calibrated, Checkpoint, Files, read_files, understand
+from kvc8.ir.compressed_tensors import kv_name as compressed_kv_name
+from kvc8.ir.errors import KVC8Error, ModelError
+from kvc8.ir.layouts import KVName, Side, kv_widths, layer_index
+from kvc8.ir.model_files import positive
+from kvc8.ir.msmodelslim import calibrated_of, kv_name, layout_of
+from kvc8.ir.parameters import check_kv_scales
+from kvc8.ir.program import Program, argument
+from kvc8.ir.safetensors_files import StoredTensor, TensorFiles
+from kvc8.passes.repair_rope_scales import Rope, find_rope, from_linear
+
+LARGEST_SCALE = 1 << 20  # numbers; what claims to hold more is no scale of a cache
+
+
+@dataclass(frozen=True)
+class KLayer:
+    """What lies between a layer's k_proj and its cache."""
+
+    rope: Rope | None
+    direct: bool  # nothing but RoPE and a bias
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A model directory as kvc8-inspect sees it."""
+
+    files: Files
+    config: Mapping[str, object]  # of the language model: `text_config` where there is one
+    layout: str
+    layers: int  # 0 where config.json does not say
+    widths: tuple[int, ...]  # kv_heads * head_dim of each layer; empty where that is not known
+    names: Mapping[KVName, str]
+    values: Mapping[KVName, Tensor]  # KV scales and offsets in their stored dtypes
+    calibrated: Calibrated | None
+    k_layers: Mapping[int, KLayer]  # empty where the model cannot be captured
+    refusal: str  # what kvc8-compile says; "" where it compiles
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every stored tensor by name."""
+        return self.files.tensors
+
+    def have(self, side: Side) -> list[int]:
+        """The layers that have a scale for K or V."""
+        return sorted(key[0] for key in self.names if key[1:] == (side, "scale"))
+
+    @property
+    def dtype(self) -> str:
+        """What config.json says the model computes in."""
+        found = self.config.get("dtype", self.config.get("torch_dtype"))
+        return str(found or "float32").removeprefix("torch.")
+
+
+def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
+    """See what the directory at `path` holds; `calibrated` overrules what its layout implies.
+
+    Raises ModelError only where a file is missing or damaged.
+    """
+    files = read_files(path)
+    text = files.config.get("text_config")
+    config = text if isinstance(text, dict) else files.config
+    checkpoint, refusal = _understood(files)
+    k_layers, why = _captured(files, checkpoint)
+    reader, names = TensorFiles(), _kv_names(files)
+    small = {k: n for k, n in names.items() if files.tensors[n].nbytes <= 4 * LARGEST_SCALE}
+    return Seen(
+        files=files,
+        config=config,
+        layout=checkpoint.layout if checkpoint else _layout(files),
+        layers=_count(config),
+        widths=_widths(files),
+        names=names,
+        values={key: reader.read(files.tensors[name]).flatten() for key, name in small.items()},
+        calibrated=(calibrated or _calibrated(files, checkpoint)) if names else None,
+        k_layers=k_layers,
+        refusal=refusal or why,
+    )
+
+
+def _understood(files: Files) -> tuple[Checkpoint | None, str]:
+    try:
+        checkpoint = understand(files)
+    except ModelError as error:
+        return None, str(error)
+    try:
+        check_kv_scales(checkpoint)
+    except ModelError as error:
+        return checkpoint, str(error)
+    return checkpoint, ""
+
+
+def _captured(files: Files, checkpoint: Checkpoint | None) -> tuple[dict[int, KLayer], str]:
+    """Capture the model with a float cache; gives what is above each layer's, or why not."""
+    plain = Checkpoint(files.path, files.config, "float", files.tensors, {}, {}, None, ())
+    try:
+        program = capture(replace(checkpoint or plain, kv={}, kv_calibrated=None))
+    except KVC8Error as error:
+        return {}, str(error)
+    return _k_layers(program), ""
+
+
+def _k_layers(program: Program) -> dict[int, KLayer]:
+    found = {}
+    for layer, write in enumerate(program.calls(ops.cache_write)[::2]):  # of each layer K, then V
+        rope = find_rope(argument(write, 1))
+        found[layer] = KLayer(rope, from_linear(rope.source if rope else argument(write, 1)))
+    return found
+
+
+def _kv_names(files: Files) -> dict[KVName, str]:
+    """KV scales by layer and side; the first of two that claim one place."""
+    read = kv_name if files.description_path else compressed_kv_name
+    found: dict[KVName, str] = {}
+    for name in files.tensors:
+        if key := read(name) or kv_name(name):
+            found.setdefault(key, name)
+    return found
+
+
+def _count(config: Mapping[str, object]) -> int:
+    try:
+        return positive(config, "num_hidden_layers", "")
+    except ModelError:
+        return 0
+
+
+def _widths(files: Files) -> tuple[int, ...]:
+    try:
+        return kv_widths(files.config, "")
+    except ModelError:
+        return ()
+
+
+def _layout(files: Files) -> str:
+    """The layout of a directory that does not make sense: what its files look like."""
+    if files.description_path:
+        return layout_of(files.description_path, files.description, files.tensors)
+    settings = files.config.get("quantization_config")
+    compressed = isinstance(settings, dict) and "kv_cache_scheme" in settings
+    return "compressed-tensors" if compressed else "float"
+
+
+def _calibrated(files: Files, checkpoint: Checkpoint | None) -> Calibrated:
+    if checkpoint and checkpoint.kv_calibrated:
+        return checkpoint.kv_calibrated
+    if not files.description_path:
+        return "post-rope"
+    return calibrated_of("", _layout(files), {})
+
+
+def head_dim(seen: Seen) -> int:
+    """Channels of a head, as config.json says or implies; 1 where it does neither."""
+    heads, hidden = (seen.config.get(n) for n in ("num_attention_heads", "hidden_size"))
+    found = seen.config.get("head_dim")
+    if found is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
+        found = hidden // heads
+    return found if isinstance(found, int) else 1
+
+
+def kv_heads(seen: Seen) -> int:
+    """KV heads of a layer; 0 where config.json does not say, or layers differ."""
+    dim, widths = head_dim(seen), set(seen.widths)
+    return widths.pop() // dim if len(widths) == 1 else 0
+
+
+def short_dtype(dtype: torch.dtype) -> str:
+    """A dtype as config.json writes it: float16."""
+    return str(dtype).removeprefix("torch.")
+
+
+Kinds = Mapping[str, tuple[str, ...]]  # W8A8 or a dtype: the short names of linears stored so
+
+
+ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
+
+
+def _order(name: str) -> tuple[int, str]:
+    return ORDER.index(name) if name in ORDER else len(ORDER), name
+
+
+def linears(seen: Seen) -> dict[int | None, Kinds]:
+    """How the linears of each layer are stored, and those of no layer (None)."""
+    found: dict[int | None, dict[str, dict[str, None]]] = {i: {} for i in range(seen.layers)}
+    for name, tensor in seen.tensors.items():
+        *path, module, part = ["", "", *name.split(".")]
+        if part != "weight" or len(tensor.shape) < 2:
+            continue
+        kind = "W8A8" if tensor.dtype is torch.int8 else short_dtype(tensor.dtype)
+        layer, short = layer_index(path), module.removesuffix("_proj")
+        found.setdefault(layer, {}).setdefault(kind, {})[short] = None
+    return {
+        layer: {kind: tuple(sorted(names, key=_order)) for kind, names in kinds.items()}
+        for layer, kinds in found.items()
+    }
