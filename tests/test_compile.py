@@ -70,6 +70,49 @@ def test_an_artifact_is_whole_and_reads_back(model, tmp_path):
         assert show(parse(path.read_text())) + "\n" == path.read_text()
 
 
+def test_a_report_as_json(model, tmp_path, capsys):
+    assert compile_(model, tmp_path / "out", "--json", "--batch", "4", "--context", "1000") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kv_bytes_a_token"] == 512
+    decode = found["report"]["phases"]["decode"]
+    assert decode["tokens"] == 4
+    ops = decode["ops"].values()
+    assert sum(op["launches"] for op in ops) == decode["total"]["launches"]
+    assert sum(op["share"] for op in ops) == pytest.approx(1)
+    assert decode["bytes_a_token"] * 4 == decode["total"]["bytes"]
+    cache = decode["total"]["cache_read"] + decode["total"]["cache_written"]
+    assert cache == 4 * 512 * (1000 + 1)
+    wider = decode["with_float16_cache"]["bytes_a_token"] - decode["bytes_a_token"]
+    assert wider == pytest.approx(cache / 4)
+    roles = [choice["role"] for choice in found["explain"]["choices"]["decode"]]
+    assert "attention over pages" in roles
+    assert {"pass": "lower_linear", "sites": 10} in [
+        {"pass": each["pass"], "sites": each["sites"]} for each in found["explain"]["left_alone"]
+    ]
+
+
+def test_a_report_and_reasons_as_text(model, tmp_path, capsys):
+    options = ("--report", "--explain", "--bandwidth", "0.8", "--block-size", "512")
+    assert compile_(model, tmp_path / "out", *options) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("decode, 1 of 8,192 tokens: ") for line in said)
+    assert sum(line.startswith("total") for line in said) == 2
+    assert said[-1] == (
+        "at 0.8 TB/s, 707.8 TOPS in int8, 353.9 TFLOPS in float16 (as given); "
+        "a bound from documents; nothing was measured"
+    )
+    assert (
+        "      not _npu_paged_attention: it takes pages equal to query dtype (f16), and this is i8 "
+        "(op-plugin PagedAttentionAtb.cpp:37)"
+    ) in said
+
+
+@pytest.mark.parametrize("option", ["report", "explain", "json"])
+def test_reports_are_of_the_npu(model, tmp_path, capsys, option):
+    said = refusal(capsys, model, tmp_path / "out", "--target", "onnx", f"--{option}")
+    assert said == f"--{option}: is of --target npu; leave it out, or compile for npu"
+
+
 def test_no_config(model, tmp_path, capsys):
     (model / "config.json").unlink()
     assert refusal(capsys, model, tmp_path / "out") == (

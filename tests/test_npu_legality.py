@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from kvc8.backends.npu import legality
+from kvc8.backends.npu.explain import explain
 from kvc8.backends.npu.facts import facts
 from kvc8.ir import npu
 from kvc8.ir.errors import TargetError
@@ -89,3 +90,20 @@ def test_an_unknown_soc() -> None:
     assert str(refused.value) == (
         "--soc: there are no limits for ascend310p; choose one of ascend910b"
     )
+
+
+def test_an_alternative_is_judged_by_its_own_rows() -> None:
+    wide = {"query": "f16[T, 1, 512]", "key": "i8[N, S, 256]", "value": "i8[N, S, 256]"}
+    scales = {name: "f16[256]" for name in LEGAL["decode"]["arguments"] if "antiquant" in name}
+    (choice,) = explain(call("decode", **wide, **scales), SOC, block_size=256)
+    source = "ascend-transformer-boost paged_attention_operation.cpp:593"
+    page = f"it takes block size x head_dim up to 16384, and this is 32768 ({source})"
+    fia = "npu_fused_infer_attention_score"
+    assert list(choice.lines()) == [
+        f"attention over pages: 1 {fia}: reads int8 pages and dequantizes inside, one "
+        "query a sequence, with offsets or without",
+        f"    not npu_incre_flash_attention: {fia} calls the same kernel, and is what the vendor's "
+        "runtimes use",
+        f"    not _npu_paged_attention_quant: {page}",
+        f"    not _npu_paged_attention: {page}",
+    ]

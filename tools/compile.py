@@ -7,6 +7,7 @@ msModelSlim writes it. OUT is written whole or not at all.
 """
 
 import argparse
+import json
 import re
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ from kvc8.ir.program import Program
 from kvc8.ir.recipe import Read
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Remark
+from kvc8.tools import costs
 from kvc8.tools.command import entry
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -72,27 +74,36 @@ def parser() -> argparse.ArgumentParser:
         help="drop the cache's offsets where that is exact (default), or fold its scales as well",
     )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write the program after each pass")
+    costs.add_arguments(found)
     return found
 
 
 def work(args: argparse.Namespace) -> int:
     """Compile as the arguments say; gives the exit status."""
-    if args.output.exists():
-        raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
-    if args.flavor and args.target != "onnx":
-        raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
+    _check_options(args)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
         warnings.warn(warning, stacklevel=2)
     unset = torch.float32 if args.target == "onnx" else None  # which a CPU computes fastest
     program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else unset)
     told = quantize(program, args.kv_scales, args.dump, checkpoint.read)
-    if args.target == "npu":
-        told += _npu(args, checkpoint, program)
-    else:
+    if args.target == "onnx":
         _onnx(args, checkpoint, program)
-    _report(args, told, program)
+        _tell(args, _sites(told), program)
+    else:
+        lowered, more = _npu(args, checkpoint, program)
+        _tell_all(args, _sites(told + more), program, lowered)
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    if args.output.exists():
+        raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
+    if args.flavor and args.target != "onnx":
+        raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
+    for option in ("report", "explain", "json"):
+        if getattr(args, option) and args.target != "npu":
+            raise TargetError(f"--{option}: is of --target npu; leave it out, or compile for npu")
 
 
 def add_kv_calibrated(to: argparse.ArgumentParser) -> None:
@@ -131,14 +142,16 @@ def quantize(
     return pipeline.run(program, passes, dump)
 
 
-def _npu(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> Told:
+def _npu(
+    args: argparse.Namespace, checkpoint: Checkpoint, program: Program
+) -> tuple[dict[str, Program], Told]:
     lowered, told = pipeline.lower_for_npu(program, args.prefill_kv, args.dump, args.fold)
     for phase in lowered.values():
         legality.check(phase, args.soc, args.block_size)
     notes = {"prefill_kv": args.prefill_kv, "kv_scales": args.kv_scales, "fold": args.fold}
     target = artifact.Target(args.soc, args.block_size, notes)
     artifact.write(args.output, checkpoint, lowered, target)
-    return told
+    return lowered, told
 
 
 def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> None:
@@ -147,10 +160,58 @@ def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) ->
     emit(program, checkpoint, args.output, args.flavor or "standard")
 
 
-def _report(args: argparse.Namespace, told: Told, program: Program) -> None:
-    for (name, why), count in Counter((n, _reason(r)) for n, r in told).items():
-        sites = f"{count} site{'s' * (count != 1)}"
-        print(f"{name}: {sites} {f'left alone: {why}' if why else 'rewritten'}")
+def _sites(told: Told) -> Counter[tuple[str, str]]:
+    """Sites by pass and why they were left alone."""
+    return Counter((name, _reason(remark)) for name, remark in told)
+
+
+def _tell_all(
+    args: argparse.Namespace,
+    sites: Counter[tuple[str, str]],
+    program: Program,
+    lowered: dict[str, Program],
+) -> None:
+    if args.json:
+        print(json.dumps(_as_json(args, sites, program, lowered), indent=1))
+        return
+    _tell(args, sites, program)
+    if args.explain:
+        print(*costs.explain_lines(lowered, sites, args.soc, args.block_size), sep="\n")
+    if args.report:
+        print(*costs.report_lines(_report(args, program, lowered)), sep="\n")
+
+
+def _report(
+    args: argparse.Namespace, program: Program, lowered: dict[str, Program]
+) -> costs.Report:
+    unfused, _ = pipeline.lower_for_npu(program, args.prefill_kv, None, args.fold)
+    return costs.report(lowered, unfused, costs.workload(args), costs.device(args))
+
+
+def _as_json(
+    args: argparse.Namespace,
+    sites: Counter[tuple[str, str]],
+    program: Program,
+    lowered: dict[str, Program],
+) -> dict[str, object]:
+    layout, made = kv_layout(program), read(args.output)
+    passes = [{"pass": n, "sites": count, "why": why} for (n, why), count in sites.items()]
+    return {
+        "output": str(args.output),
+        "bytes": made.extra_bytes,
+        "linked_bytes": made.weights_bytes,
+        "kv_bytes_a_token": layout.bytes_per_token,
+        "float16_kv_bytes_a_token": layout.float16_bytes_per_token,
+        "passes": passes,
+        "report": _report(args, program, lowered),
+        "explain": costs.explained(lowered, sites, args.soc, args.block_size),
+    }
+
+
+def _tell(args: argparse.Namespace, sites: Counter[tuple[str, str]], program: Program) -> None:
+    for (name, why), count in sites.items():
+        counted = f"{count} site{'s' * (count != 1)}"
+        print(f"{name}: {counted} {f'left alone: {why}' if why else 'rewritten'}")
     layout = kv_layout(program)
     ratio = layout.bytes_per_token / layout.float16_bytes_per_token
     size = f"{layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16"

@@ -120,7 +120,8 @@ def _attention(made: Call) -> Facts:
         head_dim = width // heads
     paged = made.arguments.get("block_table") is not None
     found = _heads(heads, kv_heads) | _known(head_dim=head_dim) | _rows(layout, query)
-    return found | _offsets(made) | (_pages(made, made.shape("key")) if paged else {})
+    found |= _offsets(made) | (_pages(made, made.shape("key")) if paged else {})
+    return found | _page(found)
 
 
 def _heads(heads: int, kv_heads: int) -> Facts:
@@ -159,6 +160,14 @@ def _pages(made: Call, cache: tuple[Dim, ...]) -> Facts:
     return found | _known(**{"block size": cache[block_at[len(cache)]], "page width": wide})
 
 
+def _page(found: Facts) -> Facts:
+    """What the ops of ATB limit: the values of a head in a block."""
+    block, head_dim = found.get("block size"), found.get("head_dim")
+    if not isinstance(block, int) or not isinstance(head_dim, int):
+        return {}
+    return {"block size x head_dim": block * head_dim}
+
+
 def _atb_attention(made: Call) -> Facts:
     """Of atb::_npu_paged_attention and atb::_npu_paged_attention_quant: [blocks, size, H, D]."""
     cache = made.shape("key_cache")
@@ -166,9 +175,7 @@ def _atb_attention(made: Call) -> Facts:
     found |= {"pages": dtype_name(tensor_type(made.arguments["key_cache"]).dtype)}
     found |= {"query rows": 1, "offsets": "none", "cache format": "ND"}
     found |= _known(**{"head_dim": cache[3], "block size": cache[1]})
-    if isinstance(cache[1], int) and isinstance(cache[3], int):
-        found["block size x head_dim"] = cache[1] * cache[3]
-    return found
+    return found | _page(found)
 
 
 def _scatter(made: Call) -> Facts:

@@ -99,12 +99,17 @@ class Broken:
     row: Row
     found: Facts
 
-    def reason(self, soc: str) -> str:
-        """What the op takes, where, and what it got, with the source."""
-        what = f"{self.op} on {soc} takes {self.row.limit(self.found)}"
+    @property
+    def words(self) -> str:
+        """What the op takes, and what it got, with the source."""
+        what = self.row.limit(self.found)
         when = " and ".join(f"{name} {self.found[name]}" for name in self.row.when)
         what += f" with {when}" * bool(when)
         return f"{what}, and this is {self.found[self.row.fact]} ({self.row.source})"
+
+    def reason(self, soc: str) -> str:
+        """The same as a sentence."""
+        return f"{self.op} on {soc} takes {self.words}"
 
     @property
     def cure(self) -> str:

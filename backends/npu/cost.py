@@ -1,0 +1,216 @@
+"""What a step of a lowered program costs: launches, bytes moved, operations, and time from these.
+
+Bytes are what a kernel that reads each operand once and writes each result once must move:
+
+    weights      parameters; of a table that rows are looked up in, the rows
+    cache        pages read: of each sequence its context; rows written: of each token one
+    activations  everything else, read once by each launch that takes it and written once
+
+A step of decode takes one token of each of `batch` sequences, whose caches then hold `context`
+tokens. A step of prefill takes `batch` prompts of `context` tokens. The time of a launch is the
+longer of its bytes at the bandwidth and its operations at the rate: a bound from below. Nothing of
+it was measured: caches of the chip, the overhead of launches and how kernels tile are left out.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from math import prod
+
+import torch
+from torch.fx import Node
+
+from kvc8.backends.npu.launches import is_launch
+from kvc8.ir import npu
+from kvc8.ir.program import Program, is_parameter, op_name, type_of
+from kvc8.ir.types import Dim, TensorType, Type, size
+
+ATEN = torch.ops.aten
+# Each gives rows or a part of its first operand, or a copy, and reads no more than it gives.
+LOOKUPS = (ATEN.embedding.default, ATEN.index.Tensor, ATEN.index_select.default)
+PARTS = (ATEN.slice.Tensor, ATEN.select.int, ATEN.transpose.int, ATEN.split_with_sizes.default)
+ATTENTION = (npu.npu_fused_infer_attention_score, npu.npu_incre_flash_attention)
+BLOCKS, TOKENS = size("N"), size("T")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device moves and computes in a second, and who says so."""
+
+    bandwidth: float = 1.6e12  # bytes/s
+    int8: float = 707.8e12  # operations/s, a multiplication and an addition being two
+    half: float = 353.9e12  # float16 and bfloat16
+    source: str = (
+        "Atlas A2 with 64 GB: 1.6 TB/s (cann/ops-cv cross_platform_migration_guide); 24 cube cores "
+        "at 1.8 GHz (CANN platform_config/Ascend910B2C.ini)"
+    )
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes of a step."""
+
+    batch: int = 1
+    context: int = 8192
+    block_size: int = 128
+
+    def sizes(self, phase: str) -> dict[str, int]:
+        """The named sizes of a program (ir/types.py); N counts the blocks in use."""
+        blocks = -(-self.context // self.block_size)
+        tokens = self.batch * (1 if phase == "decode" else self.context)
+        names = {"T": tokens, "B": self.batch, "R": self.batch, "M": blocks}
+        return {**names, "S": self.block_size, "N": self.batch * blocks}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one launch, or of many."""
+
+    launches: int = 0
+    weights: int = 0  # bytes, as the next four
+    cache_read: int = 0
+    cache_written: int = 0
+    read: int = 0  # activations
+    written: int = 0
+    int8_ops: int = 0
+    half_ops: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def bytes(self) -> int:
+        """All bytes moved."""
+        return self.weights + self.cache_read + self.cache_written + self.read + self.written
+
+    def at(self, device: Device) -> "Cost":
+        """The same with the time that one launch takes at least."""
+        compute = self.int8_ops / device.int8 + self.half_ops / device.half
+        return self + Cost(seconds=max(self.bytes / device.bandwidth, compute))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Puts numbers in place of named sizes."""
+
+    phase: str
+    workload: Workload
+
+    def number(self, d: Dim) -> int:
+        """A dimension as a number."""
+        if isinstance(d, int):
+            return d
+        sizes = self.workload.sizes(self.phase)
+        return int(d.subs({symbol: sizes[str(symbol)] for symbol in d.free_symbols}))
+
+    def bytes(self, type_: Type) -> int:
+        """The bytes of a tensor; caches, lists and numbers on the host count nothing here."""
+        if isinstance(type_, tuple):
+            return sum(map(self.bytes, type_))
+        if not isinstance(type_, TensorType) or is_cache_type(type_):
+            return 0
+        return int(prod(map(self.number, type_.shape))) * type_.dtype.itemsize
+
+    def row(self, type_: Type) -> int:
+        """The bytes of one token in a cache [N, S, ...] or of NZ format."""
+        assert isinstance(type_, TensorType)
+        kept = [d for d in type_.shape if isinstance(d, int)]
+        return prod(kept) * type_.dtype.itemsize
+
+
+def is_cache_type(type_: Type) -> bool:
+    """Whether a tensor is a cache: it has a dimension of blocks."""
+    return isinstance(type_, TensorType) and BLOCKS in type_.shape
+
+
+def costs(
+    program: Program, phase: str, workload: Workload, device: Device
+) -> Iterator[tuple[Node, Cost]]:
+    """Each launch of a step and what it costs."""
+    sizes = Sizes(phase, workload)
+    for node in program.graph.nodes:
+        if is_launch(node):
+            yield node, _launch(node, sizes).at(device)
+
+
+def by_op(program: Program, phase: str, workload: Workload, device: Device) -> Mapping[str, Cost]:
+    """The cost of each op in a step, those that move most first."""
+    found: dict[str, Cost] = {}
+    for node, cost in costs(program, phase, workload, device):
+        assert callable(node.target)
+        name = op_name(node.target)
+        found[name] = found.get(name, Cost()) + cost
+    return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
+
+
+def total(each: Mapping[str, Cost]) -> Cost:
+    """The sum."""
+    return sum(each.values(), Cost())
+
+
+def _launch(node: Node, sizes: Sizes) -> Cost:
+    operands = node.all_input_nodes
+    if node.target in (*LOOKUPS, *PARTS):
+        return _some_rows(node, sizes)
+    weights = sum(sizes.bytes(type_of(x)) for x in operands if _is_weight(x))
+    read = sum(sizes.bytes(type_of(x)) for x in operands if not _is_weight(x))
+    caches = [type_of(x) for x in operands if is_cache_type(type_of(x))]
+    cost = Cost(1, weights, read=read, written=_written(node, sizes))
+    if node.target in ATTENTION:
+        return cost + _attention(node, caches, sizes)
+    tokens = sizes.number(TOKENS)
+    rows = sum(tokens * sizes.row(type_) for type_ in caches)
+    return cost + Cost(cache_written=rows) + _matmul(node, sizes)
+
+
+def _is_weight(x: Node) -> bool:
+    """Whether an operand is a parameter, seen through views of it."""
+    while x.op == "call_function" and not is_launch(x) and x.all_input_nodes:
+        x = x.all_input_nodes[0]
+    return is_parameter(x)
+
+
+def _written(node: Node, sizes: Sizes) -> int:
+    """The bytes of the results that somebody uses."""
+    if not isinstance(type_of(node), tuple):
+        return sizes.bytes(type_of(node))
+    return sum(sizes.bytes(type_of(item)) for item in node.users if item.users)
+
+
+def _some_rows(node: Node, sizes: Sizes) -> Cost:
+    source, *others = node.all_input_nodes
+    result = _written(node, sizes)
+    index = sum(sizes.bytes(type_of(x)) for x in others)
+    if is_cache_type(type_of(source)):
+        return Cost(1, cache_read=result, read=index, written=result)
+    if _is_weight(source):
+        return Cost(1, weights=result, read=index, written=result)
+    return Cost(1, read=result + index, written=result)
+
+
+def _attention(node: Node, caches: list[Type], sizes: Sizes) -> Cost:
+    """Pages read, and products of queries with keys and of weights with values.
+
+    A prompt's token sees on average half of the prompt; a band of a window is not taken into
+    account, which makes it a bound from above.
+    """
+    decode = sizes.phase == "decode"
+    tokens, context = sizes.number(TOKENS), sizes.workload.context
+    pages = sum(sizes.workload.batch * context * sizes.row(type_) for type_ in caches)
+    query = type_of(node.all_input_nodes[0])
+    assert isinstance(query, TensorType)
+    width = prod(map(sizes.number, query.shape)) // tokens  # values of a token's query
+    seen = context if decode else (context + 1) / 2
+    return Cost(cache_read=pages, half_ops=int(2 * 2 * tokens * seen * width))
+
+
+def _matmul(node: Node, sizes: Sizes) -> Cost:
+    """Multiplications and additions of a product of matrices."""
+    if node.target not in (npu.npu_quant_matmul, ATEN.linear.default):
+        return Cost()
+    x, weight = (type_of(operand) for operand in node.all_input_nodes[:2])
+    assert isinstance(x, TensorType)
+    assert isinstance(weight, TensorType)
+    rows = prod(map(sizes.number, x.shape[:-1]))
+    ops = 2 * int(rows * prod(map(sizes.number, weight.shape)))
+    return Cost(int8_ops=ops) if x.dtype is torch.int8 else Cost(half_ops=ops)
