@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +13,13 @@ from kvc8.tools.command import entry
 if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should not wait for it
     import torch
 
-    from kvc8.backends.npu.artifact_reader import Artifact
-    from kvc8.backends.npu.generate import Generation, Statistics
+    from kvc8.backends.npu.generate import Generation, Model, Statistics
     from kvc8.backends.npu.scheduler import Sequence as Running
     from kvc8.tools.tokenize import Tokenizer
 
 EMULATED = "emulated on a CPU, as documented; not verified on a device"
 ON_DEVICE = "run on an NPU"
+IN_ONNX_RUNTIME = "run in ONNX Runtime on a CPU, flavor {}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="kvc8-run", description=(__doc__ or "").partition(": ")[2]
     )
     add = parser.add_argument
-    add("artifact", type=Path, metavar="OUT", help="what kvc8-compile --target npu wrote")
+    add("artifact", type=Path, metavar="OUT", help="what kvc8-compile wrote, for npu or onnx")
     add("--prompt", action="append", required=True, help="may be given several times")
     add("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: 64")
     add("--temperature", type=float, default=0.0, help="0, the default: the likeliest token")
@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         help="send the prompt as a message; default: where the model has a chat template",
     )
     add("--blocks", type=_positive, metavar="N", help="blocks of the cache; default: enough")
+    add("--threads", type=_positive, default=0, metavar="N", help="of ONNX Runtime; default: cores")
     add("--json", action="store_true", help="print one JSON object at the end and nothing else")
     return parser
 
@@ -59,36 +60,71 @@ def _positive(text: str) -> int:
 def run(given: argparse.Namespace) -> int:
     """Load, generate and print."""
     device = _device(given.device)  # before anything that declares the NPU's ops
-    from kvc8.backends.npu.artifact_reader import read
     from kvc8.backends.npu.generate import generate
-    from kvc8.backends.npu.runtime import load
     from kvc8.backends.npu.sampling import Sampling
     from kvc8.tools.tokenize import read_tokenizer
 
     sampling = Sampling(given.temperature, given.top_p, given.seed)
-    artifact = read(given.artifact)
+    open_ = _open_onnx if _is_onnx(given.artifact) else _open_artifact
+    model_of, config, note = open_(given, device)
     tokenizer = read_tokenizer(given.artifact)
     chat = tokenizer.has_chat if given.chat is None else given.chat
     prompts = [tokenizer.encode(prompt, chat) for prompt in given.prompt]
-    _check_lengths(artifact, prompts, given.max_new_tokens)
-    model = load(
-        artifact.programs,
-        artifact.make,
-        blocks=given.blocks or _enough(prompts, given.max_new_tokens, artifact.block_size),
-        block_size=artifact.block_size,
-        device=device,
-    )
+    _check_lengths(config, prompts, given.max_new_tokens)
     printer = _Printer(tokenizer, len(prompts), quiet=given.json)
     generation = generate(
-        model,
+        model_of(prompts),
         prompts,
         most=given.max_new_tokens,
         stops=tokenizer.stops,
         sampling=sampling,
         on_token=printer.token,
     )
-    _report(given, generation, printer.texts())
+    _report(given, generation, printer.texts(), note)
     return 0
+
+
+Opened = tuple[Callable[[list[list[int]]], "Model"], Mapping[str, object], str]
+
+
+def _is_onnx(path: Path) -> bool:
+    """Whether a directory says that it holds an ONNX model; any other is read as an artifact."""
+    from kvc8.ir.model_files import read_json
+
+    manifest = path / "manifest.json"
+    return manifest.is_file() and read_json(manifest).get("format") == "kvc8-onnx"
+
+
+def _open_onnx(given: argparse.Namespace, device: "torch.device") -> Opened:
+    """What gives the model with caches for its prompts; its config; how it is run."""
+    from kvc8.backends.onnx.model import open_model
+    from kvc8.ir.errors import TargetError
+
+    if given.device != "cpu":
+        what = "an ONNX model runs in ONNX Runtime on a CPU"
+        raise TargetError(f"--device: {what}; leave it out, or compile the model for npu")
+    model = open_model(given.artifact, given.threads)
+
+    def allocated(prompts: list[list[int]]) -> "Model":
+        tokens = [len(prompt) + given.max_new_tokens for prompt in prompts]
+        model.allocate(given.blocks, tokens)
+        return model
+
+    return allocated, model.config, IN_ONNX_RUNTIME.format(model.session.flavor)
+
+
+def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:
+    from kvc8.backends.npu.artifact_reader import read
+    from kvc8.backends.npu.runtime import load
+
+    artifact = read(given.artifact)
+    size = artifact.block_size
+
+    def loaded(prompts: list[list[int]]) -> "Model":
+        blocks = given.blocks or _enough(prompts, given.max_new_tokens, size)
+        return load(artifact.programs, artifact.make, blocks=blocks, block_size=size, device=device)
+
+    return loaded, artifact.config, EMULATED if given.device == "cpu" else ON_DEVICE
 
 
 def _device(name: str) -> "torch.device":
@@ -106,11 +142,11 @@ def _enough(prompts: list[list[int]], most: int, block_size: int) -> int:
     return sum(-(-(len(prompt) + most) // block_size) for prompt in prompts)
 
 
-def _check_lengths(artifact: "Artifact", prompts: list[list[int]], most: int) -> None:
+def _check_lengths(config: Mapping[str, object], prompts: list[list[int]], most: int) -> None:
     """Refuse what goes past the positions that the model was made for."""
     from kvc8.ir.errors import ModelError
 
-    limit = artifact.config.get("max_position_embeddings")
+    limit = config.get("max_position_embeddings")
     longest = max(map(len, prompts))
     if isinstance(limit, int) and longest + most > limit:
         what = f"{longest} tokens and {most} to generate are more than the model's {limit}"
@@ -162,8 +198,9 @@ class _Printer:
         return [stream.text for stream in self.streams]
 
 
-def _report(given: argparse.Namespace, generation: "Generation", texts: list[str]) -> None:
-    note = EMULATED if given.device == "cpu" else ON_DEVICE
+def _report(
+    given: argparse.Namespace, generation: "Generation", texts: list[str], note: str
+) -> None:
     if given.json:
         print(json.dumps(_as_json(given.prompt, generation, texts) | {"note": note}, indent=1))
     else:

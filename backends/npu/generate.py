@@ -1,18 +1,38 @@
 """Generate text with a loaded model: prefill what fits, decode what runs, until all have ended."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
+from typing import Protocol
 
 from torch import Tensor
 
 from kvc8.backends.npu.blocks import Blocks
-from kvc8.backends.npu.runtime import Model
+from kvc8.backends.npu.kv_layout import KVLayout
 from kvc8.backends.npu.sampling import Sampling, choose
 from kvc8.backends.npu.scheduler import Scheduler
 from kvc8.backends.npu.scheduler import Sequence as Running
 
 OnToken = Callable[[Running, int], None]
+
+
+class Model(Protocol):
+    """What runs the steps: runtime.Model, or the Model of kvc8.backends.onnx."""
+
+    layout: KVLayout
+    block_size: int
+
+    @property
+    def caches(self) -> Mapping[str, Tensor]:
+        """The caches by name, each [blocks, ...]."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]) -> Tensor:
+        """Take fresh prompts into the blocks of `tables`; logits [B, vocabulary]."""
+
+    def decode(
+        self, tokens: Sequence[int], lengths: Sequence[int], tables: Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Take one token of each sequence, of so many tokens with it; logits [B, vocabulary]."""
 
 
 @dataclass

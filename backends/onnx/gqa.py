@@ -24,6 +24,7 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import Attribute, Builder, Value, typed
+from kvc8.backends.onnx.fusions import linear_to_float, rms_norm, rotary
 from kvc8.backends.onnx.lowerings import LOWERINGS as STANDARD
 from kvc8.backends.onnx.lowerings import Lowering
 from kvc8.ir import ops
@@ -190,11 +191,22 @@ def _lengths(b: Builder, lens: Value) -> tuple[Value, Value]:
     return b.op("Sub", lens, b.number(1, I32)), b.op("Max", longest, rows)
 
 
+def _mul(b: Builder, node: Node, *args: object, **kwargs: object) -> object:
+    return rms_norm(b, node) or STANDARD[torch.ops.aten.mul.Tensor](b, node, *args, **kwargs)
+
+
+def _add(b: Builder, node: Node, *args: object, **kwargs: object) -> object:
+    return rotary(b, node) or STANDARD[torch.ops.aten.add.Tensor](b, node, *args, **kwargs)
+
+
 LOWERINGS: Mapping[Target, Lowering] = MappingProxyType(
     {
         **STANDARD,
+        torch.ops.aten.add.Tensor: _add,
+        torch.ops.aten.mul.Tensor: _mul,
         ops.cache_write: _later,
         ops.dequantize: _later,
         ops.paged_attention: paged_attention,
+        ops.quant_linear: linear_to_float,
     }
 )

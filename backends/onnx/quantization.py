@@ -73,14 +73,14 @@ def quant_linear(
     """`kvc8.quant_linear`."""
     point = b.constant(torch.tensor(128, dtype=torch.uint8))
     acc = b.op(
-        "MatMulInteger", _above(b, node, x, point), b.op("Transpose", weight, perm=[1, 0]), point
+        "MatMulInteger", above(b, node, x, point), b.op("Transpose", weight, perm=[1, 0]), point
     )
     acc = acc if quant_bias is None else b.op("Add", acc, quant_bias)
     y = b.op("Mul", b.cast(acc, torch.int32, F32), deq_scale)
     return b.cast(y, F32, dtype)
 
 
-def _above(b: Builder, node: Node, x: Value, point: Value) -> Value:
+def above(b: Builder, node: Node, x: Value, point: Value) -> Value:
     """The codes of a linear's input, 128 higher."""
     if is_call(node.args[0], ops.quantize):
         return _codes(b, argument(node, 0), point)

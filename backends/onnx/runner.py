@@ -4,10 +4,11 @@
     session.allocate(blocks=64, block_size=16)
     logits, *caches = session.run({"input_ids": ..., ...})
 
-Caches that `run` is not given are those that the step before it gave.
+Caches that `run` is not given are those that the step before it gave. They are written in place:
+what a step returned of them changes with the next.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,33 +35,42 @@ class Port:
 class Session:
     """A loaded model and the caches as they now are."""
 
+    flavor: str
     inputs: tuple[Port, ...]
     caches: tuple[Port, ...]
     outputs: tuple[Port, ...]
     _session: ort.InferenceSession = field(repr=False)
-    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    kept: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the caches, by name
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Start with empty caches of `blocks` blocks; a dense cache has one for each sequence."""
         sizes = {"N": blocks, "S": block_size, "B": blocks, "L": block_size}
         for port in self.caches:
             shape = [sizes[d] if isinstance(d, str) else d for d in port.shape]
-            self._kept[port.name] = torch.zeros(shape, dtype=port.dtype)
+            self.kept[port.name] = torch.zeros(shape, dtype=port.dtype)
 
-    def run(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """The logits and each cache as it then is.
+    def run(self, inputs: Mapping[str, Tensor], rows: slice | None = None) -> list[Tensor]:
+        """The logits and each cache as it then is; with `rows`, over those rows of each cache.
 
         `inputs` has each input of a step by name, and may have caches; others are ignored, so that
         what `ir.run.run` takes can be given here. Raises TargetError where one is missing or is
         not of its dtype or shape.
         """
-        given = {**self._kept, **inputs}
-        feeds = {port.name: _feed(port, given) for port in (*self.inputs, *self.caches)}
-        names = [port.name for port in self.outputs]
-        results = [_tensor(x) for x in self._session.run_with_ort_values(names, feeds)]
-        caches = results[len(results) - len(self.caches) :]
-        self._kept = {port.name: x for port, x in zip(self.caches, caches, strict=True)}
-        return results
+        binding = self._session.io_binding()
+        watched = self.outputs[: len(self.outputs) - len(self.caches)]
+        for port in self.inputs:
+            binding.bind_ortvalue_input(port.name, _feed(port, inputs))
+        for port in watched:
+            binding.bind_output(port.name, "cpu")
+        self.kept.update({p.name: inputs[p.name].clone() for p in self.caches if p.name in inputs})
+        caches = {name: cache[rows] if rows else cache for name, cache in self.kept.items()}
+        for port, new in zip(self.caches, self.outputs[len(watched) :], strict=True):
+            cache = _feed(port, caches)
+            binding.bind_ortvalue_input(port.name, cache)
+            binding.bind_ortvalue_output(new.name, cache)
+        self._session.run_with_iobinding(binding)
+        results = binding.get_outputs()[: len(watched)]
+        return [*map(_tensor, results), *(caches[port.name] for port in self.caches)]
 
 
 def load(out: Path, threads: int = 0) -> Session:
@@ -71,8 +81,8 @@ def load(out: Path, threads: int = 0) -> Session:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # Without VNNI, int8 products are summed in pairs in int16, which saturates; this keeps exact.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not _exact_products():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = ort.InferenceSession(
             str(out / "model.onnx"), options, providers=["CPUExecutionProvider"]
@@ -83,13 +93,24 @@ def load(out: Path, threads: int = 0) -> Session:
     except (ort_state.Fail, ort_state.InvalidProtobuf, ort_state.NoSuchFile) as error:
         what = f"{place(out)}: cannot be loaded ({shown(error)})"
         raise TargetError(f"{what}; compile it again") from error
-    inputs, caches, outputs = (_ports(manifest[part]) for part in ("inputs", "caches", "outputs"))
-    return Session(inputs, caches, outputs, session)
+    inputs, caches, outputs = (_ports(out, manifest, p) for p in ("inputs", "caches", "outputs"))
+    return Session(str(manifest.get("flavor")), inputs, caches, outputs, session)
 
 
-def _ports(entries: object) -> tuple[Port, ...]:
-    assert isinstance(entries, Iterable)
-    return tuple(Port(e["name"], DTYPES[e["dtype"]], tuple(e["shape"])) for e in entries)
+def _exact_products() -> bool:
+    """Whether the CPU sums int8 products in int32; old x86 sums pairs in int16, which saturate."""
+    found = torch.cpu.get_capabilities()
+    return bool(found["architecture"] != "x86_64" or found["avx512_vnni"] or found["avx_vnni"])
+
+
+def _ports(out: Path, manifest: Mapping[str, object], part: str) -> tuple[Port, ...]:
+    entries = manifest.get(part)
+    try:
+        assert isinstance(entries, list)
+        return tuple(Port(e["name"], DTYPES[e["dtype"]], tuple(e["shape"])) for e in entries)
+    except (AssertionError, KeyError, TypeError) as error:
+        what = f"{part} are not what kvc8-compile writes"
+        raise TargetError(f"{place(out / 'manifest.json')}: {what}; compile it again") from error
 
 
 def _feed(port: Port, given: Mapping[str, Tensor]) -> ort.OrtValue:

@@ -1,0 +1,52 @@
+"""The benchmark measures what it says it does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from onnx_models import BOUND, captured, compiled
+
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.parameters import constant_recipe
+from kvc8.ir.recipe import Recipe
+from kvc8.passes import pipeline
+from kvc8.tools import bench, bench_plain
+from kvc8.tools.bench_decode import TOKEN, step_inputs
+
+GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3"
+
+
+def test_turns_are_taken_in_order_and_the_first_does_not_count():
+    seen, now = [], iter(range(100))
+    calls = {name: lambda name=name: seen.append(name) for name in "ab"}
+    taken = bench.interleave(calls, 2, clock=lambda: float(next(now)))
+    assert seen == ["a", "b"] * 3
+    assert taken == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+def test_a_ratio_is_of_turns_taken_together():
+    assert bench.ratio([1.0, 10.0, 2.0], [3.0, 20.0, 6.0]) == 3.0
+
+
+@pytest.mark.slow
+def test_the_plain_graph_computes_the_same_model(tmp_path):
+    """So that it is a fair yardstick: its weights are float, as the program's here."""
+    directory, scales = GOLDEN / "orig", open_checkpoint(GOLDEN / "quant")
+    program = captured(directory)
+    for cache, scale in zip(program.caches(), sum(scales.kv.values(), ()), strict=True):
+        heads, dim = (int(d) for d in cache.meta["type"].shape[2:])
+        values = constant_recipe(scales.read(scale.scale).float().reshape(heads, dim))
+        cache.meta["recipe"] = Recipe("cache", (values, None, "post-rope"))
+    pipeline.run(program, pipeline.AS_IS)
+    session = compiled(program, directory, tmp_path / "out", "gqa")
+    random = torch.Generator().manual_seed(0)
+    codes = [
+        torch.randint(-128, 128, (1, 2, 40, 32), generator=random, dtype=torch.int8)
+        for _ in session.caches
+    ]
+    given = {port.name: x for port, x in zip(session.caches, codes, strict=True)}
+    want = session.run({**step_inputs(40), **given})
+    plain = bench_plain.Plain(open_checkpoint(directory), scales, threads=1)
+    got = [torch.from_numpy(x.numpy()) for x in plain.step(TOKEN, codes)()]
+    assert (want[0] - got[0][0]).abs().max() <= BOUND * want[0].abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(want[1:], codes, strict=True))

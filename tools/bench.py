@@ -1,0 +1,84 @@
+"""Measure what kvc8 makes against what else there is, side by side in one run.
+
+    python -m kvc8.tools.bench decode C8_DIR FLOAT_DIR
+
+Candidates take turns, so that whatever else the machine does meets all of them alike; a figure is
+the median over all turns, a ratio the median of the turns' own ratios. Threads are always explicit.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+
+from kvc8.tools import bench_decode
+from kvc8.tools.command import entry
+
+Clock = Callable[[], float]
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], turns: int, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """The seconds that each candidate took in each turn, after one turn that does not count."""
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(turns + 1):
+        for name, call in candidates.items():
+            start = clock()
+            call()
+            if turn:
+                taken[name].append(clock() - start)
+    return taken
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """How many times as long the other takes: the median over turns that were taken together."""
+    return median(b / a for a, b in zip(ours, theirs, strict=True))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of every benchmark."""
+    found = argparse.ArgumentParser(prog="bench", description=(__doc__ or "").splitlines()[0])
+    each = found.add_subparsers(dest="what", required=True)
+    decode = each.add_parser("decode", help=bench_decode.__doc__)
+    bench_decode.arguments(decode)
+    for sub in (decode,):
+        sub.add_argument("--threads", type=int, default=2, help="of each candidate; default: 2")
+        sub.add_argument("--turns", type=int, default=15, help="default: 15")
+        sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return found
+
+
+def work(args: argparse.Namespace) -> int:
+    """Run one benchmark and print it."""
+    rows = []
+    for title, candidates in bench_decode.cases(args):
+        taken = interleave(candidates, args.turns)
+        ours = next(iter(taken.values()))
+        for name, seconds in taken.items():
+            milliseconds = round(median(seconds) * 1e3, 2)
+            times = round(ratio(ours, seconds), 3)
+            row = {"case": title, "candidate": name, "ms": milliseconds, "ratio": times}
+            rows.append(row | {"threads": args.threads, "turns": args.turns})
+    _print(rows, args.json)
+    return 0
+
+
+def _print(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        case, candidate, ms, times = (row[key] for key in ("case", "candidate", "ms", "ratio"))
+        print(f"{case!s:>16}  {candidate!s:<26} {ms:>9} ms  {times:>7}x")
+
+
+def main() -> int:
+    """Run a benchmark."""
+    return entry(parser(), work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
