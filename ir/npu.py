@@ -12,6 +12,7 @@ their schemas do not say so; they return those same caches.
 
 from collections.abc import Callable, Sequence
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -296,3 +297,8 @@ atb_reshape_and_cache = torch.ops.atb._npu_reshape_and_cache.default
 atb_paged_attention = torch.ops.atb._npu_paged_attention.default
 atb_paged_attention_quant = torch.ops.atb._npu_paged_attention_quant.default
 atb_quantize_per_tensor = torch.ops.atb._npu_quantize_per_tensor.default
+
+# Positions of the caches that an op writes to without its schema saying so.
+UNSAID_WRITES = MappingProxyType(
+    {npu_rope_quant_kvcache: (3, 4), npu_dequant_rope_quant_kvcache: (3, 4)}
+)

@@ -11,8 +11,9 @@ from types import MappingProxyType
 import torch
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.fx.node import Argument
 
-from kvc8.ir import ops
+from kvc8.ir import npu, ops
 from kvc8.ir.errors import IRError
 from kvc8.ir.program import (
     Program,
@@ -59,21 +60,22 @@ def _check_op(stage: Stage, node: Node) -> None:
     if not legal:
         where = f"{node.name}: {op} has no place in a {stage.value} program"
         raise IRError(f"{where}; run the pass that replaces it")
-    if op._schema.is_mutable:
-        _check_write(stage, node)
+    for arg in _written(node):
+        if stage is not Stage.LOWERED or not isinstance(arg, Node) or not is_cache(arg):
+            raise IRError(f"{node.name}: {op} writes to {arg}; use its functional form")
 
 
 def _npu_or_aten(stage: Stage, op: OpOverload) -> bool:
     return op.namespace == "aten" or (op.namespace in ("npu", "atb") and stage in NPU_STAGES)
 
 
-def _check_write(stage: Stage, node: Node) -> None:
+def _written(node: Node) -> list[Argument]:
+    """The arguments that a call writes to, said by its schema or not."""
     assert isinstance(node.target, OpOverload)
-    for arg, spec in zip(node.args, node.target._schema.arguments, strict=False):
-        if spec.alias_info is None or not spec.alias_info.is_write:
-            continue
-        if stage is not Stage.LOWERED or not isinstance(arg, Node) or not is_cache(arg):
-            raise IRError(f"{node.name}: {node.target} writes to {arg}; use its functional form")
+    specs = enumerate(node.target._schema.arguments)
+    said = [i for i, spec in specs if spec.alias_info is not None and spec.alias_info.is_write]
+    places = (*said, *npu.UNSAID_WRITES.get(node.target, ()))
+    return [node.args[i] for i in places if i < len(node.args)]
 
 
 def _check_type(program: Program, node: Node) -> None:

@@ -14,6 +14,9 @@ from kvc8.passes.fold_v_offset import fold_v_offset
 from kvc8.passes.fold_v_offset_into_codes import fold_v_offset_into_codes
 from kvc8.passes.fold_v_scale import fold_v_scale
 from kvc8.passes.fuse_linears import fuse_linears
+from kvc8.passes.fuse_norm_quant import fuse_norm_quant
+from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
+from kvc8.passes.fuse_swiglu_quant import fuse_swiglu_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.lower_linear import lower_linear
@@ -75,6 +78,9 @@ NPU_DECODE: tuple[Step, ...] = (
     remove_cache_copies,
 )
 
+# What several launches do by one that does them all; `--fuse off` leaves it out.
+FUSE: tuple[Step, ...] = (fuse_rope_quant_cache, fuse_norm_quant, fuse_swiglu_quant)
+
 
 def reading(passes: tuple[Step, ...], read: Read) -> tuple[Step, ...]:
     """The passes, with stored tensors shown to the one whose remarks tell of them."""
@@ -110,12 +116,16 @@ def _dump(program: Program, path: Path) -> None:
 
 
 def lower_for_npu(
-    program: Program, prefill_kv: str = "float", dump: Path | None = None, fold: str = "offsets"
+    program: Program,
+    prefill_kv: str = "float",
+    dump: Path | None = None,
+    fold: str = "offsets",
+    fuse: str = "on",
 ) -> tuple[dict[str, Program], list[tuple[str, Remark]]]:
     """The program of each phase of a QUANTIZED one, which stays as it is, and the remarks.
 
     `prefill_kv` is what a fresh prompt sees of itself, "float" or "int8"; `fold` is "offsets" or
-    "kv", which folds the scales as well.
+    "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays.
     """
     int8 = prefill_kv == "int8"
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
@@ -128,5 +138,6 @@ def lower_for_npu(
     for phase, passes in phases.items():
         lowered[phase] = program.copy()
         where = dump / phase if dump else None
+        passes += FUSE if fuse == "on" else ()
         told += run(lowered[phase], passes, where, first=len(QUANTIZE))
     return lowered, told

@@ -153,8 +153,8 @@ def test_heads_that_the_device_does_not_take(tmp_path, capsys):
 
 def test_a_dtype_that_the_device_does_not_take(model, tmp_path, capsys):
     assert refusal(capsys, model, tmp_path / "out", "--dtype", "float32") == (
-        "model.layers.0.self_attn.q_proj: npu_quantize on ascend910b takes input dtype f16 or "
-        "bf16, and this is f32 (op-plugin docs/zh/custom_APIs/torch_npu/npu_quantize.md); "
+        "model.layers.0.input_layernorm: npu_rms_norm_quant on ascend910b takes x dtype f16 or "
+        "bf16, and this is f32 (op-plugin docs/zh/custom_APIs/torch_npu/npu_rms_norm_quant.md); "
         "compile with --dtype float16"
     )
 

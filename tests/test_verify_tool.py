@@ -119,4 +119,6 @@ def test_the_command_prints_a_table_and_json(capsys):
         *("float cache f32", "reference f64", "NPU emulated f32", "ONNX Runtime f32"),
         *("NPU emulated f16", "ONNX Runtime f64"),
     ]
-    assert all(row["codes"] is None or row["codes"]["same_inputs"] == 0 for row in rows)
+    same = {row["form"]: row["codes"]["same_inputs"] for row in rows if row["codes"]}
+    assert same.pop("NPU emulated f16") is None  # its ops quantize what they compute themselves
+    assert set(same.values()) == {0}

@@ -1,5 +1,6 @@
 """Compare one form of a model with another that was fed the same tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,9 @@ class Codes:
     of: int
     most: int  # the largest difference between two codes
     first: int | None  # the first layer with one; None where there is none
-    same_inputs: int  # those that differ though the floats they come from are equal bit for bit
+    # Those that differ though the floats they come from are equal bit for bit; None where an op
+    # quantizes what it computes itself, so that nobody sees those floats.
+    same_inputs: int | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def _codes(made: Run, base: Run, tokens: Tokens) -> Codes:
         of=sum(gap.numel() for gap in gaps.values()),
         most=max(int(gap.max()) for gap in gaps.values()),
         first=wrong[0] if wrong else None,
-        same_inputs=sum(_on_same(made, base, name, gap) for name, gap in gaps.items()),
+        same_inputs=_on_same(made, base, gaps),
     )
 
 
@@ -62,9 +65,14 @@ def _written(cache: Tensor, tokens: Tokens) -> Tensor:
     return cache.flatten(0, 1)[tokens.slots].flatten(1)
 
 
-def _on_same(made: Run, base: Run, cache: str, gap: Tensor) -> int:
-    a, b = (torch.cat(run.rows[cache]) for run in (made, base))
-    return int(((a == b) & (gap > 0)).sum())
+def _on_same(made: Run, base: Run, gaps: Mapping[str, Tensor]) -> int | None:
+    found = 0
+    for name, gap in gaps.items():
+        a, b = (torch.cat(run.rows.get(name, [torch.empty(0)])) for run in (made, base))
+        if a.shape != b.shape:
+            return None
+        found += int(((a == b) & (gap > 0)).sum())
+    return found
 
 
 def _kl(pairs: list[tuple[Tensor, Tensor]]) -> float:

@@ -73,6 +73,12 @@ def parser() -> argparse.ArgumentParser:
         default="offsets",
         help="drop the cache's offsets where that is exact (default), or fold its scales as well",
     )
+    found.add_argument(
+        "--fuse",
+        choices=("on", "off"),
+        default="on",
+        help="do by one launch what one op does that takes several (default), or leave them apart",
+    )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write the program after each pass")
     costs.add_arguments(found)
     return found
@@ -145,10 +151,12 @@ def quantize(
 def _npu(
     args: argparse.Namespace, checkpoint: Checkpoint, program: Program
 ) -> tuple[dict[str, Program], Told]:
-    lowered, told = pipeline.lower_for_npu(program, args.prefill_kv, args.dump, args.fold)
+    options = (args.prefill_kv, args.dump, args.fold, args.fuse)
+    lowered, told = pipeline.lower_for_npu(program, *options)
     for phase in lowered.values():
         legality.check(phase, args.soc, args.block_size)
-    notes = {"prefill_kv": args.prefill_kv, "kv_scales": args.kv_scales, "fold": args.fold}
+    choices = ("prefill_kv", "kv_scales", "fold", "fuse")
+    notes = {name: getattr(args, name) for name in choices}
     target = artifact.Target(args.soc, args.block_size, notes)
     artifact.write(args.output, checkpoint, lowered, target)
     return lowered, told

@@ -21,6 +21,7 @@ STEPS: tuple[Step, ...] = (
     *pipeline.QUANTIZE,
     *pipeline.FOLD_KV_AND_WEIGHTS,
     *pipeline.NPU_DECODE,
+    *pipeline.FUSE,
 )
 
 

@@ -95,7 +95,7 @@ def _single(
 ) -> list[Row]:
     """The forms as they run, each against the reference in float32."""
     base = one_program(reference, checkpoint, tokens)
-    same, _ = pipeline.lower_for_npu(reference, "int8")
+    same, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
     device, _ = pipeline.lower_for_npu(own, "float")
     dtype = dtype_name(config_dtype(checkpoint))
     forms: dict[str, Callable[[], Run]] = {
@@ -163,7 +163,8 @@ def _codes(row: Row) -> tuple[str, ...]:
     codes = row.codes
     first = "-" if codes.first is None else f"layer {codes.first}"
     share = f"{codes.differ / codes.of:.2%}" if codes.differ else "0"
-    return (share, str(codes.most), first, str(codes.same_inputs))
+    same = "" if codes.same_inputs is None else str(codes.same_inputs)
+    return (share, str(codes.most), first, same)
 
 
 def main() -> int:

@@ -1,0 +1,297 @@
+"""Split, rotate, quantize and write to the cache in one launch, by npu_rope_quant_kvcache.
+
+The op takes q, k and v of a token side by side, at most 4096 wide and a multiple of 64. Where they
+are wider, as many query heads as fit go with k and v, and the others are made by a linear of their
+own and rotated by npu_rotary_mul: three launches more, and no copies of parts.
+
+The op writes to its caches although its schema does not say so, and gives them back; what reads
+them reads what it gives, so that no order is left to chance.
+
+before:
+    def lowered(
+        x: f16[1, T, 64],
+        slots: i32[T],
+        cos: f16[1, T, 16],
+        sin: f16[1, T, 16],
+        k_cache_0: i8[N, S, 1, 16] = cache(),
+        v_cache_0: i8[N, S, 1, 16] = cache(),
+        w: f16[64, 64] = concat([stored("q"), stored("k"), stored("v")], 0),
+        ks: f32[16] = stored("ks"),
+        vs: f32[16] = stored("vs"),
+        vz: i32[16] = stored("vz"),
+    ):
+        c: f16[1, T, 1, 16] = aten.unsqueeze(cos, 2)
+        s: f16[1, T, 1, 16] = aten.unsqueeze(sin, 2)
+        linear: f16[1, T, 64] = aten.linear(x, w)
+        split: (f16[1, T, 32], f16[1, T, 16], f16[1, T, 16]) = aten.split_with_sizes(linear, [32, 16, 16], -1)
+        q: f16[1, T, 32] = split[0]
+        k: f16[1, T, 16] = split[1]
+        v: f16[1, T, 16] = split[2]
+        q_heads: f16[1, T, 2, 16] = aten.reshape(q, [1, -1, 2, 16])
+        k_heads: f16[1, T, 1, 16] = aten.reshape(k, [1, -1, 1, 16])
+        q_turned: f16[1, T, 2, 16] = npu.npu_rotary_mul(q_heads, c, s)
+        k_turned: f16[1, T, 1, 16] = npu.npu_rotary_mul(k_heads, c, s)
+        k_flat: f16[T, 16] = aten.reshape(k_turned, [-1, 16])
+        k8: i8[T, 16] = npu.npu_quantize(k_flat, ks, None, 1, -1, True)
+        k_rows: i8[T, 1, 16] = aten.reshape(k8, [-1, 1, 16])
+        v_flat: f16[T, 16] = aten.reshape(v, [-1, 16])
+        v8: i8[T, 16] = npu.npu_quantize(v_flat, vs, vz, 1, -1, True)
+        v_rows: i8[T, 1, 16] = aten.reshape(v8, [-1, 1, 16])
+        write: () = npu.npu_scatter_pa_kv_cache(k_rows, v_rows, k_cache_0, v_cache_0, slots, cache_mode='Norm')
+        neg: i8[N, S, 1, 16] = aten.neg(k_cache_0)
+        return [q_turned, neg, k_cache_0, v_cache_0]
+
+after:
+    def lowered(
+        x: f16[1, T, 64],
+        slots: i32[T],
+        cos: f16[1, T, 16],
+        sin: f16[1, T, 16],
+        k_cache_0: i8[N, S, 1, 16] = cache(),
+        v_cache_0: i8[N, S, 1, 16] = cache(),
+        w: f16[64, 64] = concat([stored("q"), stored("k"), stored("v")], 0),
+        ks_heads: f32[1, 16] = reshape(stored("ks"), [1, 16]),
+        vs_heads: f32[1, 16] = reshape(stored("vs"), [1, 16]),
+        vz_heads: f32[1, 16] = cast(reshape(stored("vz"), [1, 16]), f32),
+    ):
+        reshape_1: f16[T, 16] = aten.reshape(cos, [-1, 16])
+        reshape_2: f16[T, 16] = aten.reshape(sin, [-1, 16])
+        linear: f16[1, T, 64] = aten.linear(x, w)
+        reshape: f16[T, 64] = aten.reshape(linear, [-1, 64])
+        npu_rope_quant_kvcache: (f16[T, 2, 16], f16[0], f16[0], i8[N, S, 1, 16], i8[N, S, 1, 16]) = npu.npu_rope_quant_kvcache(reshape, reshape_1, reshape_2, k_cache_0, v_cache_0, slots, ks_heads, vs_heads, [32, 16, 16], offset_k=None, offset_v=vz_heads, kv_output=False, cache_mode='page')
+        getitem: f16[T, 2, 16] = npu_rope_quant_kvcache[0]
+        reshape_3: f16[1, T, 2, 16] = aten.reshape(getitem, [1, -1, 2, 16])
+        getitem_1: i8[N, S, 1, 16] = npu_rope_quant_kvcache[3]
+        getitem_2: i8[N, S, 1, 16] = npu_rope_quant_kvcache[4]
+        neg: i8[N, S, 1, 16] = aten.neg(getitem_1)
+        return [reshape_3, neg, getitem_1, getitem_2]
+
+float16 and float32 give the same codes and queries, bit for bit. In bfloat16 the op quantizes the
+rotated key before it is rounded, so a code may differ by one where that rounding crosses a middle; a
+part of the queries made by a linear of its own may sum in another order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import getitem
+
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument
+
+from kvc8.ir import npu
+from kvc8.ir.packing import divide, parameters, parts
+from kvc8.ir.program import (
+    Program,
+    Stage,
+    argument,
+    is_cache,
+    is_call,
+    recipe_of,
+    tensor_type,
+    unshaped,
+)
+from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.types import TensorType
+from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+
+ATEN = torch.ops.aten
+WIDTH, STEP = 4096, 64  # of q, k and v of a token, side by side
+LINEARS = (ATEN.linear.default, npu.npu_quant_matmul)
+
+
+@dataclass
+class Site:
+    """One cache write, and where what it writes comes from."""
+
+    write: Node
+    linear: Node  # gives q, k and v
+    split: Node
+    q: Node  # the rotated queries, [1, T, heads, D]
+    k: Node  # the rotated keys, [1, T, kv_heads, D]
+    v: Node  # the values, as they come out of the split
+    quantize_k: Node
+    quantize_v: Node
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, kv heads, and channels of a head."""
+        heads, dim = (int(d) for d in tensor_type(self.q).shape[2:])
+        return heads, int(tensor_type(self.k).shape[2]), dim
+
+
+@rewrite(takes=Stage.LOWERED, gives=Stage.LOWERED, contract="real_exact")
+def fuse_rope_quant_cache(program: Program) -> Iterator[Remark]:
+    """See the module."""
+    flat: dict[Node, Node] = {}
+    for write in program.calls(npu.npu_scatter_pa_kv_cache):
+        site = _site(write)
+        if isinstance(site, str):
+            yield miss(write, site)
+            continue
+        heads, kv_heads, dim = site.heads
+        most = _heads_that_fit(heads, kv_heads, dim)
+        if not most:
+            what = (
+                f"q, k and v are {(heads + 2 * kv_heads) * dim} wide, and no number of heads fits"
+            )
+            yield miss(write, f"{what} the op's {WIDTH} and is a multiple of {STEP}")
+            continue
+        yield hit(
+            _fuse(program, site, most, flat), "" if most == heads else f"{most} of {heads} heads"
+        )
+
+
+def _site(write: Node) -> Site | str:
+    """The site of a cache write, or why it is none."""
+    codes = [unshaped(argument(write, i)) for i in (0, 1)]
+    if not all(is_call(node, npu.npu_quantize) for node in codes):
+        return "its rows are not quantized, for its cache is float"
+    if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
+        return "it writes to what is no input of the step"
+    if any(_readers(node) != {write} for node in codes):
+        return "what it quantizes is read beside the cache"
+    turned, v = (unshaped(argument(node, 0)) for node in codes)
+    if not is_call(turned, npu.npu_rotary_mul):
+        return "its keys do not come out of npu_rotary_mul"
+    k = unshaped(argument(turned, 0))
+    if not is_call(k, getitem) or not is_call(argument(k, 0), ATEN.split_with_sizes.default):
+        return f"its keys pass through {_called(k)} before they are rotated"
+    return _queries(write, turned, k, v, codes)
+
+
+def _queries(write: Node, turned: Node, k: Node, v: Node, codes: list[Node]) -> Site | str:
+    split = argument(k, 0)
+    items = {item.args[1]: item for item in split.users}
+    if [k, v] != [items.get(1), items.get(2)] or 0 not in items:
+        return "its q, k and v are not made by one linear"
+    readers = _readers(items[0])
+    [q] = readers if len(readers) == 1 else [None]
+    if q is None or not is_call(q, npu.npu_rotary_mul) or q.args[1:] != turned.args[1:]:
+        return "its queries are not rotated as its keys are"
+    if _readers(k) != {turned}:
+        return "its keys are read before they are rotated"
+    angles = [argument(turned, i) for i in (1, 2)]
+    if not all(is_call(angle, ATEN.unsqueeze.default) and angle.args[1] == 2 for angle in angles):
+        return "its cosines are not those of [1, T, 1, D]"
+    if not is_call(argument(split, 0), *LINEARS) or not _fits_parts(split, turned, write):
+        return "its q, k and v are not made by one linear"
+    return Site(write, argument(split, 0), split, q, turned, v, *codes)
+
+
+def _fits_parts(split: Node, turned: Node, write: Node) -> bool:
+    """Whether k and v are alike and the linear's parameters lie q, k, v."""
+    sizes = split.args[1]
+    assert isinstance(sizes, list | tuple)
+    shapes = [tensor_type(argument(write, i)).shape[2:] for i in (2, 3)]
+    tensors = parameters(argument(split, 0))
+    packed = all(len(parts(recipe_of(node))) == len(sizes) for node in tensors)
+    return len(sizes) == 3 and shapes[0] == shapes[1] == tensor_type(turned).shape[2:] and packed
+
+
+def _readers(node: Node) -> set[Node]:
+    """What reads a value, through any number of reshapes."""
+    found = set[Node]()
+    for user in node.users:
+        through = is_call(user, ATEN.reshape.default)
+        found |= _readers(user) if through else {user}
+    return found
+
+
+def _called(node: Node) -> str:
+    source = argument(node, 0) if is_call(node, getitem) else node
+    return (
+        source.name if source.op == "placeholder" else str(source.target).removesuffix(".default")
+    )
+
+
+def _heads_that_fit(heads: int, kv_heads: int, dim: int) -> int:
+    """How many of the query heads the op takes beside k and v."""
+    fits = (n for n in range(heads, 0, -1) if _is_legal((n + 2 * kv_heads) * dim))
+    return next(fits, 0)
+
+
+def _is_legal(width: int) -> bool:
+    return width <= WIDTH and width % STEP == 0
+
+
+def _fuse(program: Program, site: Site, most: int, flat: dict[Node, Node]) -> Node:
+    heads, kv_heads, dim = site.heads
+    first, rest = (site.linear, None) if most == heads else _divide(program, site, most)
+    rows = program.call(site.split, ATEN.reshape.default, first, [-1, (most + 2 * kv_heads) * dim])
+    cos, sin = (_flat(program, flat, argument(argument(site.k, i), 0)) for i in (1, 2))
+    caches = [argument(site.write, 2), argument(site.write, 3)]
+    scales = [_per_head(program, argument(q, 1), kv_heads, dim) for q in _quantizers(site)]
+    offsets = [_offset(program, q.args[2], kv_heads, dim) for q in _quantizers(site)]
+    sizes = [most * dim, kv_heads * dim, kv_heads * dim]
+    floats = _float_readers(site)
+    options: dict[str, Argument] = {"offset_k": offsets[0], "offset_v": offsets[1]}
+    options |= {"kv_output": floats, "cache_mode": "page"}
+    args: tuple[Argument, ...] = (rows, cos, sin, *caches, argument(site.write, 4), *scales, sizes)
+    fused = program.call(site.split, npu.npu_rope_quant_kvcache, *args, kwargs=options)
+    fused.meta["origin"] = site.write.meta.get("origin", "")
+    _take(program, site, fused, rest, floats=floats)
+    return fused
+
+
+def _take(program: Program, site: Site, fused: Node, rest: Node | None, *, floats: bool) -> None:
+    """Put what the op gives where q, k, v and the caches were read."""
+    heads, kv_heads, dim = site.heads
+
+    def item(index: int, shape: list[int]) -> Node:
+        made = program.call(site.split, getitem, fused, index)
+        return program.call(site.split, ATEN.reshape.default, made, shape) if shape else made
+
+    if rest is None:
+        q = item(0, [1, -1, heads, dim])
+    else:
+        here = item(0, [1, -1, heads - int(tensor_type(rest).shape[2]), dim])
+        q = program.call(site.split, ATEN.cat.default, [here, rest], 2)
+    site.q.replace_all_uses_with(q)
+    if floats:
+        site.k.replace_all_uses_with(item(1, [1, -1, kv_heads, dim]))
+        site.v.replace_all_uses_with(item(2, [1, -1, kv_heads * dim]))
+    caches = [argument(site.write, 2), argument(site.write, 3)]
+    program.graph.erase_node(site.write)
+    for i, cache in enumerate(caches, 3):
+        cache.replace_all_uses_with(item(i, []), lambda user: user is not fused)
+
+
+def _quantizers(site: Site) -> tuple[Node, Node]:
+    return site.quantize_k, site.quantize_v
+
+
+def _float_readers(site: Site) -> bool:
+    """Whether something wants the float rows, as the attention of a fresh prompt does."""
+    return _readers(site.k) != {site.quantize_k} or _readers(site.v) != {site.quantize_v}
+
+
+def _flat(program: Program, flat: dict[Node, Node], angle: Node) -> Node:
+    """Cosines or sines as [T, D], once for all layers."""
+    if angle not in flat:
+        width = int(tensor_type(angle).shape[-1])
+        flat[angle] = program.call(angle.next, ATEN.reshape.default, angle, [-1, width])
+        flat[angle].meta["origin"] = angle.meta.get("origin", "")
+    return flat[angle]
+
+
+def _per_head(program: Program, scale: Node, kv_heads: int, dim: int) -> Node:
+    recipe = Recipe("reshape", (recipe_of(scale), (kv_heads, dim)))
+    type_ = TensorType(torch.float32, (kv_heads, dim))
+    return program.placeholder(f"{scale.name}_heads", type_, recipe)
+
+
+def _offset(program: Program, zero: Argument, kv_heads: int, dim: int) -> Node | None:
+    if not isinstance(zero, Node):
+        return None
+    made = _per_head(program, zero, kv_heads, dim)
+    made.meta["recipe"] = cast(recipe_of(made), torch.float32)
+    return made
+
+
+def _divide(program: Program, site: Site, most: int) -> tuple[Node, Node]:
+    """The linear of what the op takes, and the rotated queries that it does not take."""
+    heads, _, dim = site.heads
+    first, second = divide(program, site.linear, heads * dim, most * dim)
+    rows = program.call(site.split, ATEN.reshape.default, second, [1, -1, heads - most, dim])
+    return first, program.call(site.split, npu.npu_rotary_mul, rows, *site.q.args[1:])
