@@ -46,7 +46,9 @@ def refusal(capsys: pytest.CaptureFixture[str], directory: Path, out: Path, *opt
     before = sorted(out.parent.iterdir())
     assert compile_(directory, out, *options) == 1
     assert sorted(out.parent.iterdir()) == before
-    said = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning: ")]
+    said = [
+        x for x in capsys.readouterr().err.splitlines() if not x.startswith(("warning: ", "  "))
+    ]
     assert len(said) == 1
     return said[0].removeprefix("error: ")
 
