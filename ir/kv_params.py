@@ -19,10 +19,14 @@ is the dtype the model computes in. Who quantizes and who dequantizes are chosen
                                                                        TYPE_DEQUANT_FUSION
     fused_infer       (q + o) * s  s, model [C]      -z, model [C]     the antiquant arguments of
                                                                        npu_fused_infer_attention_score
+    anti_quant        (q + o) * s  s, float32 [C]    -z, float32 [C]   npu_anti_quant
 
 "bits of s": for float16 models int64, the bits of float32 s read as an int32; for bfloat16 models
 float32 s itself. The attention kernels add their offset, the page and msModelSlim subtract it:
 hence -z. MindIE passes z there, as the bits of a float, which is right for z = 0 only.
+
+The forms are stated as recipes: `derive` makes them from tensors at once, and a pass writes them
+into a program.
 """
 
 from dataclasses import dataclass
@@ -33,9 +37,10 @@ from torch import Tensor
 
 from kvc8.ir.errors import ModelError
 from kvc8.ir.parameters import whole
+from kvc8.ir.recipe import Recipe, cast, make, stored
 
 QuantForm = Literal["page", "atb", "divide", "multiply", "rope_quant_cache"]
-DequantForm = Literal["page", "atb", "fused_infer"]
+DequantForm = Literal["page", "atb", "fused_infer", "anti_quant"]
 
 
 @dataclass(frozen=True)
@@ -102,31 +107,12 @@ def derive(
             f"{where}: the model computes in {model_dtype} and an int8 KV cache wants float16 or "
             "bfloat16; convert the model"
         )
-    k_quant = _quantizer(k, quant, model_dtype, head_dim, where)
-    v_quant = _quantizer(v, quant, model_dtype, head_dim, where)
-    k_dequant = _dequantizer(k, dequant, model_dtype, where)
-    v_dequant = _dequantizer(v, dequant, model_dtype, where)
-    return KVParams(*k_quant, *k_dequant, *v_quant, *v_dequant)
-
-
-def stack_antiquant(params: KVParams) -> tuple[Tensor, Tensor]:
-    """Stack K's and V's dequant tensors to the [2, C] antiquant_scale and antiquant_offset."""
-    return (
-        torch.stack((params.k_dequant_scale, params.v_dequant_scale)),
-        torch.stack((params.k_dequant_offset, params.v_dequant_offset)),
-    )
-
-
-def pack_scale(scale: Tensor) -> Tensor:
-    """Pack a scale as int64 [C]: the bits of its float32, read as int32 and widened."""
-    return scale.to(torch.float32).contiguous().view(torch.int32).to(torch.int64)
-
-
-def unpack_scale(packed: Tensor) -> Tensor:
-    """Unpack an int64 scale to float32 [C]; a float32 scale comes back as it is."""
-    if packed.dtype == torch.float32:
-        return packed
-    return packed.to(torch.int32).view(torch.float32)
+    made: list[Tensor] = []
+    for channels in (k, v):
+        side = Side(stored("scale"), stored("zero"), channels.scale.dtype, channels.offset.dtype)
+        made += _made(channels, quantizer(side, quant, model_dtype, head_dim), where)
+        made += _made(channels, dequantizer(side, dequant, model_dtype), where)
+    return KVParams(*made)
 
 
 def heads_of_rank(kv_heads: int, rank: int, ranks: int) -> range:
@@ -173,45 +159,74 @@ def shard_channels(channels: Channels, kv_heads: int, rank: int, ranks: int) -> 
     return Channels(shard(scale, kv_heads, rank, ranks), shard(offset, kv_heads, rank, ranks))
 
 
-def _quantizer(
-    side: Channels, form: QuantForm, dtype: torch.dtype, head_dim: int, where: str
-) -> tuple[Tensor, Tensor]:
-    scale, offset = side.scale, side.offset
+@dataclass(frozen=True)
+class Side:
+    """What the scale and the zero point of a K or V are made of, [C] each, and their dtypes."""
+
+    scale: Recipe
+    zero: Recipe
+    scale_dtype: torch.dtype
+    zero_dtype: torch.dtype
+
+    def scale_as(self, dtype: torch.dtype) -> Recipe:
+        """The scale in a dtype."""
+        return _as(self.scale, self.scale_dtype, dtype)
+
+    def zero_as(self, dtype: torch.dtype) -> Recipe:
+        """The zero point in a dtype."""
+        return _as(self.zero, self.zero_dtype, dtype)
+
+
+def _as(recipe: Recipe, has: torch.dtype, dtype: torch.dtype) -> Recipe:
+    return recipe if has is dtype else cast(recipe, dtype)
+
+
+def quantizer(
+    side: Side, form: QuantForm, model: torch.dtype, head_dim: int
+) -> tuple[Recipe, Recipe]:
+    """Scale and offset of one who quantizes; `model` is the dtype the model computes in."""
     match form:
         case "page":
-            return scale, offset
+            return side.scale, side.zero
         case "atb":
-            return _cast_scale(scale, dtype, where), _int8(offset, where)
+            return side.scale_as(model), side.zero_as(torch.int8)
         case "divide":
-            return scale.to(torch.float32), offset.to(torch.int32)
+            return side.scale_as(torch.float32), side.zero_as(torch.int32)
         case "multiply":
-            inverse = _cast_scale(scale.to(torch.float32).reciprocal(), dtype, where)
-            return inverse, offset.to(dtype)
+            inverse = Recipe("reciprocal", (side.scale_as(torch.float32),))
+            return _as(inverse, torch.float32, model), side.zero_as(model)
         case "rope_quant_cache":
             heads = (-1, head_dim)
-            return scale.to(torch.float32).reshape(heads), offset.to(torch.float32).reshape(heads)
+            both = side.scale_as(torch.float32), side.zero_as(torch.float32)
+            return Recipe("reshape", (both[0], heads)), Recipe("reshape", (both[1], heads))
 
 
-def _dequantizer(
-    side: Channels, form: DequantForm, dtype: torch.dtype, where: str
-) -> tuple[Tensor, Tensor]:
-    scale, offset = side.scale, side.offset
+def dequantizer(side: Side, form: DequantForm, model: torch.dtype) -> tuple[Recipe, Recipe]:
+    """Scale and offset of one who dequantizes; `model` is the dtype the model computes in."""
     match form:
         case "page":
-            return scale, offset
+            return side.scale, side.zero
         case "atb":
-            packed = dtype == torch.float16
-            wide = pack_scale(scale) if packed else scale.to(torch.float32)
-            return wide, -offset.to(torch.int32)
+            wide = side.scale_as(torch.float32)
+            packed = Recipe("int_bits", (wide,)) if model is torch.float16 else wide
+            return packed, Recipe("neg", (side.zero_as(torch.int32),))
         case "fused_infer":
             # from int32, for float -0.0 is not the zero that runtimes compare with bit by bit
-            return _cast_scale(scale, dtype, where), (-offset.to(torch.int32)).to(dtype)
+            negated = Recipe("neg", (side.zero_as(torch.int32),))
+            return side.scale_as(model), cast(negated, model)
+        case "anti_quant":
+            return side.scale_as(torch.float32), Recipe("neg", (side.zero_as(torch.float32),))
 
 
-def _cast_scale(scale: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    cast = scale.to(dtype)
-    _check_scale(cast, where, f"it does not fit {dtype}: choose a form that keeps float32 scales")
-    return cast
+def _made(side: Channels, recipes: tuple[Recipe, Recipe], where: str) -> tuple[Tensor, Tensor]:
+    """Make scale and offset, and check that their dtypes hold them."""
+    given = {"scale": side.scale, "zero": side.offset}
+    scale, offset = (make(recipe, given.__getitem__) for recipe in recipes)
+    dtype = str(scale.dtype)
+    _check_scale(scale, where, f"it does not fit {dtype}: choose a form that keeps float32 scales")
+    if offset.dtype is torch.int8:
+        _check_int8(side.offset, where)
+    return scale, offset
 
 
 def _check_scale(scale: Tensor, where: str, remedy: str) -> None:
@@ -219,10 +234,9 @@ def _check_scale(scale: Tensor, where: str, remedy: str) -> None:
         raise ModelError(f"{where}: a scale is not a finite positive number; {remedy}")
 
 
-def _int8(offset: Tensor, where: str) -> Tensor:
+def _check_int8(offset: Tensor, where: str) -> None:
     wide = offset.to(torch.int32)
     if bool((wide.abs() > 128).any() or (wide == 128).any()):
         raise ModelError(
             f"{where}: an offset does not fit int8; choose a form that keeps wider offsets"
         )
-    return wide.to(torch.int8)

@@ -2,7 +2,8 @@
 
 npu_quantize divides and adds, in float32: the scale as it is, the zero point as int32. What reads
 the cache adds its offset where the checkpoint's convention subtracts: x' = (q + o)*s with o = -z.
-A symmetric cache has no offsets. Shapes are [H*D], the channels of a token.
+A symmetric cache has no offsets. Shapes are [H*D], the channels of a token. The forms are stated in
+ir/kv_params.py: "divide" for npu_quantize, "anti_quant" for npu_anti_quant.
 
 before:
     def quantized(
@@ -40,18 +41,21 @@ A quantize whose zero points are no whole numbers would change here; verify refu
 every producer writes whole numbers. What is not the quantize of a cache's rows is left alone.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
-from kvc8.ir import npu, ops
+from kvc8.ir import kv_params, npu, ops
 from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.recipe import Recipe
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
+PARTS = ("quant_scale", "quant_offset", "dequant_scale", "dequant_offset")
 SCALAR_TYPES = {torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
 
@@ -63,13 +67,12 @@ def fold_kv_scales(program: Program) -> Iterator[Remark]:
         if not is_call(rows, ops.quantize):
             yield miss(write, "its cache is float")
             continue
-        cache = argument(write, 0).name
-        scale, zero = argument(rows, 1), rows.args[2]
-        assert zero is None or isinstance(zero, Node)
-        _fold_quantize(program, rows, cache, scale, zero)
+        parts = _eight(program, argument(write, 0).name, argument(rows, 1), rows.args[2])
+        _fold_quantize(program, rows, *parts[:2])
         for back in [user for user in write.users if is_call(user, ops.dequantize)]:
-            _fold_dequantize(program, back, cache, scale, zero)
-        yield hit(write, "symmetric, so without offsets" if zero is None else "offsets negated")
+            _fold_dequantize(program, back, *parts[2:])
+        symmetric = rows.args[2] is None
+        yield hit(write, "symmetric, so without offsets" if symmetric else "offsets negated")
 
 
 def dequantizer(cache: Node) -> Node | None:
@@ -80,41 +83,46 @@ def dequantizer(cache: Node) -> Node | None:
     return back if is_call(back, npu.npu_anti_quant) else None
 
 
-def _fold_quantize(
-    program: Program, rows: Node, cache: str, scale: Node, zero: Node | None
-) -> None:
-    heads, dim = (int(d) for d in tensor_type(scale).shape)
-    width = heads * dim
-    flat_scale = _flat(program, cache, "quant_scale", scale, width)
-    flat_zero = None
-    if zero is not None:
-        recipe = cast(Recipe("reshape", (recipe_of(zero), (width,))), torch.int32)
-        name = cache.replace("cache", "quant_offset")
-        flat_zero = program.placeholder(name, TensorType(torch.int32, (width,)), recipe)
-    x = program.call(rows, ATEN.reshape.default, argument(rows, 0), [-1, width])
-    args = (x, flat_scale, flat_zero, SCALAR_TYPES[torch.int8], -1, True)
+def _eight(
+    program: Program, cache: str, scale: Node, zero: Argument
+) -> tuple[Node, Node | None, Node, Node | None]:
+    """Scale and offset to quantize, and to dequantize: the four of the eight that are K's or V's."""
+    width = math.prod(map(int, tensor_type(scale).shape))
+    flat = Recipe("reshape", (recipe_of(scale), (width,)))
+    flat_zero = Recipe("reshape", (recipe_of(zero), (width,))) if isinstance(zero, Node) else flat
+    side = kv_params.Side(flat, flat_zero, torch.float32, torch.float32)
+    recipes = (
+        *kv_params.quantizer(side, "divide", torch.float32, 1),
+        *kv_params.dequantizer(side, "anti_quant", torch.float32),
+    )
+    types = (torch.float32, torch.int32, torch.float32, torch.float32)
+    made: list[Node | None] = []
+    for part, recipe, dtype in zip(PARTS, recipes, types, strict=True):
+        if part.endswith("offset") and zero is None:
+            made.append(None)
+            continue
+        name = cache.replace("cache", part)
+        made.append(program.placeholder(name, TensorType(dtype, (width,)), recipe))
+    quant_scale, quant_offset, dequant_scale, dequant_offset = made
+    assert quant_scale is not None
+    assert dequant_scale is not None
+    return quant_scale, quant_offset, dequant_scale, dequant_offset
+
+
+def _fold_quantize(program: Program, rows: Node, scale: Node, offset: Node | None) -> None:
+    heads, dim = (int(d) for d in tensor_type(rows).shape[1:])
+    x = program.call(rows, ATEN.reshape.default, argument(rows, 0), [-1, heads * dim])
+    args = (x, scale, offset, SCALAR_TYPES[torch.int8], -1, True)
     codes = program.call(rows, npu.npu_quantize, *args)
     back = program.call(rows, ATEN.reshape.default, codes, [-1, heads, dim])
     rows.replace_all_uses_with(back)
 
 
-def _fold_dequantize(
-    program: Program, back: Node, cache: str, scale: Node, zero: Node | None
-) -> None:
-    heads, dim = (int(d) for d in tensor_type(scale).shape)
-    flat_scale = _flat(program, cache, "dequant_scale", scale, heads * dim)
-    offset = _flat(program, cache, "dequant_offset", zero, heads * dim) if zero else None
-    if offset:
-        offset.meta["recipe"] = Recipe("neg", (offset.meta["recipe"],))
+def _fold_dequantize(program: Program, back: Node, scale: Node, offset: Node | None) -> None:
+    heads, dim = (int(d) for d in tensor_type(back).shape[2:])
     code = SCALAR_TYPES[tensor_type(back).dtype]
     codes = program.call(back, ATEN.flatten.using_ints, argument(back, 0), 2, 3, name="flatten")
     options = {"offset": offset, "dst_dtype": code}
-    wide = program.call(back, npu.npu_anti_quant, codes, flat_scale, kwargs=options)
+    wide = program.call(back, npu.npu_anti_quant, codes, scale, kwargs=options)
     shaped = program.call(back, ATEN.unflatten.int, wide, 2, [heads, dim])
     back.replace_all_uses_with(shaped)
-
-
-def _flat(program: Program, cache: str, part: str, source: Node, width: int) -> Node:
-    recipe = Recipe("reshape", (recipe_of(source), (width,)))
-    name = cache.replace("cache", part)
-    return program.placeholder(name, TensorType(torch.float32, (width,)), recipe)

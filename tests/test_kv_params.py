@@ -18,12 +18,10 @@ from kvc8.ir.kv_params import (
     by_channel,
     derive,
     heads_of_rank,
-    pack_scale,
     shard,
     shard_channels,
-    stack_antiquant,
-    unpack_scale,
 )
+from kvc8.ir.recipe import STEPS
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = (
@@ -72,6 +70,7 @@ def test_the_eight_of_what_msmodelslim_wrote(name: str, layer: int) -> None:
     divide = eight(k, v, "divide", "fused_infer", torch.float16)
     multiply = eight(k, v, "multiply", "fused_infer", torch.float16)
     fused = eight(k, v, "rope_quant_cache", "fused_infer", torch.float16)
+    anti = eight(k, v, "divide", "anti_quant", torch.float16)
     assert any(v.offset.tolist()) == ("asym" in name)
     for side, channels in (("k", k), ("v", v)):
         s, z = channels.scale.tolist(), [int(z) for z in channels.offset.tolist()]
@@ -91,6 +90,8 @@ def test_the_eight_of_what_msmodelslim_wrote(name: str, layer: int) -> None:
         check(getattr(atb, get["dequant_offset"]), [-x for x in z], torch.int32)
         check(getattr(divide, get["quant_scale"]), s, single)
         check(getattr(divide, get["quant_offset"]), z, torch.int32)
+        check(getattr(anti, get["dequant_scale"]), s, single)
+        check(getattr(anti, get["dequant_offset"]), [-x for x in z], single)
         check(getattr(multiply, get["quant_scale"]), [1 / x for x in s], half)
         check(getattr(multiply, get["quant_offset"]), z, half)
         check(getattr(fused, get["quant_scale"]), s, single)
@@ -109,7 +110,7 @@ def test_every_dequantizer_gives_the_same_number(name: str) -> None:
     for form in get_args(DequantForm):
         params = eight(k, v, "page", form, torch.float16)
         scale = params.k_dequant_scale
-        scale = unpack_scale(scale) if scale.dtype == torch.int64 else scale
+        scale = STEPS["float_bits"](scale) if scale.dtype == torch.int64 else scale
         sign = -1 if form == "page" else 1
         found = (q + sign * params.k_dequant_offset.double()) * scale.double()
         assert torch.equal(found, expected), form
@@ -131,14 +132,6 @@ def test_bfloat16_models_keep_float32_descales() -> None:
     check(params.v_dequant_offset, [-5, 7], torch.int32)
 
 
-def test_antiquant_tensors_stack_k_over_v() -> None:
-    k, v = stored("qwen2_fp16_none_asym", 2)
-    scale, offset = stack_antiquant(eight(k, v, "divide", "fused_infer", torch.float16))
-    assert (scale.shape, scale.dtype) == ((2, 64), torch.float16)
-    assert torch.equal(scale, torch.stack((k.scale, v.scale)))
-    assert torch.equal(offset, -torch.stack((k.offset, v.offset)))
-
-
 def test_a_symmetric_offset_is_zero_without_a_sign() -> None:
     k, v = stored("llama_fp16_m3", 0)
     offset = eight(k, v, "divide", "fused_infer", torch.float16).k_dequant_offset
@@ -147,9 +140,9 @@ def test_a_symmetric_offset_is_zero_without_a_sign() -> None:
 
 def test_packed_scales_are_float_bits() -> None:
     scale = torch.tensor([1.0, 0.0478515625, 6e-8, 65504.0])
-    assert pack_scale(scale)[0] == 0x3F800000
-    assert torch.equal(unpack_scale(pack_scale(scale)), scale)
-    assert unpack_scale(scale) is scale
+    packed = STEPS["int_bits"](scale)
+    assert packed[0] == 0x3F800000
+    assert torch.equal(STEPS["float_bits"](packed), scale)
 
 
 def test_the_deq_scale_of_a_linear_unpacks() -> None:
@@ -157,7 +150,7 @@ def test_the_deq_scale_of_a_linear_unpacks() -> None:
     linear = checkpoint.w8a8["model.layers.0.self_attn.q_proj"]
     scales = checkpoint.read(str(linear.weight_scale)).float().reshape(-1)
     expected = checkpoint.read(linear.input_scale) * scales
-    assert torch.equal(unpack_scale(checkpoint.read(linear.deq_scale)), expected)
+    assert torch.equal(STEPS["float_bits"](checkpoint.read(linear.deq_scale)), expected)
 
 
 def test_a_scale_for_the_whole_tensor_spreads_over_channels() -> None:
