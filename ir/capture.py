@@ -30,12 +30,12 @@ from torch.fx import Node
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from kvc8.ir.accounts import account, add_norm_biases
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.emitter import Emitter, Trace, attention_site
 from kvc8.ir.errors import ModelError
 from kvc8.ir.parameters import check_kv_scales
 from kvc8.ir.program import Program, is_call
-from kvc8.ir.recipe import stored_names
 from kvc8.ir.stamp import Cut, alike, cut, fingerprint, kinds, layer_of, representatives
 from kvc8.ir.verify import verify
 
@@ -94,18 +94,11 @@ def capture(
     small = _reduced(config, chosen) if stamped and len(chosen) < len(kind_of) else None
     found = _stamp(checkpoint, model, path, kind_of, chosen, small) if small else None
     program = found or _trace_whole(checkpoint, model, path)
-    _check_norm_biases(checkpoint, program)
+    add_norm_biases(checkpoint, program)
+    for warning in account(checkpoint, program):
+        warnings.warn(warning, stacklevel=2)
     verify(program)
     return program
-
-
-def _check_norm_biases(checkpoint: Checkpoint, program: Program) -> None:
-    """Raise ModelError where a norm's bias, which anti-outlier methods add, would be lost."""
-    used = {name for n in program.parameters() for name in stored_names(n.meta["recipe"])}
-    for name in checkpoint.tensors:
-        if name.endswith("norm.bias") and name not in used and bool(checkpoint.read(name).any()):
-            what = f"{checkpoint.path.name}: {name} is not zero and the model has no such bias"
-            raise ModelError(f"{what}; quantize with anti-outlier method m3 or none")
 
 
 def config_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -473,7 +473,7 @@ def test_the_memory_plan_of_llama_70b(tmp_path: Path) -> None:
     tensors = {"w": seen.tensors[f"{K0}.weight"]}
     object.__setattr__(tensors["w"], "nbytes", weights)
     files = type(seen.files)(Path(), LLAMA_70B, None, {}, tensors, ())
-    whole = Seen(files, LLAMA_70B, "float", 80, (1024,) * 80, {}, {}, None, {}, "")
+    whole = Seen(files, LLAMA_70B, "float", 80, (1024,) * 80, {}, {}, None, {}, (), (), "")
     rows = {(row.cache, row.cards): row for row in plan(whole).rows}
     assert {key: row.bytes_per_token for key, row in rows.items()} == {
         ("float16", 1): 327_680,

@@ -9,7 +9,6 @@ from kvc8.ir.kv_params import heads_of_rank
 from kvc8.ir.layouts import FLOATS
 from kvc8.ir.model_files import listed, shown
 from kvc8.ir.msmodelslim import LABELS, SETTINGS, tied_head
-from kvc8.ir.safetensors_files import TensorFiles
 from kvc8.tools.inspector.finding import (
     CONFIG,
     DIRECTORY,
@@ -220,13 +219,16 @@ def shares(heads: int, ranks: int) -> bool:
 
 
 def _norm_biases(seen: Seen) -> Iterator[Finding]:
-    reader = TensorFiles()
-    biases = [t for name, t in seen.tensors.items() if name.endswith("norm.bias")]
-    used = [t.name for t in biases if bool(reader.read(t).any())]
-    if used:
-        what = f"{listed(used)} of an anti-outlier method are not zero"
+    if seen.norm_biases:
+        what = f"{listed(seen.norm_biases)} of an anti-outlier method are not zero"
         so = "a runtime that leaves out biases of norms answers wrongly; kvc8 adds them"
         yield Finding("norm-bias", "note", DIRECTORY, what, so, "compare answers before use")
+
+
+def _unused(seen: Seen) -> Iterator[Finding]:
+    for warning in seen.captured_with:
+        _, what, do = parts(warning, seen.files.path)
+        yield Finding("unused-tensor", "warning", DIRECTORY, what, "it has no effect", do)
 
 
 def _wide_weights(seen: Seen) -> Iterator[Finding]:
@@ -253,6 +255,7 @@ MODEL_CHECKS: tuple[Check, ...] = (
     _wide_weights,
     _tied,
     _norm_biases,
+    _unused,
     _parallel,
     _unread,
 )

@@ -4,7 +4,8 @@ Read are JSON files, headers, KV scales and the biases of norms; of the weights 
 is captured as kvc8-compile does it, from its config, to see what lies between k_proj and the cache.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvc8.ir import ops
+from kvc8.ir.accounts import account
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import Calibrated, Checkpoint, Files, read_files, understand
 from kvc8.ir.compressed_tensors import kv_name as compressed_kv_name
@@ -20,7 +22,8 @@ from kvc8.ir.layouts import KVName, Side, kv_widths, layer_index
 from kvc8.ir.model_files import positive
 from kvc8.ir.msmodelslim import calibrated_of, kv_name, layout_of
 from kvc8.ir.parameters import check_kv_scales
-from kvc8.ir.program import Program, argument
+from kvc8.ir.program import Program, argument, recipe_of
+from kvc8.ir.recipe import stored_names
 from kvc8.ir.safetensors_files import StoredTensor, TensorFiles
 from kvc8.passes.repair_rope_scales import Rope, find_rope, from_linear
 
@@ -48,6 +51,8 @@ class Seen:
     values: Mapping[KVName, Tensor]  # KV scales and offsets in their stored dtypes
     calibrated: Calibrated | None
     k_layers: Mapping[int, KLayer]  # empty where the model cannot be captured
+    norm_biases: tuple[str, ...]  # that the checkpoint adds to the model
+    captured_with: tuple[str, ...]  # warnings
     refusal: str  # what kvc8-compile says; "" where it compiles
 
     @property
@@ -75,7 +80,7 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
     text = files.config.get("text_config")
     config = text if isinstance(text, dict) else files.config
     checkpoint, refusal = _understood(files)
-    k_layers, why = _captured(files, checkpoint)
+    program, warned, why = _captured(files, checkpoint)
     reader, names = TensorFiles(), _kv_names(files)
     small = {k: n for k, n in names.items() if files.tensors[n].nbytes <= 4 * LARGEST_SCALE}
     return Seen(
@@ -87,7 +92,9 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
         names=names,
         values={key: reader.read(files.tensors[name]).flatten() for key, name in small.items()},
         calibrated=(calibrated or _calibrated(files, checkpoint)) if names else None,
-        k_layers=k_layers,
+        k_layers=_k_layers(program) if program else {},
+        norm_biases=tuple(_norm_biases(program)) if program else (),
+        captured_with=warned,
         refusal=refusal or why,
     )
 
@@ -104,14 +111,24 @@ def _understood(files: Files) -> tuple[Checkpoint | None, str]:
     return checkpoint, ""
 
 
-def _captured(files: Files, checkpoint: Checkpoint | None) -> tuple[dict[int, KLayer], str]:
-    """Capture the model with a float cache; gives what is above each layer's, or why not."""
+def _captured(
+    files: Files, checkpoint: Checkpoint | None
+) -> tuple[Program | None, tuple[str, ...], str]:
+    """Capture the model with a float cache; gives the program, warnings, and why there is none."""
     plain = Checkpoint(files.path, files.config, "float", files.tensors, {}, {}, None, ())
     try:
-        program = capture(replace(checkpoint or plain, kv={}, kv_calibrated=None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is told that nothing uses the KV scales
+            program = capture(replace(checkpoint or plain, kv={}, kv_calibrated=None))
     except KVC8Error as error:
-        return {}, str(error)
-    return _k_layers(program), ""
+        return None, (), str(error)
+    return program, tuple(account(checkpoint, program)) if checkpoint else (), ""
+
+
+def _norm_biases(program: Program) -> Iterator[str]:
+    for node in program.calls(torch.ops.aten.add.Tensor):
+        if node.name.startswith("norm_bias"):
+            yield from stored_names(recipe_of(argument(node, 1)))
 
 
 def _k_layers(program: Program) -> dict[int, KLayer]:
