@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.npu.artifact_reader import read
@@ -175,6 +177,48 @@ def test_a_model_without_kv_scales(tiny_model, tmp_path, capsys):
     said = refusal(capsys, directory, tmp_path / "out")
     assert said.startswith("insert_kv_quant: rewrote nothing (k_new_0 (model.layers.0.self_attn)")
     assert said.endswith("; quantize the KV cache of this model first, with kvc8-quantize")
+
+
+def c8_alone(directory: Path) -> Path:
+    """The float model of the golden one, with the KV scales that msModelSlim gave it."""
+    float_model = LLAMA.parent / "orig"
+    shutil.copytree(float_model, directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(float_model / "model.safetensors")
+    labels = dict.fromkeys(tensors, "FLOAT")
+    with safe_open(LLAMA / WEIGHTS, framework="pt") as file:
+        names = file.keys()
+        scales = {name: file.get_tensor(name) for name in names if ".kv_cache_" in name}
+    save_file({**tensors, **scales}, directory / "quant_model_weight_c8.safetensors")
+    header = {"model_quant_type": "FLOAT", "kv_quant_type": "C8"}
+    described = {**header, **labels, **dict.fromkeys(scales, "C8")}
+    (directory / DESCRIPTION).write_text(json.dumps(described))
+    return directory
+
+
+def test_c8_without_w8a8_compiles_with_a_warning(tmp_path, capsys):
+    directory = c8_alone(tmp_path / "c8")
+    assert compile_(directory, tmp_path / "out") == 0
+    assert capsys.readouterr().err == (
+        f"warning: {directory}/{DESCRIPTION}: the vendor does not support C8 without W8A8; add "
+        "W8A8 with kvc8-quantize to run this on the vendor's own stack\n"
+    )
+    decode = show(read(tmp_path / "out").programs["decode"])
+    assert decode.count("npu.npu_fused_infer_attention_score(") == 4
+    assert "npu_quant_matmul" not in decode
+
+
+def test_a_refused_pass_gives_its_reasons(tiny_model, tmp_path, capsys):
+    directory = tiny_model("llama")
+    capsys.readouterr()
+    assert compile_(directory, tmp_path / "out") == 1
+    error, *reasons = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: insert_kv_quant: rewrote nothing ")
+    assert len(reasons) == 5
+    assert reasons[1] == (
+        "  insert_kv_quant: v_new_0 (model.layers.0.self_attn) left as it was: "
+        "the checkpoint has no scale for this cache"
+    )
+    assert reasons[-1] == "  and 4 more; --traceback shows them all"
 
 
 @pytest.mark.slow

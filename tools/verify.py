@@ -146,7 +146,7 @@ def _print(rows: list[Row], as_json: bool, tokens: Tokens) -> None:
 
 
 def _table(rows: list[Row], against: str) -> Table:
-    table = Table(title=f"against {against}", title_justify="left")
+    table = Table(title=f"against {against}", title_justify="left", box=None)
     table.add_column(no_wrap=True, min_width=18)
     for name in ("logits, max", "KL, mean", "greedy", "codes differ", "by at most", "first"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,0 +1,54 @@
+"""Every program of every kind of model, at every stage, reads back from its own text."""
+
+from pathlib import Path
+
+import pytest
+from sparse import LLAMA_70B, write_sparse
+
+from kvc8.ir.text import parse, show
+from kvc8.tools import command
+from kvc8.tools import compile as compile_tool
+from kvc8.tools import quantize as quantize_tool
+
+pytestmark = pytest.mark.slow
+
+TEXTS = Path(__file__).parent / "data" / "calibration.jsonl"
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+
+
+def dumped(directory: Path, folder: Path) -> list[Path]:
+    """The texts of a compile, before the first pass and after each; it may stop at a limit."""
+    options = [str(directory), "--target", "npu", "-o", str(folder / "out"), "--dtype", "float16"]
+    parser = compile_tool.parser()
+    command.entry(parser, compile_tool.work, [*options, "--dump", str(folder / "dump")])
+    return sorted((folder / "dump").rglob("*.py"))
+
+
+def check(paths: list[Path], stages: int) -> None:
+    assert len(paths) >= stages
+    for path in paths:
+        text = path.read_text().removesuffix("\n")
+        assert show(parse(text)) == text, path
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+def test_tiny_models(tiny_model, tmp_path, kind):
+    quantized = tmp_path / "quantized"
+    options = [str(tiny_model(kind)), "-o", str(quantized), "--calib-file", str(TEXTS)]
+    parser = quantize_tool.parser()
+    more = ["--samples", "2", "--use-kvcache-quant"]
+    assert command.entry(parser, quantize_tool.work, [*options, *more]) == 0
+    check(dumped(quantized, tmp_path), stages=6)
+
+
+@pytest.mark.parametrize("name", ["llama_fp16_m3", "qwen2_fp16_none_asym", "v1_qwen2_fp16_w8a8c8"])
+def test_what_msmodelslim_wrote(tmp_path, name):
+    check(dumped(CHECKPOINTS / name / "quant", tmp_path), stages=12)
+
+
+def test_a_70b_model(tmp_path):
+    """Its 80 layers are alike, so of its texts three will do: one of each stage that has an end."""
+    paths = dumped(write_sparse(tmp_path / "llama70b", LLAMA_70B), tmp_path)
+    phases = [[p for p in paths if p.parent.name == phase] for phase in ("prefill", "decode")]
+    whole = [p for p in paths if p.parent.name == "dump"]
+    check([max(group) for group in (whole, *phases)], stages=3)
