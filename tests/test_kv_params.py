@@ -1,11 +1,15 @@
 """The eight tensors, worked out here by each consumer's formula, and their slices by rank."""
 
+import json
 import struct
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kvc8.ir.checkpoint import open_checkpoint
@@ -33,14 +37,29 @@ NAMES = (
 HEADS, HEAD_DIM = 2, 32
 
 
-def stored(name: str, layer: int) -> tuple[Channels, Channels]:
-    """K's and V's scales and offsets as a golden directory has them."""
-    checkpoint = open_checkpoint(GOLDEN / name / "quant")
+def stored(name: str, layer: int, directory: Path | None = None) -> tuple[Channels, Channels]:
+    """K's and V's scales and offsets as a golden directory has them, or one made of it."""
+    checkpoint = open_checkpoint(directory or GOLDEN / name / "quant")
     k, v = (
         by_channel(checkpoint.read(s.scale), checkpoint.read(str(s.offset)), 64, name)
         for s in checkpoint.kv[layer]
     )
     return k, v
+
+
+@cache
+def written(name: str) -> dict[str, Tensor]:
+    """What msModelSlim wrote, as safetensors reads it."""
+    [weights] = (GOLDEN / name / "quant").glob("*.safetensors")
+    return load_file(weights)
+
+
+def numbers(name: str, layer: int, side: str) -> tuple[list[float], list[int]]:
+    """Scale and offset of a K or V as numbers."""
+    prefix = f"model.layers.{layer}.self_attn.{side}_proj.kv_cache_"
+    tensors = written(name)
+    offset = tensors[f"{prefix}offset"].tolist()
+    return tensors[f"{prefix}scale"].tolist(), [int(z) for z in offset]
 
 
 def eight(
@@ -61,19 +80,79 @@ def check(found: Tensor, values: list[float] | list[int], dtype: torch.dtype) ->
     assert torch.equal(found.reshape(-1), torch.tensor(values, dtype=dtype))
 
 
+def sharded(name: str, directory: Path) -> None:
+    """The same tensors in three files and an index."""
+    tensors, weight_map = written(name), {}
+    for number in range(3):
+        file = f"quant_model_weight_w8a8-0000{number + 1}-of-00003.safetensors"
+        part = {n: tensors[n] for n in sorted(tensors)[number::3]}
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    path = directory / "quant_model_weight_w8a8.safetensors.index.json"
+    path.write_text(json.dumps(index))
+
+
+def c8_only(name: str, directory: Path, fused: bool = False) -> None:
+    """Without what W8A8 needs; `fused`, with the KV scales below a fused linear."""
+    path = directory / "quant_model_description.json"
+    labels = json.loads(path.read_text())
+
+    def renamed(tensor: str) -> str:
+        below = fused and ".kv_cache_" in tensor
+        return tensor.replace("self_attn.", "self_attn.qkv_proj.") if below else tensor
+
+    kept = {n: t for n, t in written(name).items() if labels[n] in ("FLOAT", "C8")}
+    tensors = {renamed(n): t for n, t in kept.items()}
+    save_file(tensors, directory / "quant_model_weight.safetensors")
+    rest = {renamed(n): v for n, v in labels.items() if n in kept or "." not in n}
+    path.write_text(json.dumps({**rest, "model_quant_type": "FLOAT"}))
+
+
+VARIANTS: dict[str, Callable[[str, Path], None]] = {
+    "sharded": sharded,
+    "C8 only": c8_only,
+    "fused": lambda name, directory: c8_only(name, directory, fused=True),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_eight_are_the_same_however_the_directory_is_cut(
+    name: str, variant: str, tmp_path: Path
+) -> None:
+    for file in (GOLDEN / name / "quant").glob("*.json"):
+        if "index" not in file.name:
+            (tmp_path / file.name.replace("_w8a8", "")).write_text(file.read_text())
+    VARIANTS[variant](name, tmp_path)
+    for layer in range(4):
+        check_the_eight(*stored(name, layer, tmp_path), name, layer)
+        for rank in range(4):  # of two KV heads: each is kept on two ranks
+            sides = (shard_channels(side, HEADS, rank, 4) for side in stored(name, layer, tmp_path))
+            one_head = slice(rank // 2 * HEAD_DIM, (rank // 2 + 1) * HEAD_DIM)
+            check_the_eight(*sides, name, layer, one_head)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layer", range(4))
 def test_the_eight_of_what_msmodelslim_wrote(name: str, layer: int) -> None:
     k, v = stored(name, layer)
+    assert any(v.offset.tolist()) == ("asym" in name)
+    check_the_eight(k, v, name, layer)
+
+
+def check_the_eight(
+    k: Channels, v: Channels, name: str, layer: int, part_of: slice = slice(None)
+) -> None:
+    """Against numbers that the formulas of the module's table give for what is stored."""
     page = eight(k, v, "page", "page", torch.float16)
     atb = eight(k, v, "atb", "atb", torch.float16)
     divide = eight(k, v, "divide", "fused_infer", torch.float16)
     multiply = eight(k, v, "multiply", "fused_infer", torch.float16)
     fused = eight(k, v, "rope_quant_cache", "fused_infer", torch.float16)
     anti = eight(k, v, "divide", "anti_quant", torch.float16)
-    assert any(v.offset.tolist()) == ("asym" in name)
-    for side, channels in (("k", k), ("v", v)):
-        s, z = channels.scale.tolist(), [int(z) for z in channels.offset.tolist()]
+    for side in "kv":
+        s, z = (values[part_of] for values in numbers(name, layer, side))
         get = {
             f"{part}_{what}": f"{side}_{part}_{what}"
             for part in ("quant", "dequant")
@@ -96,8 +175,8 @@ def test_the_eight_of_what_msmodelslim_wrote(name: str, layer: int) -> None:
         check(getattr(multiply, get["quant_offset"]), z, half)
         check(getattr(fused, get["quant_scale"]), s, single)
         check(getattr(fused, get["quant_offset"]), z, single)
-        assert getattr(fused, get["quant_scale"]).shape == (HEADS, HEAD_DIM)
-        assert getattr(fused, get["quant_offset"]).shape == (HEADS, HEAD_DIM)
+        assert getattr(fused, get["quant_scale"]).shape == (len(s) // HEAD_DIM, HEAD_DIM)
+        assert getattr(fused, get["quant_offset"]).shape == (len(s) // HEAD_DIM, HEAD_DIM)
         check(getattr(fused, get["dequant_scale"]), s, half)
         check(getattr(fused, get["dequant_offset"]), [-x for x in z], half)
 
