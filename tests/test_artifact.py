@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvc8.backends.npu import emulation as _emulated  # noqa: F401
-from kvc8.backends.npu import files
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.artifact_reader import read
+from kvc8.ir import new_directory
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
 from kvc8.ir.errors import IRError, KVC8Error, ModelError, TargetError
 from kvc8.ir.program import Program
@@ -136,7 +136,7 @@ def test_across_filesystems_shards_are_copied(
     def link(*_: object) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(files, "CHUNK", 100)
+    monkeypatch.setattr(new_directory, "CHUNK", 100)
     monkeypatch.setattr(os, "link", link)
     write(tmp_path / "out", checkpoint, programs(), TARGET)
     shard = "a.safetensors"

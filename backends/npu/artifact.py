@@ -23,11 +23,11 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save
 
-from kvc8.backends.npu.files import Part, directory
 from kvc8.backends.npu.kv_layout import kv_layout
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import IRError
 from kvc8.ir.model_files import model_file, shown
+from kvc8.ir.new_directory import Part, new_directory
 from kvc8.ir.program import Program, Stage, recipe_of, tensor_type
 from kvc8.ir.recipe import Arg, Read, Recipe, make, stored_names
 from kvc8.ir.safetensors_files import StoredTensor
@@ -83,7 +83,7 @@ def write(
     derived: dict[str, torch.Tensor] = {}
     made: dict[Recipe, str] = {}
     ready = {phase: _derive(programs[phase], checkpoint.read, derived, made) for phase in PHASES}
-    with directory(out) as part:
+    with new_directory(out) as part:
         part.write(MANIFEST, _json(_manifest(checkpoint, ready, target)))
         for phase, program in ready.items():
             part.write(f"{phase}.py", (show(program) + "\n").encode())

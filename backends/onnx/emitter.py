@@ -31,7 +31,6 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch.fx import Node
 
-from kvc8.backends.npu.files import Part, directory
 from kvc8.backends.onnx import gqa
 from kvc8.backends.onnx.builder import DTYPES, Builder, Value, typed
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
@@ -39,6 +38,7 @@ from kvc8.backends.onnx.weights import Weights
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.model_files import file_names, model_file
+from kvc8.ir.new_directory import Part, new_directory
 from kvc8.ir.program import Program, Stage, is_parameter, substitute, tensor_type, type_of
 from kvc8.ir.shapes import Target
 from kvc8.ir.types import IntType, dtype_name
@@ -71,7 +71,7 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
         if node.op == "call_function":
             _lower(b, node, lowerings)
     model = _model(program, b, inputs)
-    with directory(out) as part:
+    with new_directory(out) as part:
         weights.write(part)
         part.write("model.onnx", ir.to_proto(model).SerializeToString())
         part.write(

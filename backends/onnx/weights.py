@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.backends.npu.files import Part
 from kvc8.backends.onnx.builder import DTYPES, Builder, Value
 from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.new_directory import Part
 from kvc8.ir.program import recipe_of
 from kvc8.ir.recipe import Arg, Recipe, make, stored_names
 

@@ -1,7 +1,8 @@
 """Read the texts that a model is calibrated on, and turn them into tokens.
 
 A file of JSON lines has one text a line, under `inputs_pretokenized` (msModelSlim's own), `text`,
-`prompt`, or as a chat under `messages`. Any other file is plain text: a blank line ends a text.
+`prompt`, as a chat under `messages`, or as tokens under `input_ids`. Any other file is plain text:
+a blank line ends a text.
 """
 
 import json
@@ -13,16 +14,17 @@ from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import place, shown
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
-KEYS = "inputs_pretokenized, text, prompt or messages"
+KEYS = "inputs_pretokenized, text, prompt, messages or input_ids"
 Encode = Callable[["Text"], list[int]]
 
 
 @dataclass(frozen=True)
 class Text:
-    """One text, or one chat, and where it stands."""
+    """One text, one chat or the tokens of one, and where it stands."""
 
     where: str
     content: str | list[dict[str, object]]
+    tokens: list[int] | None = None
 
 
 def read_texts(path: Path, most: int | None = None) -> list[Text]:
@@ -67,12 +69,20 @@ def _text(where: str, line: str) -> Text:
         raise ModelError(f'{where}: is no object; write {{"text": "..."}}')
     if "messages" in entry:
         return Text(where, _messages(where, entry["messages"]))
+    if "input_ids" in entry:
+        return Text(where, "", _tokens(where, entry["input_ids"]))
     key = next((key for key in TEXT_KEYS if key in entry), None)
     if key is None:
         raise ModelError(f"{where}: has none of {KEYS}; name its text so")
     if not isinstance(entry[key], str) or not entry[key].strip():
         raise ModelError(f"{where}: {key} is {shown(entry[key]) or 'empty'}; give it a text")
     return Text(where, entry[key])
+
+
+def _tokens(where: str, tokens: object) -> list[int]:
+    if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
+        raise ModelError(f"{where}: input_ids is no list of tokens; write whole numbers")
+    return tokens
 
 
 def _messages(where: str, messages: object) -> list[dict[str, object]]:
@@ -98,15 +108,15 @@ def _paragraphs(path: Path, content: str) -> list[Text]:
 
 
 def encode_texts(
-    texts: Sequence[Text], encode: Encode, most: int, vocabulary: int
+    texts: Sequence[Text], encode: Encode, most: int | None, vocabulary: int
 ) -> list[list[int]]:
-    """The first `most` tokens of each text.
+    """The first `most` tokens of each text, all where it is None.
 
     Raises ModelError where a text has none, or one that is not in the model's vocabulary.
     """
     found = []
     for text in texts:
-        tokens = encode(text)[:most]
+        tokens = (encode(text) if text.tokens is None else text.tokens)[:most]
         if not tokens:
             raise ModelError(f"{text.where}: gives no tokens; remove it")
         if (beyond := max(tokens)) >= vocabulary:

@@ -1,117 +1,118 @@
-"""Make the tensors and settings of a W8A8 model with an int8 KV cache out of a float model."""
+"""What a quantized model directory holds: each tensor's entry, the description, the config.
+
+Two layouts: ascendV1, and safe_tensor, which older MindIE reads; the latter has another name for
+the description, less in it, more in config.json, and each smoothed norm twice.
+"""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.fx import Node
 
-from kvc8.ir import ops
-from kvc8.ir.capture import config_dtype
-from kvc8.ir.checkpoint import Checkpoint, kv_widths
-from kvc8.ir.errors import ModelError
-from kvc8.ir.model_files import place
-from kvc8.ir.program import Program, argument
-from kvc8.ir.w8a8 import Range, kv_scale, part_types, quantize_linear
-from kvc8.tools.quantizer.calibrate import Site, Statistics, load, sites
-from kvc8.tools.quantizer.writer import (
-    DESCRIPTION,
-    WEIGHTS,
-    Entry,
-    copy_small_files,
-    new_directory,
-    write_json,
-    write_tensors,
-)
+from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.msmodelslim import NAME, OLD_NAME, tied_head
+from kvc8.ir.program import Program, recipe_of
+from kvc8.ir.recipe import stored_names
+from kvc8.ir.safetensors_files import StoredTensor
+from kvc8.tools.quantizer.layers import stages
+from kvc8.tools.quantizer.writer import Entry, ModelWriter, copy_small_files, write_json
+
+Layout = Literal["ascendV1", "safe_tensor"]
+Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a W8A8 linear, by last name
+DESCRIPTIONS: Mapping[Layout, str] = {"ascendV1": NAME, "safe_tensor": f"{OLD_NAME}w8a8.json"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written: each tensor's entry, in the order of the description."""
+    """What is to be written."""
 
     checkpoint: Checkpoint
-    dtype: torch.dtype
-    linears: Mapping[str, Range]  # those to be quantized, by module, and their input's range
-    kv: Mapping[str, Tensor]  # the absmax of K and V, by "model.layers.0.self_attn.k_proj"
-    copied: Sequence[str]  # the stored tensors that stay as they are
+    program: Program
+    dtype: torch.dtype  # of KV scales
+    linears: Mapping[str, Parts]  # those in W8A8, by module
+    kv: Mapping[str, int]  # channels of K and V, by "model.layers.0.self_attn.k_proj"
+    floats: torch.dtype | None = None  # what float tensors are stored in; None as they are
+    smoothed: bool = False  # norms have a bias, by which MindIE knows that they are smoothed
+    layout: Layout = "ascendV1"
+    asymmetric: bool = False  # K and V have offsets
+    notes: Mapping[str, object] = field(default_factory=dict)  # on how it was made
 
     def entries(self) -> list[Entry]:
-        """All tensors, by module and within a module in msModelSlim's order."""
-        found = [entry for name, top in self.kv.items() for entry in self._kv(name, len(top))]
-        found += [entry for module in self.linears for entry in self._linear(module)]
-        stored = [self.checkpoint.tensors[name] for name in self.copied]
-        found += [Entry(t.name, t.dtype, t.shape, "FLOAT") for t in stored]
-        return sorted(found, key=lambda entry: _natural(entry.name.rpartition(".")[0]))
+        """All tensors, in the order of the model's modules and msModelSlim's within a module."""
+        left = set(not_copied(self.checkpoint))
+        stored: dict[str, list[StoredTensor]] = {}
+        for name, tensor in self.checkpoint.tensors.items():
+            if name not in left:
+                stored.setdefault(name.rpartition(".")[0], []).append(tensor)
+        rank = _ranks(self.program)
+        modules = sorted({*stored, *self.kv}, key=lambda m: (rank.get(m, len(rank)), _natural(m)))
+        return [entry for m in modules for entry in self._module(m, stored.get(m, []))]
 
-    def _kv(self, name: str, width: int) -> Iterator[Entry]:
-        for part in ("kv_cache_scale", "kv_cache_offset"):
-            yield Entry(f"{name}.{part}", self.dtype, (width,), "C8")
+    def _module(self, module: str, stored: list[StoredTensor]) -> Iterator[Entry]:
+        if module in self.kv:
+            for part in ("kv_cache_scale", "kv_cache_offset"):
+                yield Entry(f"{module}.{part}", self.dtype, (self.kv[module],), "C8")
+        floats = [Entry(t.name, self.floats or t.dtype, t.shape, "FLOAT") for t in stored]
+        parts = self.linears.get(module, {})
+        new = [Entry(f"{module}.{part}", *type_, "W8A8") for part, type_ in parts.items()]
+        names = {entry.name for entry in new}
+        yield from new[:1]  # the weight; a bias follows it
+        yield from (entry for entry in floats if entry.name not in names)
+        yield from new[1:]
+        if self.smoothed and is_norm(module):
+            yield from self._norm(module, stored[0])
 
-    def _linear(self, module: str) -> Iterator[Entry]:
-        out, width = self.checkpoint.tensors[f"{module}.weight"].shape
-        for part, (dtype, shape) in part_types(out, width, self.dtype).items():
-            yield Entry(f"{module}.{part}", dtype, shape, "W8A8")
+    def _norm(self, module: str, weight: StoredTensor) -> Iterator[Entry]:
+        """A smoothed norm's bias; it is float32 in any model, as torch.zeros gave it."""
+        bias = torch.float32
+        yield Entry(f"{module}.bias", bias, weight.shape, "FLOAT")
+        if self.layout == "safe_tensor":
+            # msModelSlim wraps a norm, and this layout saves wrapper and wrapped.
+            dtype = self.floats or weight.dtype
+            yield Entry(f"{module}.module.weight", dtype, weight.shape, "W8A8")
+            yield Entry(f"{module}.module.bias", bias, weight.shape, "W8A8")
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor by name; those of one linear at a time."""
-        stored = self.checkpoint.tensors
-        for name, top in self.kv.items():
-            scale = kv_scale(top, self.dtype)
-            yield f"{name}.kv_cache_scale", _sound(f"{name}.kv_cache_scale", scale)
-            yield f"{name}.kv_cache_offset", torch.zeros_like(scale)
-        for module, seen in self.linears.items():
-            bias = load(stored[f"{module}.bias"]) if f"{module}.bias" in stored else None
-            parts = quantize_linear(load(stored[f"{module}.weight"]), bias, seen, self.dtype)
-            for part in ("weight_scale", "input_scale"):
-                _sound(f"{module}.{part}", parts[part])
-            yield from ((f"{module}.{part}", tensor) for part, tensor in parts.items())
-        yield from ((name, load(stored[name])) for name in self.copied)
+    def finish(self, directory: Path, entries: Iterable[Entry]) -> None:
+        """Write what lies beside the weights."""
+        write_json(directory / DESCRIPTIONS[self.layout], self._description(entries))
+        write_json(directory / "config.json", self._config())
+        copy_small_files(self.checkpoint.path, directory)
 
+    def _description(self, entries: Iterable[Entry]) -> dict[str, object]:
+        head: dict[str, object] = {"version": "1.0.0"} if self.layout == "ascendV1" else {}
+        head["model_quant_type"] = "W8A8" if self.linears else "FLOAT"
+        if self.kv:
+            head |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+        labels = {entry.name: entry.label for entry in entries}
+        if tied_head("lm_head.weight", self.checkpoint.config):
+            # No such tensor is stored; vllm-ascend looks for the label and fails without it.
+            labels.setdefault("lm_head.weight", "FLOAT")
+        tail: dict[str, object] = {}
+        if self.layout == "ascendV1":
+            tail = {"fa_quant_type": None, "group_size": 0}
+        return {**head, **labels, **tail, **({"kvc8": dict(self.notes)} if self.notes else {})}
 
-def _sound(name: str, scale: Tensor) -> Tensor:
-    """A scale, which must be a number that its dtype holds."""
-    if not bool(scale.isfinite().all()):
-        kind = str(scale.dtype).removeprefix("torch.")
-        raise ModelError(f"{name}: is beyond what {kind} holds; check the model's weights")
-    return scale
+    def _config(self) -> dict[str, object]:
+        """The float model's config, and the entries by which MindIE knows W8A8 and C8.
 
-
-def choose(
-    program: Program, disabled: Sequence[str], down_proj: bool
-) -> tuple[list[Site], list[Site]]:
-    """The linears to quantize and those that stay float.
-
-    A down_proj stays float unless `down_proj`, as msModelSlim's script has it. Where one of the
-    linears that read the same value (q, k and v, say) stays float the others do too: runtimes pack
-    them into one. Raises ModelError for a pattern that names no linear.
-    """
-    found = sites(program)
-    for pattern in disabled:
-        if not any(fnmatch(site.module, pattern) for site in found) and pattern != "lm_head":
-            raise ModelError(
-                f"--disable {pattern}: names no linear of this model; "
-                "write one as model.layers.0.mlp.up_proj, or with * for any characters"
-            )
-    patterns = [*disabled, *([] if down_proj else ["*.down_proj"])]
-    left = {s.source for s in found if any(fnmatch(s.module, p) for p in patterns)}
-    chosen = [site for site in found if site.source not in left]
-    return chosen, [site for site in found if site.source in left]
+        With ascendV1 msModelSlim leaves C8 to the description.
+        """
+        config = {**self.checkpoint.config, "quantize": "w8a8"}
+        if self.kv and (self.notes or self.layout == "safe_tensor"):
+            kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
+            config["quantization_config"] = kinds
+        return config
 
 
-def plan(
-    program: Program, checkpoint: Checkpoint, chosen: Sequence[Site], seen: Statistics, kv: bool
-) -> Plan:
-    """What to write for a model, given what was measured."""
-    linears = {site.module: seen.inputs[site.source] for site in chosen}
-    quantized = {f"{module}.weight" for module in linears}
-    left_out = {*quantized, *not_copied(checkpoint)}
-    copied = [name for name in checkpoint.tensors if name not in left_out]
-    tops = _kv_tops(program, checkpoint, seen) if kv else {}
-    return Plan(checkpoint, config_dtype(checkpoint), linears, tops, copied)
+def copy_rest(plan: Plan, writer: ModelWriter, entries: Iterable[Entry], made: set[str]) -> None:
+    """Copy the float tensors that the recipe has not made."""
+    stored = plan.checkpoint.tensors
+    for entry in entries:
+        if entry.label == "FLOAT" and entry.name in stored and entry.name not in made:
+            writer.copy(entry.name, stored[entry.name])
 
 
 def not_copied(checkpoint: Checkpoint) -> list[str]:
@@ -129,69 +130,26 @@ def not_copied(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def _kv_tops(program: Program, checkpoint: Checkpoint, seen: Statistics) -> dict[str, Tensor]:
-    widths = kv_widths(checkpoint.config, place(checkpoint.path, "config.json"))
-    tops: dict[str, Tensor] = {}
-    for write in program.calls(ops.cache_write):
-        cache = argument(write, 0)
-        side, _, layer = cache.name.partition("_cache_")
-        top = seen.rows[cache]
-        if len(top) != widths[int(layer)]:
-            what = f"says {widths[int(layer)]} KV channels in layer {layer} and the model"
-            raise ModelError(
-                f"{place(checkpoint.path, 'config.json')}: {what} caches {len(top)}; "
-                "correct num_key_value_heads and head_dim"
-            )
-        tops[f"{_attention(write)}.{side}_proj"] = top
-    return tops
+def is_norm(module: str) -> bool:
+    """Whether a module is a norm of whole layers, as msModelSlim finds them by name.
 
-
-def _attention(write: Node) -> str:
-    return str(write.meta["origin"])
-
-
-def write_model(
-    made: Plan, out: Path, notes: Mapping[str, object], report: Callable[[int, str], None]
-) -> None:
-    """Write the model directory, with `notes` on how it was made in the description.
-
-    `report` gets the number of bytes written so far, and the tensor written last.
+    It cannot read models that norm q and k.
     """
-    entries = made.entries()
-
-    def told() -> Iterator[tuple[str, Tensor]]:
-        done = 0
-        for name, tensor in made.tensors():
-            yield name, tensor
-            done += tensor.nbytes
-            report(done, name)
-
-    with new_directory(out) as directory:
-        write_tensors(directory / WEIGHTS, entries, told())
-        write_json(directory / DESCRIPTION, _description(made, entries, notes))
-        write_json(directory / "config.json", _config(made))
-        copy_small_files(made.checkpoint.path, directory)
+    last = module.rpartition(".")[2]
+    return "norm" in last and last not in ("q_norm", "k_norm")
 
 
-def _description(
-    made: Plan, entries: Sequence[Entry], notes: Mapping[str, object]
-) -> dict[str, object]:
-    kind = "W8A8" if made.linears else "FLOAT"
-    head: dict[str, object] = {"version": "1.0.0", "model_quant_type": kind}
-    if made.kv:
-        head |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
-    labels = {entry.name: entry.label for entry in entries}
-    tail = {"fa_quant_type": None, "group_size": 0, "kvc8": dict(notes)}
-    return {**head, **labels, **tail}
-
-
-def _config(made: Plan) -> dict[str, object]:
-    """The float model's config, and the two entries by which MindIE knows W8A8 and C8."""
-    config = {**made.checkpoint.config, "quantize": "w8a8"}
-    if made.kv:
-        kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
-        config["quantization_config"] = kinds
-    return config
+def _ranks(program: Program) -> dict[str, int]:
+    """For each module its place in the model: embeddings, the layers, and what comes after."""
+    first = stages(program)
+    at = {call: i for i, stage in enumerate(first) for call in stage.calls}
+    order: list[tuple[int, str]] = []
+    for parameter in program.parameters():
+        used = min((at.get(user, len(first)) for user in parameter.users), default=len(first))
+        names = stored_names(recipe_of(parameter))
+        order += [(used, name.rpartition(".")[0]) for name in names]
+    modules = [module for _, module in sorted(order, key=lambda entry: entry[0])]
+    return {module: i for i, module in enumerate(dict.fromkeys(modules))}
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

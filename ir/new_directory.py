@@ -1,11 +1,15 @@
 """Write a directory whole or not at all: beside its place, and renamed into it.
 
-Everything is written to `.<name>.<pid>.part` in the same parent, flushed to disk, and renamed. On
-an error the part is removed. A process that is killed leaves its part behind, never the directory
-itself; whoever next writes to that place removes the parts of dead processes.
+`new_directory` writes to `.<name>.<pid>.part` in the same parent. On an error the part is removed.
+A process that is killed leaves its part behind, never the directory itself; whoever next writes to
+that place removes the parts of dead processes.
+
+`kept_directory` is for work of hours: what a killed or interrupted process has done stays in
+`.<name>.part`, and the next one may go on with it.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -14,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvc8.ir.errors import TargetError
+from kvc8.ir.errors import KVC8Error, TargetError
 from kvc8.ir.model_files import place, shown
 
 CHUNK = 16 << 20  # bytes copied at a time
@@ -60,30 +64,79 @@ class Part:
 
 
 @contextmanager
-def directory(out: Path) -> Iterator[Part]:
+def new_directory(out: Path) -> Iterator[Part]:
     """A part to write; it becomes `out` at the end, or is removed where anything went wrong.
 
     Raises TargetError where `out` exists, cannot be written, or the disk is full.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     part = Part(out.parent / f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
         part.path.mkdir()
         yield part
-        for folder in [*(p for p in part.path.rglob("*") if p.is_dir()), part.path]:
-            _flush(folder)
-        _refuse_existing(out)
-        part.path.rename(out)
-        _flush(out.parent)
+        _move(part.path, out)
     except OSError as error:
         raise _sentence(out, part, error) from error
     finally:
         shutil.rmtree(part.path, ignore_errors=True)
 
 
-def _refuse_existing(out: Path) -> None:
+@contextmanager
+def kept_directory(out: Path, resume: bool) -> Iterator[tuple[Part, Path]]:
+    """A part to write that becomes `out`, and a folder for the state of the work.
+
+    Both stay where the work is killed, interrupted or stopped by the system (a full disk); with
+    `resume` the next process gets them as they are. They are removed at the end, and where the
+    work itself is refused. Raises TargetError where `out` exists or cannot be written, another
+    process is at work on it, or there is unfinished work and no `resume`.
+    """
+    refuse_existing(out)
+    home = out.parent / f".{out.name}.part"
+    part, state = Part(home / "whole"), home / "state"
+    if home.exists() and not part.path.exists():  # killed after the last step, the renaming
+        shutil.rmtree(home)
+    fresh = not home.exists()
+    if not fresh and not resume:
+        what = "an unfinished run is beside it"
+        raise TargetError(f"{place(out)}: {what}; give --resume, or remove {shown(home.name)}")
+    try:
+        for folder in (part.path, state):
+            folder.mkdir(parents=True, exist_ok=True)
+        with (home / "lock").open("w") as lock, _held(lock.fileno(), out):
+            yield part, state
+            _move(part.path, out)
+        shutil.rmtree(home)
+    except OSError as error:
+        raise _sentence(out, part, error) from error
+    except KVC8Error:
+        if fresh:
+            shutil.rmtree(home, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _held(lock: int, out: Path) -> Iterator[None]:
+    """Hold a lock that its process lets go of however it ends."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise TargetError(f"{place(out)}: another process writes it; wait for it") from error
+    yield
+
+
+def _move(whole: Path, out: Path) -> None:
+    """Flush a directory whose files are written, and give it its name."""
+    for folder in [*(p for p in whole.rglob("*") if p.is_dir()), whole]:
+        flush(folder)
+    refuse_existing(out)
+    whole.rename(out)
+    flush(out.parent)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raise TargetError where there is something at `out` already."""
     if out.exists() or out.is_symlink():
         raise TargetError(f"{place(out)}: exists already; choose another directory or remove it")
 
@@ -107,7 +160,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _flush(folder: Path) -> None:
+def flush(folder: Path) -> None:
     """Flush a directory's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

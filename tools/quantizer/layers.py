@@ -1,0 +1,176 @@
+"""Cut a captured program into decoder layers, and run one of them on one whole text.
+
+A text is run as a prompt of its own: attention sees the rows of K and V directly, as many as the
+text has tokens, so no cache is allocated. What a layer passes on are the values that later layers
+use: the residual stream, and what all layers share (RoPE's tables).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvc8.ir import ops
+from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.layouts import layer_index
+from kvc8.ir.program import (
+    Program,
+    argument,
+    is_call,
+    is_parameter,
+    recipe_of,
+    substitute,
+)
+from kvc8.ir.recipe import make
+from kvc8.ir.run import Value
+from kvc8.tools.quantizer.stored import load
+
+EMBEDDING = torch.ops.aten.embedding.default
+Values = Mapping[Node, Tensor]
+# What a call gives, from its arguments with values in the place of nodes.
+Evaluate = Callable[[Node, Sequence[Value], Mapping[str, Value]], Value]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A layer's calls, or those before the first layer, and what they need and pass on."""
+
+    layer: int | None
+    calls: Sequence[Node]
+    parameters: Sequence[Node]  # but for embeddings, of which rows are read by themselves
+    keeps: Sequence[Node]  # the values, of this or an earlier stage, that later ones use
+    dies: Mapping[Node, Sequence[Node]]  # after each call, what nobody needs any more
+
+
+def stages(program: Program) -> list[Stage]:
+    """What stands before the layers, then each layer; what comes after the last is left out."""
+    made: list[tuple[int | None, list[Node]]] = [(None, [])]
+    ends = [0]
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        layer = _layer(node)
+        if layer is not None and layer != made[-1][0]:
+            made.append((layer, []))
+            ends.append(0)
+        made[-1][1].append(node)
+        if layer is not None:
+            ends[-1] = len(made[-1][1])
+    made[-1] = (made[-1][0], made[-1][1][: ends[-1]])
+    at = {node: i for i, (_, calls) in enumerate(made) for node in calls}
+    last = {node: max((at.get(user, -1) for user in node.users), default=-1) for node in at}
+    return [_stage(i, layer, calls, at, last) for i, (layer, calls) in enumerate(made)]
+
+
+def _layer(node: Node) -> int | None:
+    return layer_index(str(node.meta.get("origin", "")).split("."))
+
+
+def _stage(
+    index: int,
+    layer: int | None,
+    calls: Sequence[Node],
+    at: Mapping[Node, int],
+    last: Mapping[Node, int],
+) -> Stage:
+    tables = {argument(node, 0) for node in calls if is_call(node, EMBEDDING)}
+    used = dict.fromkeys(n for call in calls for n in call.all_input_nodes if is_parameter(n))
+    keeps = [node for node in at if at[node] <= index < last[node]]
+    dies: dict[Node, list[Node]] = {}
+    seen = set(keeps)
+    for call in reversed(calls):
+        for node in [call, *call.all_input_nodes]:
+            if node in at and node not in seen:
+                dies.setdefault(call, []).append(node)
+                seen.add(node)
+    return Stage(layer, calls, [n for n in used if n not in tables], keeps, dies)
+
+
+def weights_of(stage: Stage, checkpoint: Checkpoint) -> dict[Node, Tensor]:
+    """Read a stage's parameters into memory, in the dtypes that the program computes in."""
+    stored = checkpoint.tensors
+    return {n: make(recipe_of(n), lambda name: load(stored[name])) for n in stage.parameters}
+
+
+@torch.no_grad()
+def run_stage(
+    stage: Stage, weights: Values, values: Values, tokens: Sequence[int], evaluate: Evaluate
+) -> dict[Node, Tensor]:
+    """Run a stage on one text; gives the values that it keeps.
+
+    `weights` has its parameters and `values` what the stage before it kept.
+    """
+    env: dict[Node, Value] = {**weights, **values}
+    for call in stage.calls:
+        args = [substitute(arg, lambda n: _value(n, env, tokens)) for arg in call.args]
+        kwargs = {
+            name: substitute(arg, lambda n: _value(n, env, tokens))
+            for name, arg in call.kwargs.items()
+        }
+        env[call] = evaluate(call, args, kwargs)
+        for node in stage.dies.get(call, ()):
+            env.pop(node, None)
+    kept = {node: env[node] for node in stage.keeps}
+    return {node: value for node, value in kept.items() if isinstance(value, Tensor)}
+
+
+def _value(node: Node, env: Mapping[Node, Value], tokens: Sequence[int]) -> Value:
+    """The value of an argument; caches, block tables and the like have none here."""
+    if node.name == "input_ids" and node.op == "placeholder":
+        return torch.tensor(tokens)
+    if node.name == "positions" and node.op == "placeholder":
+        return torch.arange(len(tokens))
+    return env.get(node)
+
+
+def plain(checkpoint: Checkpoint, attend: Evaluate) -> Evaluate:
+    """Evaluate calls as a program means them, with `attend` for paged_attention.
+
+    Its k and v are rows [T, heads, head_dim] of the text.
+    """
+
+    def evaluate(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+        if is_call(call, ops.cache_write):
+            return args[1]
+        if is_call(call, ops.paged_attention):
+            return attend(call, args, kwargs)
+        if is_call(call, EMBEDDING):
+            return embedded(checkpoint, argument(call, 0), args[1])
+        assert callable(call.target)
+        return call.target(*args, **kwargs)
+
+    return evaluate
+
+
+def embedded(checkpoint: Checkpoint, table: Node, tokens: Value) -> Tensor:
+    """The rows of an embedding that belong to tokens; the rest of it is never read."""
+    assert isinstance(tokens, Tensor)
+    return make(recipe_of(table), lambda name: checkpoint.read(name)[tokens])
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What kvc8.paged_attention takes beside tensors of a batch."""
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
+def attention_settings(args: Sequence[Value], kwargs: Mapping[str, Value]) -> AttentionSettings:
+    """The settings among the arguments of a call of paged_attention."""
+    names = ("scale", "window", "softcap", "sinks")
+    given = {**dict(zip(names, args[6:], strict=False)), **kwargs}
+    return AttentionSettings(**given)  # type: ignore[arg-type]
+
+
+def attend_in_float32(_: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+    """Attention of a text over itself as kvc8.paged_attention defines it."""
+    q, k, v = (x for x in args[:3] if isinstance(x, Tensor))
+    at = attention_settings(args, kwargs)
+    mask = ops.causal_mask(len(q), len(k), at.window)
+    out = ops.attend(q.float(), k.float(), v.float(), mask, at.scale, at.softcap, at.sinks)
+    return out.to(q.dtype)

@@ -1,0 +1,118 @@
+"""The recipe `minmax`: ranges are what all texts reach, and K is measured after RoPE.
+
+    K and V      symmetric per channel, K where the cache stores it
+    activations  static per tensor, from the least and greatest value of all texts
+    weights      symmetric per output channel, computed in float32
+
+One sweep: a layer is measured in float32 and written.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvc8.ir.capture import config_dtype
+from kvc8.ir.errors import ModelError
+from kvc8.ir.run import Value
+from kvc8.ir.w8a8 import Range, finite, kv_scale, part_types, quantize_linear
+from kvc8.tools.quantizer.layers import attend_in_float32, plain
+from kvc8.tools.quantizer.model import Plan, copy_rest
+from kvc8.tools.quantizer.sites import Cached, Site, cached, sites
+from kvc8.tools.quantizer.work import Layer, Texts, Work
+from kvc8.tools.quantizer.writer import ModelWriter
+
+NAME = "min-max, K after RoPE"
+
+
+def quantize(
+    work: Work, texts: Texts, chosen: Sequence[Site], kv: bool, notes: Mapping[str, object]
+) -> Plan:
+    """Make the model; gives what was written. `chosen` are the linears to quantize."""
+    dtype = config_dtype(work.checkpoint)
+    caches = cached(work.program, work.checkpoint)
+    linears = {site.module: part_types(*site.shape, dtype) for site in chosen}
+    widths = {cache.name: cache.width for cache in caches} if kv else {}
+    plan = Plan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
+    entries = plan.entries()
+    writer = work.writer(entries)
+    work.sweep(texts, lambda layer: _layer(work, layer, chosen, caches, plan, writer))
+    copy_rest(plan, writer, entries, {f"{site.module}.weight" for site in chosen})
+    return plan
+
+
+def _layer(
+    work: Work,
+    layer: Layer,
+    chosen: Sequence[Site],
+    caches: Sequence[Cached],
+    plan: Plan,
+    writer: ModelWriter,
+) -> Mapping[str, Tensor]:
+    calls = set(layer.stage.calls)
+    linears = [site for site in chosen if site.linear in calls]
+    rows = [cache for cache in caches if cache.rows in calls]
+    ranges: dict[Node, Range] = {}
+    tops: dict[Node, Tensor] = {}
+    # Also what float linears read is looked at, so that a broken layer is found where it breaks.
+    sources = {site.source for site in sites(work.program) if site.linear in calls}
+    wanted = {cache.rows for cache in rows}
+    base = plain(work.checkpoint, attend_in_float32)
+
+    def observe(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+        value = base(call, args, kwargs)
+        if call in sources and isinstance(value, Tensor):
+            ranges[call] = _widened(call, value, ranges.get(call))
+        if call in wanted and isinstance(value, Tensor):
+            tops[call] = _raised(call, value, tops.get(call))
+        return value
+
+    for index in range(len(layer.texts)):
+        layer.run(index, layer.weights, observe)
+    for site in linears:
+        _write_linear(plan, writer, site, layer.weights, ranges[site.source])
+    for cache in rows if plan.kv else []:
+        scale = kv_scale(tops[cache.rows], plan.dtype)
+        writer.put(f"{cache.name}.kv_cache_scale", sound(f"{cache.name}.kv_cache_scale", scale))
+        writer.put(f"{cache.name}.kv_cache_offset", torch.zeros_like(scale))
+    return {}
+
+
+def _widened(call: Node, value: Tensor, old: Range | None) -> Range:
+    low, high = (float(end) for end in torch.aminmax(value))
+    new = Range(low, high)
+    if not finite(new):
+        raise ModelError(
+            f"{call.meta.get('origin') or call.name}: gives a value that is not finite; "
+            "check the model's weights"
+        )
+    return new if old is None else Range(min(old.low, low), max(old.high, high))
+
+
+def _raised(call: Node, rows: Tensor, old: Tensor | None) -> Tensor:
+    top = rows.abs().amax(0).flatten().float()
+    if not math.isfinite(float(top.max())):
+        what = "caches a value that is not finite"
+        raise ModelError(f"{call.meta.get('origin')}: {what}; check the model's weights")
+    return top if old is None else top.maximum(old)
+
+
+def _write_linear(
+    plan: Plan, writer: ModelWriter, site: Site, weights: Mapping[Node, Tensor], seen: Range
+) -> None:
+    bias = weights[site.bias] if site.bias is not None else None
+    parts = quantize_linear(weights[site.weight], bias, seen, plan.dtype)
+    for part in ("weight_scale", "input_scale"):
+        sound(f"{site.module}.{part}", parts[part])
+    for part, tensor in parts.items():
+        writer.put(f"{site.module}.{part}", tensor)
+
+
+def sound(name: str, scale: Tensor) -> Tensor:
+    """A scale, which must be a number that its dtype holds."""
+    if not bool(scale.isfinite().all()):
+        kind = str(scale.dtype).removeprefix("torch.")
+        raise ModelError(f"{name}: is beyond what {kind} holds; check the model's weights")
+    return scale

@@ -1,0 +1,171 @@
+"""The command line of kvc8-quantize, in its own spelling and in the vendor script's."""
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from kvc8.ir.capture import config_dtype
+from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.errors import ModelError
+from kvc8.tools.quantizer import msmodelslim
+from kvc8.tools.quantizer.memory import amount
+
+SWEEPS: Mapping[str, int] = {"minmax": 1, "msmodelslim": 2}  # the recipes: how often over a model
+ANTI_METHODS = ("none", "m1", "m2", "m3", "m4")
+MOST_TOKENS = 512
+
+
+def add_options(found: argparse.ArgumentParser) -> None:
+    """Add all of them."""
+    found.add_argument("directory", type=Path, nargs="?", help="the float model")
+    _option(found, "model_path", type=Path, help="the float model")
+    found.add_argument(
+        *("-o", "--output", "--save_directory", "--save-directory"), type=Path, required=True
+    )
+    _option(found, "calib_file", type=Path, required=True, help="JSON lines or plain text")
+    _option(found, "samples", type=_count, help="use so many texts of the file")
+    what = f"of each text ({MOST_TOKENS}; recipe msmodelslim: all)"
+    _option(found, "max_tokens", type=_count, help=what)
+    _option(found, "recipe", choices=SWEEPS, help="how numbers are chosen")
+    _add_vendor(found)
+    _add_choice(found)
+    _option(found, "resume", action="store_true", help="go on with a run that was killed")
+    _option(found, "memory", type=amount, metavar="SIZE", help="use no more, as 2G or 800M")
+    size = "split weights into files of about so many GB"
+    _option(found, "part_file_size", type=_gigabytes, metavar="GB", help=size)
+
+
+def _option(found: argparse._ActionsContainer, name: str, **settings: object) -> None:
+    """An option in both spellings."""
+    spelled = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
+    found.add_argument(*spelled, **settings)  # type: ignore[arg-type]
+
+
+def _add_vendor(found: argparse.ArgumentParser) -> None:
+    _option(found, "w_bit", type=int, default=8, help="weights are 8 bits wide")
+    _option(found, "a_bit", type=int, default=8, help="activations are 8 bits wide")
+    act = "ranges of activations: 1 mean of extremes, 2 histogram, 3 by layer"
+    _option(found, "act_method", type=int, choices=(1, 2, 3), help=act)
+    _option(found, "anti_method", choices=ANTI_METHODS, help="smoothing of outliers: none or m3")
+    _option(found, "disable_level", type=_level, metavar="Lk", help="leave out the k hardest")
+    _option(found, "device_type", default="cpu", help="taken, and the CPU is used")
+    kinds = ("config", "float32")
+    what = "what the model runs in; on a CPU the vendor's script uses float32"
+    _option(found, "dtype", choices=kinds, default="config", help=what)
+    layouts = ("ascendV1", "safe_tensor")
+    _option(found, "save_type", choices=layouts, default="ascendV1", help="of files (ascendV1)")
+    _option(found, "kv_asym", action="store_true", help="K and V with offsets; runtimes drop them")
+
+
+def _add_choice(found: argparse.ArgumentParser) -> None:
+    cache = found.add_mutually_exclusive_group()
+    what = "scales for an int8 KV cache (the default)"
+    _option(cache, "use_kvcache_quant", type=_truth, nargs="?", const=True, default=True, help=what)
+    cache.add_argument("--no-use-kvcache-quant", dest="use_kvcache_quant", action="store_false")
+    found.add_argument(
+        *("--disable", "--disable_names", "--disable-names"),
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="linears that stay float (* for any characters), and those that read the same value",
+    )
+    found.add_argument("--down-proj", action="store_true", help="quantize down_proj as well")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return float(text) * 1e9
+
+
+def _level(text: str) -> int:
+    if not re.fullmatch(r"L\d{1,6}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no level; write L0, L1, L2 ...")
+    return int(text[1:])
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def source_of(args: argparse.Namespace) -> Path:
+    """The model's directory; refuses what no recipe can do."""
+    for name, what in (("w_bit", "weights"), ("a_bit", "activations")):
+        if (bits := getattr(args, name)) != 8:
+            option = "--" + name.replace("_", "-")
+            raise ModelError(
+                f"{option}: {bits} is not there yet, {what} are 8 bits wide; leave the option out"
+            )
+    if args.anti_method in ("m1", "m2", "m4"):
+        raise ModelError(f"--anti-method: {args.anti_method} is not there yet; use m3 or none")
+    if (args.directory is None) == (args.model_path is None):
+        count = "no model is named" if args.directory is None else "two models are named"
+        raise ModelError(f"kvc8-quantize: {count}; give one directory")
+    if args.device_type != "cpu":
+        print(
+            f"note: --device-type {args.device_type}: calibration runs on the CPU", file=sys.stderr
+        )
+    source: Path = args.directory or args.model_path
+    return source
+
+
+def recipe_of(args: argparse.Namespace) -> str:
+    """The recipe; the vendor's own options ask for the vendor's."""
+    own = {
+        "--act-method": args.act_method is not None,
+        "--anti-method": args.anti_method is not None,
+        "--disable-level": args.disable_level is not None,
+        "--dtype float32": args.dtype == "float32",
+        "--save-type safe_tensor": args.save_type != "ascendV1",
+        "--kv-asym": args.kv_asym,
+    }
+    given = [name for name, here in own.items() if here]
+    recipe: str = args.recipe or ("msmodelslim" if given else "minmax")
+    if recipe != "msmodelslim" and given:
+        raise ModelError(
+            f"{given[0]}: is not for --recipe {recipe}; leave it out or use --recipe msmodelslim"
+        )
+    return recipe
+
+
+def run_dtype(args: argparse.Namespace, checkpoint: Checkpoint, recipe: str) -> torch.dtype:
+    """What the model runs in. Recipes of ours calibrate in float32."""
+    vendor = recipe == "msmodelslim" and args.dtype == "config"
+    return config_dtype(checkpoint) if vendor else torch.float32
+
+
+def vendor_options(args: argparse.Namespace, dtype: torch.dtype) -> msmodelslim.Options:
+    """What the recipe msmodelslim is told; where the script has a default, its default."""
+    return msmodelslim.Options(
+        act_method=args.act_method or 1,
+        m3=args.anti_method == "m3",
+        level=args.disable_level or 0,
+        disabled=args.disable,
+        down_proj=args.down_proj,
+        kv=args.use_kvcache_quant,
+        symmetric=not args.kv_asym,
+        dtype=dtype,
+        layout=args.save_type,
+    )
+
+
+def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:
+    """The options that change what is written, as --resume compares them."""
+    names = [
+        *("act_method", "anti_method", "disable_level", "dtype", "save_type", "kv_asym"),
+        *("use_kvcache_quant", "disable", "down_proj", "part_file_size"),
+    ]
+    return {"recipe": recipe, **{name: getattr(args, name) for name in names}}

@@ -1,0 +1,115 @@
+"""The linears of a program that can be quantized, and which of them are to be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+import torch
+from torch.fx import Node
+
+from kvc8.ir import ops
+from kvc8.ir.checkpoint import Checkpoint, kv_widths
+from kvc8.ir.errors import ModelError
+from kvc8.ir.layouts import layer_index
+from kvc8.ir.model_files import place
+from kvc8.ir.program import Program, argument, is_parameter, recipe_of, tensor_type
+from kvc8.ir.recipe import stored_names
+
+LINEAR = torch.ops.aten.linear.default
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear that can be quantized: its module, and the nodes that it reads."""
+
+    module: str
+    linear: Node
+    source: Node
+    weight: Node
+    bias: Node | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What its weight has: [out, in]."""
+        out, width = tensor_type(self.weight).shape
+        return int(out), int(width)
+
+
+@dataclass(frozen=True)
+class Cached:
+    """What a layer puts into its K or V cache: the projection's name, and the rows' node."""
+
+    name: str
+    side: str  # k or v
+    rows: Node
+    width: int
+
+
+def sites(program: Program) -> list[Site]:
+    """The linears inside of layers whose weight is a stored tensor that nothing else uses.
+
+    lm_head is in no layer, and stays float as msModelSlim leaves it.
+    """
+    found = []
+    for linear in program.calls(LINEAR):
+        weight = argument(linear, 1)
+        names = list(stored_names(recipe_of(weight))) if is_parameter(weight) else []
+        module, _, part = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
+        inside = layer_index(module.split(".")) is not None
+        if inside and part == "weight" and len(weight.users) == 1:
+            bias = argument(linear, 2) if len(linear.args) > 2 and linear.args[2] else None
+            found.append(Site(module, linear, argument(linear, 0), weight, bias))
+    return found
+
+
+def disabled_by_name(found: Sequence[Site], patterns: Sequence[str]) -> set[str]:
+    """The modules that patterns name. Raises ModelError for one that names no linear."""
+    for pattern in patterns:
+        if not any(fnmatch(site.module, pattern) for site in found) and pattern != "lm_head":
+            raise ModelError(
+                f"--disable {pattern}: names no linear of this model; "
+                "write one as model.layers.0.mlp.up_proj, or with * for any characters"
+            )
+    return {s.module for s in found if any(fnmatch(s.module, p) for p in patterns)}
+
+
+def choose(found: Sequence[Site], disabled: Sequence[str], down_proj: bool) -> list[Site]:
+    """The linears to quantize; the others stay float.
+
+    A down_proj stays float unless `down_proj`, as msModelSlim's script has it. Where one of the
+    linears that read the same value (q, k and v, say) stays float the others do too: runtimes pack
+    them into one.
+    """
+    named = disabled_by_name(found, disabled)
+    left = {s.source for s in found if s.module in named or (is_down(s) and not down_proj)}
+    return [site for site in found if site.source not in left]
+
+
+def is_down(site: Site) -> bool:
+    """Whether a linear is a down_proj."""
+    return site.module.endswith(".down_proj")
+
+
+def cached(program: Program, checkpoint: Checkpoint) -> list[Cached]:
+    """What each layer caches. Raises ModelError where config.json says another width."""
+    widths = kv_widths(checkpoint.config, place(checkpoint.path, "config.json"))
+    found = []
+    for write in program.calls(ops.cache_write):
+        side, _, layer = argument(write, 0).name.partition("_cache_")
+        rows = argument(write, 1)
+        _, heads, dim = tensor_type(rows).shape
+        width = int(heads) * int(dim)
+        if width != widths[int(layer)]:
+            what = f"says {widths[int(layer)]} KV channels in layer {layer} and the model"
+            raise ModelError(
+                f"{place(checkpoint.path, 'config.json')}: {what} caches {width}; "
+                "correct num_key_value_heads and head_dim"
+            )
+        found.append(Cached(f"{write.meta['origin']}.{side}_proj", side, rows, width))
+    return found
+
+
+def vocabulary(program: Program) -> int:
+    """How many tokens the program knows."""
+    tables = [argument(node, 0) for node in program.calls(torch.ops.aten.embedding.default)]
+    return min(int(tensor_type(table).shape[0]) for table in tables)
