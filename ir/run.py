@@ -11,6 +11,7 @@ from kvc8.ir.program import Program, substitute
 
 Value = object  # a tensor, a whole number, a list of whole numbers, or a tuple of these
 Observe = Callable[[Node, Value], None]
+Runner = Callable[[Program, Mapping[str, Value], Observe | None], list[Tensor]]
 
 
 @torch.no_grad()

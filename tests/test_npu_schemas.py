@@ -208,6 +208,32 @@ def test_ops_that_torch_npu_defined_first_are_left_alone() -> None:
     assert (done.returncode, done.stdout) == (0, "127 127 127 127\n"), done.stderr
 
 
+IMPORTED_ALONE = """
+import sys
+{hidden}
+import kvc8.backends.npu
+import torch
+print("kvc8.ir.npu" in sys.modules, hasattr(torch.ops.atb, "_npu_reshape_and_cache"))
+if not {installed}:
+    print(*torch.ops.npu.npu_quantize(torch.ones(2), torch.ones(1), None, 1).tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "says"), [(False, "True True\n1 1\n"), (True, "False False\n")]
+)
+def test_importing_the_backend_declares_ops_where_torch_npu_is_not_installed(
+    installed: bool, says: str, tmp_path: Path
+) -> None:
+    hidden = "sys.modules['torch_npu'] = None"
+    if installed:
+        (tmp_path / "torch_npu.py").touch()
+        hidden = f"sys.path.insert(0, {str(tmp_path)!r})"
+    script = IMPORTED_ALONE.format(hidden=hidden, installed=installed)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, says), done.stderr
+
+
 def fia(**changes: Any) -> Any:
     cache, scale = int8(2, 32, 32), torch.ones(2, 32)
     call = {"query": torch.ones(1, 1, 64), "key": cache, "value": cache, "block_size": 32}

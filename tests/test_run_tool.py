@@ -113,21 +113,40 @@ def test_what_cannot_be_done_is_told_in_one_sentence(out, capsys, arguments, sen
     assert found == (1, "", sentence.format(out=out))
 
 
-def test_a_machine_without_an_npu(out, capsys, monkeypatch) -> None:
-    monkeypatch.delitem(sys.modules, "kvc8.ir.npu")
-    monkeypatch.setitem(sys.modules, "torch_npu", None)  # importing it then fails
+def test_a_machine_without_torch_npu(out, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_npu", None)  # as where it is not installed
     found = ran(capsys, out, "--prompt", "x", "--device", "npu")
-    why = "import of torch_npu halted; None in sys.modules"
     what = "install kvc8[npu] on a machine with CANN, or give --device cpu"
+    assert found == (1, "", f"error: torch_npu: is not installed; {what}\n")
+
+
+@pytest.fixture
+def broken_torch_npu(tmp_path, monkeypatch) -> None:
+    """torch_npu as it is where CANN is not: installed, and not to be loaded."""
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+
+
+def test_a_machine_without_cann(out, capsys, monkeypatch, broken_torch_npu) -> None:
+    monkeypatch.delitem(sys.modules, "kvc8.ir.npu")
+    found = ran(capsys, out, "--prompt", "x", "--device", "npu")
+    what = "install kvc8[npu] on a machine with CANN, or give --device cpu"
+    why = "libhccl.so: cannot open"
     assert found == (1, "", f"error: torch_npu: does not load ({why}); {what}\n")
 
 
-def test_torch_npu_comes_first(monkeypatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+def test_torch_npu_comes_first(broken_torch_npu) -> None:
     with pytest.raises(TargetError) as caught:
         load_torch_npu()
     what = "kvc8.ir.npu was imported before it; call load_torch_npu() first"
     assert str(caught.value) == f"torch_npu: {what}"
+
+
+def test_graphs_are_of_the_npu(out, capsys) -> None:
+    found = ran(capsys, out, "--prompt", "x", "--graph")
+    what = "is of --device npu; leave it out, or run on an NPU"
+    assert found == (1, "", f"error: --graph: {what}\n")
 
 
 def test_where_there_is_no_artifact(tmp_path, capsys) -> None:

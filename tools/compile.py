@@ -192,7 +192,7 @@ def _tell_all(
 def _report(
     args: argparse.Namespace, program: Program, lowered: dict[str, Program]
 ) -> costs.Report:
-    unfused, _ = pipeline.lower_for_npu(program, args.prefill_kv, None, args.fold)
+    unfused, _ = pipeline.lower_for_npu(program, args.prefill_kv, None, args.fold, fuse="off")
     return costs.report(lowered, unfused, costs.workload(args), costs.device(args))
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should
     from kvc8.tools.tokenize import Tokenizer
 
 EMULATED = "emulated on a CPU, as documented; not verified on a device"
-ON_DEVICE = "run on an NPU"
+ON_DEVICE = "run on an NPU, which kvc8's authors have not done: compare with --device cpu"
 IN_ONNX_RUNTIME = "run in ONNX Runtime on a CPU, flavor {}"
 
 
@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample the likeliest, up to P")
     add("--seed", type=int, default=0, help="of the sampling; default: 0")
     add("--device", choices=("cpu", "npu"), default="cpu", help="default: cpu, emulated")
+    add("--graph", action="store_true", help="with --device npu: record decode steps, replay them")
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -59,7 +60,7 @@ def _positive(text: str) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Load, generate and print."""
-    device = _device(given.device)  # before anything that declares the NPU's ops
+    device = _device(given)  # before anything that declares the NPU's ops
     from kvc8.backends.npu.generate import generate
     from kvc8.backends.npu.sampling import Sampling
     from kvc8.tools.tokenize import read_tokenizer
@@ -114,7 +115,10 @@ def _open_onnx(given: argparse.Namespace, device: "torch.device") -> Opened:
 
 
 def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:
+    import torch
+
     from kvc8.backends.npu.artifact_reader import read
+    from kvc8.backends.npu.graphs import Recorder
     from kvc8.backends.npu.runtime import load
 
     artifact = read(given.artifact)
@@ -122,13 +126,22 @@ def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:
 
     def loaded(prompts: list[list[int]]) -> "Model":
         blocks = given.blocks or _enough(prompts, given.max_new_tokens, size)
-        return load(artifact.programs, artifact.make, blocks=blocks, block_size=size, device=device)
+        model = load(
+            artifact.programs, artifact.make, blocks=blocks, block_size=size, device=device
+        )
+        if given.graph:
+            model.runner = Recorder(torch.get_device_module("npu"), blocks)
+        return model
 
     return loaded, artifact.config, EMULATED if given.device == "cpu" else ON_DEVICE
 
 
-def _device(name: str) -> "torch.device":
-    if name == "npu":
+def _device(given: argparse.Namespace) -> "torch.device":
+    if given.graph and given.device != "npu":
+        from kvc8.ir.errors import TargetError
+
+        raise TargetError("--graph: is of --device npu; leave it out, or run on an NPU")
+    if given.device == "npu":
         from kvc8.backends.npu.device import load_torch_npu
 
         return load_torch_npu()

@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 
@@ -19,6 +20,8 @@ def load_torch_npu() -> torch.device:
     kvc8.ir.npu leaves alone what is declared already. Raises TargetError where torch_npu is not
     installed, does not load, or finds no device.
     """
+    if find_spec(TORCH_NPU) is None:
+        raise TargetError(f"torch_npu: is not installed; {INSTALL}")
     if "kvc8.ir.npu" in sys.modules and TORCH_NPU not in sys.modules:
         raise TargetError(
             "torch_npu: kvc8.ir.npu was imported before it; call load_torch_npu() first"

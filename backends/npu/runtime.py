@@ -21,7 +21,7 @@ from kvc8.backends.npu.kv_layout import KVLayout, kv_layout
 from kvc8.ir.errors import IRError, TargetError
 from kvc8.ir.program import Program, recipe_of
 from kvc8.ir.recipe import Recipe
-from kvc8.ir.run import Observe, Value, run
+from kvc8.ir.run import Observe, Runner, Value, run
 
 CPU = torch.device("cpu")
 PACKS = ("query_ends", "query_starts")  # a prefill with one of these takes several prompts
@@ -50,6 +50,7 @@ class Model:
     layout: KVLayout
     block_size: int
     device: torch.device
+    runner: Runner = run  # or a graphs.Recorder
 
     def prefill(
         self,
@@ -89,7 +90,8 @@ class Model:
         program = self.programs[phase]
         given = inputs(batch, self.block_size, self.device, every)
         chosen = {node.name: given[node.name] for node in program.inputs()}
-        logits, *caches = run(program, {**self.parameters[phase], **self.caches, **chosen}, observe)
+        values = {**self.parameters[phase], **self.caches, **chosen}
+        logits, *caches = self.runner(program, values, observe)
         # A program writes in place or gives new caches; either way these are now the caches.
         self.caches.update(zip(self.caches, caches, strict=True))
         return logits.to(CPU)
@@ -154,7 +156,7 @@ def load(
     for program in programs.values():
         _check_inputs(program)
     made: dict[Recipe, Tensor] = {}
-    parameters = {p: _parameters(programs[p], make, device, made) for p in programs}
+    parameters = {p: make_parameters(programs[p], make, device, made) for p in programs}
     layout = kv_layout(programs["decode"])
     caches = {
         cache.name: torch.zeros(
@@ -172,13 +174,16 @@ def _check_inputs(program: Program) -> None:
             raise IRError(f"{node.name}: is no input that the runtime gives; use {known}")
 
 
-def _parameters(
+def make_parameters(
     program: Program,
     make: Callable[[Recipe], Tensor],
     device: torch.device,
     made: dict[Recipe, Tensor],
 ) -> dict[str, Tensor]:
-    """The parameters by name; equal recipes are made once, and kept in `made`."""
+    """The parameters by name; equal recipes are made once, and kept in `made`.
+
+    Raises TargetError for a KV scale that is zero, negative or no number.
+    """
     found = {}
     for node in program.parameters():
         recipe = recipe_of(node)

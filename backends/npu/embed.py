@@ -1,0 +1,83 @@
+"""A compiled model inside of another engine: one function of inputs and caches.
+
+    steps = load_steps(path, torch.device("npu", 0))
+    caches = [torch.zeros(...) for cache in steps.layout.caches]   # the engine's own
+    logits = steps.decode(inputs, caches)
+
+The engine owns the blocks of the cache and says which token goes where; see `Steps`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvc8.backends.npu.artifact_reader import read
+from kvc8.backends.npu.kv_layout import KVLayout
+from kvc8.backends.npu.runtime import make_parameters
+from kvc8.ir.errors import IRError, TargetError
+from kvc8.ir.program import Program, type_of
+from kvc8.ir.recipe import Recipe
+from kvc8.ir.run import Value, run
+from kvc8.ir.types import show_type
+
+
+@dataclass(frozen=True)
+class Step:
+    """One program with its parameters on a device."""
+
+    program: Program
+    parameters: Mapping[str, Tensor]
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """The inputs by name, with their types as a program's text has them; `ints` are lists."""
+        return {node.name: show_type(type_of(node)) for node in self.program.inputs()}
+
+    def __call__(self, inputs: Mapping[str, Value], caches: Sequence[Tensor]) -> Tensor:
+        """Run a step: logits [R, vocabulary]; the caches are written in place.
+
+        `caches` are [N, S, heads, head_dim], of each layer K, then V. Raises TargetError where they
+        are not as many as the program has, IRError where an input is missing.
+        """
+        names = [node.name for node in self.program.caches()]
+        if len(caches) != len(names):
+            what = f"{len(caches)} tensors for a program of {len(names)}"
+            raise TargetError(f"caches: {what}; give K and V of each layer")
+        given = {name: inputs[name] for name in self.inputs if name in inputs}
+        by_name = dict(zip(names, caches, strict=True))
+        logits, *written = run(self.program, {**self.parameters, **by_name, **given})
+        for cache, new in zip(caches, written, strict=True):
+            if new is not cache:  # a program that is not LOWERED gives new caches
+                raise IRError("the program gives new caches; embed what kvc8-compile wrote")
+        return logits
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The two programs of a compiled model.
+
+    prefill takes fresh prompts end to end, decode one token of each sequence. The inputs of each
+    are those that its `inputs` names; backends/npu/runtime.py says what they mean.
+    """
+
+    prefill: Step
+    decode: Step
+    layout: KVLayout
+    block_size: int
+
+
+def load_steps(path: Path, device: torch.device) -> Steps:
+    """Read what kvc8-compile wrote and put its parameters on a device.
+
+    On an NPU, call kvc8.backends.npu.device.load_torch_npu before importing this. Raises IRError or
+    TargetError where the artifact is damaged.
+    """
+    artifact, made = read(path), dict[Recipe, Tensor]()
+    steps = {
+        phase: Step(program, make_parameters(program, artifact.make, device, made))
+        for phase, program in artifact.programs.items()
+    }
+    return Steps(steps["prefill"], steps["decode"], artifact.layout, artifact.block_size)

@@ -1,0 +1,149 @@
+"""Recorded decode steps, and a compiled model inside of another engine, give the same tokens."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.artifact_reader import Artifact, read
+from kvc8.backends.npu.embed import load_steps
+from kvc8.backends.npu.generate import generate
+from kvc8.backends.npu.graphs import Recorder
+from kvc8.backends.npu.runtime import load
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.errors import TargetError
+from kvc8.passes import pipeline
+
+pytestmark = pytest.mark.slow  # captures a model
+
+GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"
+BLOCK = 32
+PROMPTS = [[5, 6, 7], [9, 8] * 20, [11]]
+ATTENTION = torch.ops.npu.npu_fused_infer_attention_score.default
+
+
+class Tape(TorchDispatchMode):
+    """Stands for an NPUGraph: the ops that ran, which run again on the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.replays = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, dict(kwargs or {}), out))
+        return out
+
+    def update(self, cpu_update_input: list[dict[str, Any]]) -> None:
+        (lengths,) = cpu_update_input
+        for func, _, kwargs, _ in self.calls:
+            if func is ATTENTION:
+                kwargs.update(lengths)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old is not new and old.numel():
+                    old.copy_(new)
+
+
+class FakeNpu:
+    """Stands for `torch.npu`."""
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+
+    def NPUGraph(self) -> Tape:
+        self.tapes.append(Tape())
+        return self.tapes[-1]
+
+    @contextmanager
+    def graph(self, npu_graph: Tape, *, auto_dispatch_capture: bool) -> Iterator[None]:
+        assert auto_dispatch_capture  # or lengths could not be updated
+        with npu_graph:
+            yield
+
+    def synchronize(self) -> None:
+        """Nothing runs beside a CPU."""
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    checkpoint = open_checkpoint(GOLDEN)
+    program = capture(checkpoint)
+    pipeline.run(program, pipeline.QUANTIZE)
+    lowered, _ = pipeline.lower_for_npu(program)
+    out = tmp_path_factory.mktemp("artifact") / "out"
+    write(out, checkpoint, lowered, Target("ascend910b", BLOCK))
+    return read(out)
+
+
+def generated(artifact: Artifact, npu: FakeNpu | None) -> list[list[int]]:
+    model = load(artifact.programs, artifact.make, blocks=8, block_size=BLOCK)
+    if npu:
+        model.runner = Recorder(npu, blocks=8)
+    found = generate(model, PROMPTS, most=30, stops=frozenset())
+    return [sequence.generated for sequence in found.sequences]
+
+
+def test_recorded_steps_give_the_tokens_of_eager_ones(artifact: Artifact) -> None:
+    """30 tokens: lengths change at each step, and the second sequence goes on to a third block."""
+    npu = FakeNpu()
+    assert generated(artifact, npu) == generated(artifact, None)
+    assert [tape.replays for tape in npu.tapes] == [29]
+
+
+def test_a_graph_a_number_of_sequences(artifact: Artifact) -> None:
+    npu = FakeNpu()
+    model = load(artifact.programs, artifact.make, blocks=8, block_size=BLOCK)
+    model.runner = Recorder(npu, blocks=8)
+    model.prefill([[5, 6, 7], [11]], [[0], [1]])
+    for lengths in ([4, 2], [5, 3]):
+        model.decode([1, 2], lengths, [[0], [1]])
+    model.decode([1], [6], [[0]])
+    assert [tape.replays for tape in npu.tapes] == [2, 1]
+
+
+def test_an_engine_with_its_own_caches(artifact: Artifact) -> None:
+    steps = load_steps(artifact.path, torch.device("cpu"))
+    assert steps.decode.inputs["kv_lens"] == "ints[T]"
+    caches = [
+        torch.zeros(4, BLOCK, cache.heads, cache.head_dim, dtype=cache.dtype)
+        for cache in steps.layout.caches
+    ]
+    prompt, made = PROMPTS[0], list[int]()
+    every = {
+        "input_ids": torch.tensor(prompt),
+        "positions": torch.arange(3),
+        "slot_mapping": torch.arange(3, dtype=torch.int32) + 2 * BLOCK,
+        "logits_rows": torch.tensor([2]),
+        "query_ends": [3],
+    }
+    logits = steps.prefill(every, caches)
+    for length in range(4, 33):
+        made.append(int(logits[0].argmax()))
+        one = {
+            "input_ids": torch.tensor(made[-1:]),
+            "positions": torch.tensor([length - 1]),
+            "slot_mapping": torch.tensor([2 * BLOCK + length - 1], dtype=torch.int32),
+            "logits_rows": torch.tensor([0]),
+            "block_table": torch.tensor([[2]], dtype=torch.int32),
+            "kv_lens": [length],
+        }
+        logits = steps.decode(one, caches)
+    assert made == generated(artifact, None)[0][: len(made)]
+    with pytest.raises(TargetError) as refused:
+        steps.decode({}, caches[:3])
+    assert str(refused.value) == (
+        "caches: 3 tensors for a program of 8; give K and V of each layer"
+    )
