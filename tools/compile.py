@@ -18,7 +18,6 @@ import torch
 
 from kvc8.backends.npu import artifact, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
-from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.npu.kv_layout import kv_layout
 from kvc8.ir.capture import capture, config_dtype
 from kvc8.ir.checkpoint import Calibrated, Checkpoint, open_checkpoint
@@ -202,12 +201,12 @@ def _as_json(
     program: Program,
     lowered: dict[str, Program],
 ) -> dict[str, object]:
-    layout, made = kv_layout(program), read(args.output)
+    layout, used = kv_layout(program), artifact.disk_use(args.output)
     passes = [{"pass": n, "sites": count, "why": why} for (n, why), count in sites.items()]
     return {
         "output": str(args.output),
-        "bytes": made.extra_bytes,
-        "linked_bytes": made.weights_bytes,
+        "bytes": used.extra,
+        "linked_bytes": used.weights,
         "kv_bytes_a_token": layout.bytes_per_token,
         "float16_kv_bytes_a_token": layout.float16_bytes_per_token,
         "passes": passes,
@@ -225,9 +224,9 @@ def _tell(args: argparse.Namespace, sites: Counter[tuple[str, str]], program: Pr
     size = f"{layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16"
     print(f"KV cache: {size}")
     if args.target == "npu":
-        made = read(args.output)
-        links = f"{made.weights_bytes / 1e6:,.1f} MB of linked weights"
-        print(f"{args.output}: {made.extra_bytes / 1e6:.2f} MB beside {links}")
+        used = artifact.disk_use(args.output)
+        links = f"{used.weights / 1e6:,.1f} MB of linked weights"
+        print(f"{args.output}: {used.extra / 1e6:.2f} MB beside {links}")
 
 
 def _reason(remark: Remark) -> str:

@@ -94,6 +94,24 @@ def write(
                 part.write(name, source.read_bytes())
 
 
+@dataclass(frozen=True)
+class DiskUse:
+    """What an artifact takes on disk, in bytes."""
+
+    weights: int  # the checkpoint's shards
+    extra: int  # files that it does not share with others by hard links
+
+
+def disk_use(out: Path) -> DiskUse:
+    """The sizes of an artifact's files, which are not read."""
+    files = [path for path in out.rglob("*") if path.is_file()]
+    shards = [path for path in files if path.parent.name == WEIGHTS and path.name != INDEX]
+    return DiskUse(
+        weights=sum(path.stat().st_size for path in shards),
+        extra=sum(path.stat().st_size for path in files if path.stat().st_nlink == 1),
+    )
+
+
 def _derive(
     program: Program, read: Read, derived: dict[str, torch.Tensor], made: dict[Recipe, str]
 ) -> Program:

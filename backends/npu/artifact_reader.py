@@ -71,17 +71,6 @@ class Artifact:
             lambda name: self._files.read(self.derived[name]),
         )
 
-    @property
-    def weights_bytes(self) -> int:
-        """The size of the checkpoint's shards."""
-        return sum(file.stat().st_size for file in {t.file for t in self.tensors.values()})
-
-    @property
-    def extra_bytes(self) -> int:
-        """What the artifact takes on disk beyond files that it shares with others by hard links."""
-        files = [path.stat() for path in self.path.rglob("*") if path.is_file()]
-        return sum(entry.st_size for entry in files if entry.st_nlink == 1)
-
 
 def read(path: Path) -> Artifact:
     """Open the artifact at `path` and check all of it but the values of its tensors.
