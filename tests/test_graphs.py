@@ -43,10 +43,9 @@ class Tape(TorchDispatchMode):
         return out
 
     def update(self, cpu_update_input: list[dict[str, Any]]) -> None:
-        (lengths,) = cpu_update_input
-        for func, _, kwargs, _ in self.calls:
-            if func is ATTENTION:
-                kwargs.update(lengths)
+        attention = [kwargs for func, _, kwargs, _ in self.calls if func is ATTENTION]
+        for kwargs, lengths in zip(attention, cpu_update_input, strict=True):
+            kwargs.update(lengths)
 
     def replay(self) -> None:
         self.replays += 1

@@ -81,7 +81,7 @@ def _phase(program: Program, unfused: Program, phase: str, work: Workload, on: D
     layout = kv_layout(program)
     growth = layout.float16_bytes_per_token / layout.bytes_per_token - 1
     more = int((whole.cache_read + whole.cache_written) * growth)
-    tokens = work.sizes(phase)["T"]
+    tokens = work.size(phase, "T")
     return {
         "tokens": tokens,
         "launches_in_a_layer": launches_in_a_layer(program),

@@ -7,7 +7,8 @@ Bytes are what a kernel that reads each operand once and writes each result once
     activations  everything else, read once by each launch that takes it and written once
 
 A step of decode takes one token of each of `batch` sequences, whose caches then hold `context`
-tokens. A step of prefill takes `batch` prompts of `context` tokens. The time of a launch is the
+tokens. A step of prefill takes `batch` prompts of `context` tokens, a chunk the last `chunk` tokens
+of each. The time of a launch is the
 longer of its bytes at the bandwidth and its operations at the rate: a bound from below. Nothing of
 it was measured: caches of the chip, the overhead of launches and how kernels tile are left out.
 """
@@ -52,13 +53,20 @@ class Workload:
     batch: int = 1
     context: int = 8192
     block_size: int = 128
+    chunk: int = 512
 
-    def sizes(self, phase: str) -> dict[str, int]:
-        """The named sizes of a program (ir/types.py); N counts the blocks in use."""
+    def new(self, phase: str) -> int:
+        """The tokens that a step takes of each sequence."""
+        return {"decode": 1, "chunk": min(self.chunk, self.context)}.get(phase, self.context)
+
+    def size(self, phase: str, name: str) -> int:
+        """A named size of a program (ir/types.py); N counts the blocks in use."""
         blocks = -(-self.context // self.block_size)
-        tokens = self.batch * (1 if phase == "decode" else self.context)
-        names = {"T": tokens, "B": self.batch, "R": self.batch, "M": blocks}
-        return {**names, "S": self.block_size, "N": self.batch * blocks}
+        if name.startswith("M") and name != "M":  # blocks that a window of so many tokens touches
+            return min(blocks, -(-int(name[1:]) // self.block_size) + 1)
+        sizes = {"T": self.batch * self.new(phase), "B": self.batch, "R": self.batch, "M": blocks}
+        whole = {"L": self.batch * self.context, "N": self.batch * blocks, "S": self.block_size}
+        return {**sizes, **whole}[name]
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,8 @@ class Sizes:
         """A dimension as a number."""
         if isinstance(d, int):
             return d
-        sizes = self.workload.sizes(self.phase)
-        return int(d.subs({symbol: sizes[str(symbol)] for symbol in d.free_symbols}))
+        known = {s: self.workload.size(self.phase, str(s)) for s in d.free_symbols}
+        return int(d.subs(known))
 
     def bytes(self, type_: Type) -> int:
         """The bytes of a tensor; caches, lists and numbers on the host count nothing here."""
@@ -191,17 +199,26 @@ def _some_rows(node: Node, sizes: Sizes) -> Cost:
 def _attention(node: Node, caches: list[Type], sizes: Sizes) -> Cost:
     """Pages read, and products of queries with keys and of weights with values.
 
-    A prompt's token sees on average half of the prompt; a band of a window is not taken into
-    account, which makes it a bound from above.
+    A token sees what comes before it, of a prompt half of it on average. Of pages a window reads
+    those that its table has; elsewhere its band is not taken into account: a bound from above.
     """
-    decode = sizes.phase == "decode"
-    tokens, context = sizes.number(TOKENS), sizes.workload.context
-    pages = sum(sizes.workload.batch * context * sizes.row(type_) for type_ in caches)
+    tokens, seen = sizes.number(TOKENS), _seen(node, sizes)
+    pages = sum(int(sizes.workload.batch * seen) * sizes.row(type_) for type_ in caches)
     query = type_of(node.all_input_nodes[0])
     assert isinstance(query, TensorType)
     width = prod(map(sizes.number, query.shape)) // tokens  # values of a token's query
-    seen = context if decode else (context + 1) / 2
     return Cost(cache_read=pages, half_ops=int(2 * 2 * tokens * seen * width))
+
+
+def _seen(node: Node, sizes: Sizes) -> float:
+    """The tokens that a token of a step sees on average, itself among them."""
+    context = sizes.workload.context
+    table = node.kwargs.get("block_table")
+    if isinstance(table, Node):
+        type_ = type_of(table)
+        assert isinstance(type_, TensorType)
+        return min(context, sizes.number(type_.shape[1]) * sizes.workload.block_size)
+    return context - (sizes.workload.new(sizes.phase) - 1) / 2
 
 
 def _matmul(node: Node, sizes: Sizes) -> Cost:

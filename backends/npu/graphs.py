@@ -14,13 +14,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from kvc8.ir import npu
 from kvc8.ir.errors import TargetError
-from kvc8.ir.program import Program
+from kvc8.ir.program import Program, type_of
 from kvc8.ir.run import Observe, Value, run
+from kvc8.ir.types import IntsType, TensorType
 
-LENGTHS = {"kv_lens": "actual_seq_lengths_kv"}  # lists of a step, as the attention op names them
-TABLE = "block_table"  # its width is that of the longest sequence, and grows
+ATTENTION = (npu.npu_fused_infer_attention_score,)  # whose lengths a graph can change
+TABLE = "table"  # ends the name of a table of blocks: its width may grow from step to step
+Lengths = list[dict[str, Value]]  # of each call of attention, by argument
 
 
 class Npu(Protocol):
@@ -40,6 +44,7 @@ class Npu(Protocol):
 class Recorded:
     """A step for one number of sequences."""
 
+    program: Program
     graph: Any
     buffers: Mapping[str, Tensor]
     results: list[Tensor]
@@ -48,8 +53,7 @@ class Recorded:
         """Run it with other inputs of the same sizes. The logits are those of the last replay."""
         for name, buffer in self.buffers.items():
             _fill(buffer, values[name])
-        lengths = {op: values[name] for name, op in LENGTHS.items() if name in values}
-        self.graph.update(cpu_update_input=[lengths])
+        self.graph.update(cpu_update_input=_lengths(self.program, values))
         self.graph.replay()
         return self.results
 
@@ -69,8 +73,8 @@ class Recorder:
         self, program: Program, values: Mapping[str, Value], observe: Observe | None = None
     ) -> list[Tensor]:
         """The logits and the caches that a program gives."""
-        names = {node.name for node in program.inputs()}
-        if observe or not names.intersection(LENGTHS):  # a graph has no values to look at
+        # A graph has no values to look at, and only decode comes again with the same sizes.
+        if observe or not any(node.name == "block_table" for node in program.inputs()):
             return run(program, values, observe)
         key = id(program), _count(values)
         if key not in self.recorded:
@@ -78,30 +82,49 @@ class Recorder:
         return self.recorded[key].replay(values)
 
     def _record(self, program: Program, values: Mapping[str, Value]) -> Recorded:
-        buffers = {n.name: self._buffer(n.name, values[n.name]) for n in program.inputs()}
-        tensors = {name: x for name, x in buffers.items() if isinstance(x, Tensor)}
-        inside = {**values, **tensors}
+        _check_lists(program)
+        given = {node.name: values[node.name] for node in program.inputs()}
+        buffers = {n: self._buffer(n, x) for n, x in given.items() if isinstance(x, Tensor)}
+        inside = {**values, **buffers}
         run(program, inside)  # what is set up at the first call must not be part of a graph
         self.npu.synchronize()
         graph = self.npu.NPUGraph()
         with self.npu.graph(graph, auto_dispatch_capture=True):
             results = run(program, inside)
-        return Recorded(graph, tensors, results)
+        return Recorded(program, graph, buffers, results)
 
-    def _buffer(self, name: str, value: Value) -> Value:
-        if name in LENGTHS:
-            return value
-        if not isinstance(value, Tensor):
-            raise TargetError(f"{name}: is no tensor, and a graph cannot change it; run eagerly")
-        shape = (value.shape[0], self.blocks) if name == TABLE else value.shape
+    def _buffer(self, name: str, value: Tensor) -> Tensor:
+        wide = name.endswith(TABLE)
+        shape = (value.shape[0], max(self.blocks, value.shape[1])) if wide else value.shape
         buffer = torch.zeros(shape, dtype=value.dtype, device=value.device)
         _fill(buffer, value)
         return buffer
 
 
+def _check_lists(program: Program) -> None:
+    """Refuse a program whose lists of numbers go where a graph cannot change them."""
+    for node in program.inputs():
+        for user in node.users:
+            if not isinstance(type_of(node), TensorType) and user.target not in ATTENTION:
+                what = f"takes the list {node.name}, which a graph holds as it was recorded"
+                raise TargetError(f"{user.name}: {what}; run without --graph")
+
+
+def _lengths(program: Program, values: Mapping[str, Value]) -> Lengths:
+    """The lists of each call of attention, in the order of the calls."""
+    return [
+        {
+            argument: values[given.name]
+            for argument, given in node.kwargs.items()
+            if isinstance(given, Node) and isinstance(type_of(given), IntsType)
+        }
+        for node in program.calls(*ATTENTION)
+    ]
+
+
 def _count(values: Mapping[str, Value]) -> int:
     """The sequences of a step."""
-    table = values[TABLE]
+    table = values["block_table"]
     assert isinstance(table, Tensor)
     return int(table.shape[0])
 

@@ -12,12 +12,15 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from kvc8.ir.program import Program, substitute, tensor_type, type_of
 from kvc8.ir.types import Dim, IntsType, IntType, TensorType, Type
 
-SIZES = {"T": 6, "B": 2, "N": 7, "S": 128, "M": 3, "R": 2}
+SIZES = {"T": 6, "B": 2, "N": 7, "S": 128, "M": 3, "R": 2, "L": 300}
 
 
 def number(d: Dim) -> int:
     """A dimension with the sizes put in."""
-    return d if isinstance(d, int) else int(d.subs({s: SIZES[str(s)] for s in d.free_symbols}))
+    if isinstance(d, int):
+        return d
+    # M8 and the like are blocks that a window touches.
+    return int(d.subs({s: SIZES.get(str(s), SIZES[str(s)[0]]) for s in d.free_symbols}))
 
 
 def expected(type_: Type) -> object:
