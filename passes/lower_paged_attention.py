@@ -1,11 +1,18 @@
 """Lower cache writes and paged attention to NPU ops, for one phase.
 
 Decode (one token a sequence) reads the int8 pages: npu_fused_infer_attention_score dequantizes
-inside, so no float copy of the cache is made.
+inside, so no float copy of the cache is made. For one query a sequence the op ignores a window, so
+one is passed as a table of only the blocks that the window touches, and a mask that hides the
+tokens of the first of them that come before it.
 
 Prefill (fresh prompts) attends over the prompt's own K and V: the op takes one query a sequence
 where it reads int8 pages. They are the float rows, as the vendor does (`prefill_kv="float"`), or
 what the cache gives back of them (`"int8"`), so that prefill and decode see the same.
+
+A chunk (several tokens of a sequence that has a past: the later chunks of a prompt, or a prompt
+whose beginning was found in the cache) gathers the int8 rows of its sequences out of the pages, its
+own among them, and attends over what the cache gives back of them. Any mixture of sequences may
+share such a call, those without a past and those with one new token too.
 
 before:
     def lowering(
@@ -57,17 +64,16 @@ after:
         flatten_2: i8[N, S, 64] = aten.flatten.using_ints(getitem, 2, 3)
         flatten_3: i8[N, S, 64] = aten.flatten.using_ints(getitem_1, 2, 3)
         sym_size: int[S] = aten.sym_size.int(getitem, 1)
-        npu_fused_infer_attention_score: (f16[T, 1, 128], f32[0]) = npu.npu_fused_infer_attention_score(reshape_2, flatten_2, flatten_3, actual_seq_lengths_kv=kv_lens, key_antiquant_scale=ds_f16, key_antiquant_mode=0, value_antiquant_scale=ds_f16_1, value_antiquant_mode=0, block_table=block_table, num_heads=4, scale=0.5, num_key_value_heads=2, input_layout='BSH', block_size=sym_size)
+        npu_fused_infer_attention_score: (f16[T, 1, 128], f32[0]) = npu.npu_fused_infer_attention_score(reshape_2, flatten_2, flatten_3, actual_seq_lengths_kv=kv_lens, block_table=block_table, key_antiquant_scale=ds_f16, key_antiquant_mode=0, value_antiquant_scale=ds_f16_1, value_antiquant_mode=0, num_heads=4, scale=0.5, num_key_value_heads=2, input_layout='BSH', block_size=sym_size)
         getitem_2: f16[T, 1, 128] = npu_fused_infer_attention_score[0]
         attention_1: f16[T, 4, 32] = aten.reshape(getitem_2, [-1, 4, 32])
         return [attention_1, getitem, getitem_1]
 
 A site is left alone, and the program then refused, where the op cannot express it: attention with
-a soft cap or sinks; in decode, a window, which the op ignores for one query a sequence.
+a soft cap or sinks.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import getitem
 from typing import Literal
 
@@ -76,52 +82,25 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe, cast
-from kvc8.ir.types import IntsType, TensorType, dtype_name, size
+from kvc8.ir.program import Program, Stage, argument, tensor_type
+from kvc8.ir.recipe import Recipe
+from kvc8.ir.types import IntsType, TensorType, size
+from kvc8.passes.attention_site import (
+    TOKENS,
+    Side,
+    Site,
+    dequantized,
+    find_side,
+    in_dtype,
+    width,
+)
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
-TOKENS = size("T")
 PACKED_HEAD_DIMS = (128, 192)  # that the op takes end to end (TND); others go one prompt a call
 MASK = 2048  # the side of the mask that sparse modes 3 and 4 take, whatever the lengths
-
-
-@dataclass
-class Side:
-    """The K or the V of one attention: the write, and what reads it back (None: a float cache)."""
-
-    write: Node
-    back: Node | None
-
-    @property
-    def rows(self) -> Node:
-        """The float rows that go into the cache."""
-        codes = argument(self.write, 1)
-        if self.back is None:
-            return codes
-        return argument(argument(argument(codes, 0), 0), 0)
-
-
-@dataclass
-class Site:
-    """A call of paged attention, its cache written by one scatter."""
-
-    program: Program
-    node: Node
-    k: Side
-    v: Side
-
-    @property
-    def heads(self) -> dict[str, Argument]:
-        """Heads and scale, as the op names them."""
-        kv_heads, scale = tensor_type(self.k.write).shape[2], self.node.args[6]
-        heads = int(tensor_type(self.node).shape[1])
-        return {"num_heads": heads, "scale": scale, "num_key_value_heads": int(kv_heads)}
-
-    def call(self, op: object, *args: Argument, **kwargs: Argument) -> Node:
-        """Put a call ahead of the attention."""
-        return self.program.call(self.node, op, *args, kwargs=kwargs)  # type: ignore[arg-type]
+# What captured programs take of the batch, and lowered ones but for the table in decode do not.
+OF_THE_BATCH = ("block_table", "seq_lens", "query_starts")
 
 
 @rewrite(
@@ -132,45 +111,33 @@ class Site:
 )
 def lower_paged_attention(
     program: Program,
-    phase: Literal["prefill", "decode"] = "decode",
+    phase: Literal["prefill", "chunk", "decode"] = "decode",
     prefill_kv: Literal["float", "int8"] = "float",
 ) -> Iterator[Remark]:
     """See the module."""
     for node in program.calls(ops.paged_attention):
-        k, v = _side(argument(node, 1)), _side(argument(node, 2))
-        why = _why_not(node, k, v, phase)
+        k, v = find_side(argument(node, 1)), find_side(argument(node, 2))
+        why = _why_not(node, k, v)
         if why or k is None or v is None:
             yield miss(node, why)
             continue
         site = Site(program, node, k, v)
         caches = _scatter(site)
-        out = _decode(site, caches) if phase == "decode" else _prefill(site, prefill_kv)
+        if phase == "decode":
+            out = _decode(site, caches)
+        else:
+            out = _chunk(site, caches) if phase == "chunk" else _prefill(site, prefill_kv)
         node.replace_all_uses_with(out)
         yield hit(node, f"{phase}, {'int8' if k.back else 'float'} cache")
-    _drop_inputs(program, phase)
+    _drop_inputs(program)
 
 
-def _side(cache: Node) -> Side | None:
-    if is_call(cache, ops.cache_write):
-        return Side(cache, None)
-    if not is_call(cache, ATEN.unflatten.int) or not is_call(
-        argument(cache, 0), npu.npu_anti_quant
-    ):
-        return None
-    back = argument(cache, 0)
-    write = argument(argument(back, 0), 0)
-    return Side(write, back) if is_call(write, ops.cache_write) else None
-
-
-def _why_not(node: Node, k: Side | None, v: Side | None, phase: str) -> str:
-    window, softcap, sinks = node.args[7:10]
+def _why_not(node: Node, k: Side | None, v: Side | None) -> str:
+    softcap, sinks = node.args[8:10]
     if k is None or v is None:
         return "its K and V do not come out of a cache that this program writes"
     if softcap or sinks is not None:
         return "npu_fused_infer_attention_score has no soft cap and no sinks"
-    if window and phase == "decode":
-        what = "npu_fused_infer_attention_score ignores a window for one query a sequence"
-        return f"{what}, and this one sees {window} tokens"
     return ""
 
 
@@ -188,22 +155,39 @@ def _scatter(site: Site) -> tuple[Node, Node]:
 
 def _decode(site: Site, caches: tuple[Node, Node]) -> Node:
     """One query a sequence over its pages; the caches are [N, S, H*D] in layout BSH."""
-    q, table = argument(site.node, 0), argument(site.node, 3)
-    table.meta["type"] = TensorType(torch.int32, (TOKENS, size("M")))  # a token is a sequence
-    kv_lens = _input(site.program, "kv_lens")
-    rows = site.call(ATEN.reshape.default, q, [-1, 1, _width(q)])
+    rows = site.call(ATEN.reshape.default, argument(site.node, 0), [-1, 1, width(site.node)])
     k, v = (site.call(ATEN.flatten.using_ints, cache, 2, 3) for cache in caches)
     block = site.call(ATEN.sym_size.int, caches[0], 1)
     options = {
-        "actual_seq_lengths_kv": kv_lens,
+        **(_in_window(site) if site.window else _in_all(site)),
         **_antiquant(site, "key", site.k),
         **_antiquant(site, "value", site.v),
-        "block_table": table,
         **site.heads,
         "input_layout": "BSH",
         "block_size": block,
     }
     return _attend(site, rows, k, v, options)
+
+
+def _in_all(site: Site) -> dict[str, Argument]:
+    """The pages and the length of each sequence; a token is a sequence."""
+    table = argument(site.node, 3)
+    table.meta["type"] = TensorType(torch.int32, (TOKENS, size("M")))
+    kv_lens = site.input("kv_lens", IntsType(TOKENS))
+    return {"actual_seq_lengths_kv": kv_lens, "block_table": table}
+
+
+def _in_window(site: Site) -> dict[str, Argument]:
+    """The same of the blocks that a window touches, and what they hold that it does not see."""
+    window = site.window
+    blocks, slots = size(f"M{window}"), size(f"M{window}") * size("S")
+    table = TensorType(torch.int32, (TOKENS, blocks))
+    hidden = TensorType(torch.bool, (TOKENS, 1, 1, slots))
+    return {
+        "actual_seq_lengths_kv": site.input(f"window_{window}_lens", IntsType(TOKENS)),
+        "block_table": site.input(f"window_{window}_table", table),
+        "atten_mask": site.input(f"window_{window}_hidden", hidden),
+    }
 
 
 def _antiquant(site: Site, name: str, side: Side) -> dict[str, Argument]:
@@ -212,46 +196,50 @@ def _antiquant(site: Site, name: str, side: Side) -> dict[str, Argument]:
         return {}
     dtype = tensor_type(site.node).dtype
     offset = side.back.kwargs["offset"]
-    made = {f"{name}_antiquant_scale": _in_dtype(site.program, argument(side.back, 1), dtype)}
+    made = {f"{name}_antiquant_scale": in_dtype(site.program, argument(side.back, 1), dtype)}
     if isinstance(offset, Node):
-        made[f"{name}_antiquant_offset"] = _in_dtype(site.program, offset, dtype)
+        made[f"{name}_antiquant_offset"] = in_dtype(site.program, offset, dtype)
     return {**made, f"{name}_antiquant_mode": 0}
 
 
-def _in_dtype(program: Program, source: Node, dtype: torch.dtype) -> Node:
-    if tensor_type(source).dtype is dtype:
-        return source
-    type_ = TensorType(dtype, tensor_type(source).shape)
-    name = f"{source.name}_{dtype_name(dtype)}"
-    return program.placeholder(name, type_, cast(recipe_of(source), dtype))
-
-
 def _prefill(site: Site, prefill_kv: str) -> Node:
-    """Each prompt over itself: end to end in layout TND, or one prompt a call in BSH."""
-    q = argument(site.node, 0)
-    k, v = (_seen(site, side, prefill_kv) for side in (site.k, site.v))
+    """Each prompt over itself, as float rows or as what the cache gives back of them."""
+    k, v = (
+        side.rows if prefill_kv == "float" else dequantized(site, side, argument(side.write, 1))
+        for side in (site.k, site.v)
+    )
+    return _several_rows(site, k, v, "query_ends")
+
+
+def _chunk(site: Site, caches: tuple[Node, Node]) -> Node:
+    """The new tokens of each sequence over all its tokens, gathered out of the pages."""
+    slots = site.input("kv_slots", TensorType(torch.int32, (size("L"),)))
+    k, v = (
+        dequantized(site, side, _gathered(site, cache, slots))
+        for cache, side in zip(caches, (site.k, site.v), strict=True)
+    )
+    return _several_rows(site, k, v, "kv_ends")
+
+
+def _gathered(site: Site, cache: Node, slots: Node) -> Node:
+    flat = site.call(ATEN.flatten.using_ints, cache, 0, 1)
+    return site.call(ATEN.index_select.default, flat, 0, slots)
+
+
+def _several_rows(site: Site, k: Node, v: Node, kv_ends: str) -> Node:
+    """Sequences end to end in layout TND, or one a call in BSH; the last row sees the last key."""
+    q, window = argument(site.node, 0), site.window
     packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS
     options: dict[str, Argument] = {"atten_mask": _mask(site.program)}
     if packed:
-        ends = _input(site.program, "query_ends")
-        options |= {"actual_seq_lengths": ends, "actual_seq_lengths_kv": ends}
+        lengths = IntsType(size("B"))
+        options["actual_seq_lengths"] = site.input("query_ends", lengths)
+        options["actual_seq_lengths_kv"] = site.input(kv_ends, lengths)
     else:
-        q, k, v = (site.call(ATEN.reshape.default, x, [1, -1, _width(x)]) for x in (q, k, v))
-    window = site.node.args[7]
-    assert isinstance(window, int)
+        q, k, v = (site.call(ATEN.reshape.default, x, [1, -1, width(x)]) for x in (q, k, v))
     band = {"pre_tokens": window - 1, "next_tokens": 0} if window else {}
     layout = {"input_layout": "TND" if packed else "BSH", "sparse_mode": 4 if window else 3}
     return _attend(site, q, k, v, {**options, **site.heads, **band, **layout})
-
-
-def _seen(site: Site, side: Side, prefill_kv: str) -> Node:
-    """The rows that a prompt sees of itself."""
-    if prefill_kv == "float" or side.back is None:
-        return side.rows
-    codes = argument(argument(side.write, 1), 0)
-    wide = site.call(npu.npu_anti_quant, codes, side.back.args[1], **side.back.kwargs)
-    shape = [int(d) for d in tensor_type(side.rows).shape[1:]]
-    return site.call(ATEN.reshape.default, wide, [-1, *shape])
 
 
 def _attend(site: Site, q: Node, k: Node, v: Node, options: dict[str, Argument]) -> Node:
@@ -263,18 +251,6 @@ def _attend(site: Site, q: Node, k: Node, v: Node, options: dict[str, Argument])
     )
 
 
-def _width(x: Node) -> int:
-    _, heads, dim = tensor_type(x).shape
-    return int(heads) * int(dim)
-
-
-def _input(program: Program, name: str) -> Node:
-    """The list on the host of that name, one for all layers."""
-    sequences = TOKENS if name == "kv_lens" else size("B")
-    found = [node for node in program.inputs() if node.name == name]
-    return found[0] if found else program.placeholder(name, IntsType(sequences))
-
-
 def _mask(program: Program) -> Node:
     recipe = Recipe("masked_above", (MASK,))
     found = [n for n in program.parameters() if n.meta["recipe"] == recipe]
@@ -282,11 +258,10 @@ def _mask(program: Program) -> Node:
     return found[0] if found else program.placeholder("causal_mask", type_, recipe)
 
 
-def _drop_inputs(program: Program, phase: str) -> None:
+def _drop_inputs(program: Program) -> None:
     """Remove the inputs that the phase has no use for."""
     program.graph.eliminate_dead_code()
-    kept = ("block_table",) if phase == "decode" else ()
     for node in program.inputs():
-        gone = node.name in ("block_table", "seq_lens", "query_starts") and node.name not in kept
-        if gone and not node.users:  # a site left alone uses them, and verify then speaks of it
+        # a site left alone uses them, and verify then speaks of it
+        if node.name in OF_THE_BATCH and not node.users:
             program.graph.erase_node(node)

@@ -66,14 +66,16 @@ NPU_PREFILL: tuple[Step, ...] = (
     partial(lower_paged_attention, phase="prefill"),
     remove_cache_copies,
 )
-# After one of the folds above:
+# After one of the folds above and LAYER:
 NPU_PREFILL_INT8: tuple[Step, ...] = (
-    *LAYER,
     partial(lower_paged_attention, phase="prefill", prefill_kv="int8"),
     remove_cache_copies,
 )
+NPU_CHUNK: tuple[Step, ...] = (
+    partial(lower_paged_attention, phase="chunk"),
+    remove_cache_copies,
+)
 NPU_DECODE: tuple[Step, ...] = (
-    *LAYER,
     partial(lower_paged_attention, phase="decode"),
     remove_cache_copies,
 )
@@ -130,14 +132,17 @@ def lower_for_npu(
     int8 = prefill_kv == "int8"
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
     folds = every if fold == "kv" else FOLD_OFFSETS
+    of_int8, told = program.copy(), list[tuple[str, Remark]]()
+    told += run(of_int8, (*folds, *LAYER), dump and dump / "int8", first=len(QUANTIZE))
     phases = {
-        "prefill": (*folds, *NPU_PREFILL_INT8) if int8 else NPU_PREFILL,
-        "decode": (*folds, *NPU_DECODE),
+        "prefill": (of_int8, NPU_PREFILL_INT8) if int8 else (program, NPU_PREFILL),
+        "chunk": (of_int8, NPU_CHUNK),
+        "decode": (of_int8, NPU_DECODE),
     }
-    lowered, told = {}, []
-    for phase, passes in phases.items():
-        lowered[phase] = program.copy()
-        where = dump / phase if dump else None
+    lowered = {}
+    for phase, (start, passes) in phases.items():
+        lowered[phase] = start.copy()
+        first = len(QUANTIZE) + (len(folds) + len(LAYER)) * (start is of_int8)
         passes += FUSE if fuse == "on" else ()
-        told += run(lowered[phase], passes, where, first=len(QUANTIZE))
+        told += run(lowered[phase], passes, dump and dump / phase, first=first)
     return lowered, told

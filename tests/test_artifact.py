@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvc8.backends.npu import emulation as _emulated  # noqa: F401
-from kvc8.backends.npu.artifact import DiskUse, Target, disk_use, write
+from kvc8.backends.npu.artifact import PHASES, DiskUse, Target, disk_use, write
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.ir import new_directory
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
@@ -48,7 +48,7 @@ TARGET = Target("ascend910b", 32, {"prefill_kv": "float"})
 
 
 def programs(text: str = TEXT) -> dict[str, Program]:
-    return {"prefill": parse(text), "decode": parse(text)}
+    return {phase: parse(text) for phase in PHASES}
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_the_directory_holds_links_to_the_shards_in_use_and_little_else(
 ) -> None:
     names = sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
     assert names == [
+        "chunk.py",
         "config.json",
         "decode.py",
         "derived.safetensors",
@@ -261,7 +262,7 @@ def edited(file: str, old: str, new: str):
 
 def both(old: str, new: str):
     def damage(out: Path) -> None:
-        for phase in ("prefill", "decode"):
+        for phase in PHASES:
             edited(f"{phase}.py", old, new)(out)
 
     return damage
@@ -285,8 +286,8 @@ DAMAGED = {
         "{out}: has no manifest.json; name what kvc8-compile wrote for npu",
     ),
     "format": (
-        edited("manifest.json", '"format": 1', '"format": 2'),
-        "{out}/manifest.json: has format 2 and this kvc8 reads 1; compile the model again",
+        edited("manifest.json", '"format": 2', '"format": 1'),
+        "{out}/manifest.json: has format 1 and this kvc8 reads 2; compile the model again",
     ),
     "soc": (
         edited("manifest.json", '"ascend910b"', "[]"),
@@ -414,6 +415,6 @@ def test_a_program_that_could_not_be_read_is_not_written(
 ) -> None:
     text, sentence = REFUSED[name]
     with pytest.raises(IRError) as caught:
-        write(tmp_path / "out", checkpoint, {"prefill": parse(TEXT), "decode": parse(text)}, TARGET)
+        write(tmp_path / "out", checkpoint, {**programs(), "decode": parse(text)}, TARGET)
     assert str(caught.value) == sentence
     assert os.listdir(tmp_path) == ["model"]

@@ -13,7 +13,8 @@ from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
 from kvc8.backends.npu.blocks import Blocks
 from kvc8.backends.npu.generate import generate
-from kvc8.backends.npu.runtime import Model, Rows, inputs, load
+from kvc8.backends.npu.inputs import Rows, inputs
+from kvc8.backends.npu.runtime import Model, load
 from kvc8.backends.npu.sampling import Sampling, choose
 from kvc8.backends.npu.scheduler import Scheduler
 from kvc8.ir.capture import capture
@@ -159,6 +160,8 @@ def test_everything_a_program_may_take() -> None:
         "query_starts": [0, 3, 4],
         "query_ends": [3, 4],
         "kv_lens": [3, 5],
+        "kv_ends": [3, 8],
+        "kv_slots": [6, 7, 2, 0, 1, 4, 5, 10],
     }
 
 
@@ -209,8 +212,9 @@ def test_an_unknown_input_is_refused() -> None:
     with pytest.raises(IRError) as caught:
         load({"decode": program}, partial(make, read=torch.zeros), blocks=4, block_size=2)
     assert str(caught.value) == (
-        "rope: is no input that the runtime gives; use block_table, input_ids, kv_lens, "
-        "logits_rows, positions, query_ends, query_starts, seq_lens, slot_mapping"
+        "rope: is no input that the runtime gives; use block_table, input_ids, kv_ends, "
+        "kv_lens, kv_slots, logits_rows, positions, query_ends, query_starts, seq_lens, "
+        "slot_mapping"
     )
 
 

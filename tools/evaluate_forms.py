@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvc8.backends.npu import runtime
 from kvc8.backends.npu.artifact_reader import read
+from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
 from kvc8.ir.model_files import file_names, model_file, read_json
@@ -111,8 +112,8 @@ def _onnx(path: Path, window: int) -> Form:
 
     def logits(tokens: list[int]) -> Tensor:
         session.allocate(blocks, BLOCK)
-        rows = runtime.Rows(tokens, 0, range(blocks))
-        given = runtime.inputs([rows], BLOCK, torch.device("cpu"), every=True)
+        rows = Rows(tokens, 0, range(blocks))
+        given = inputs([rows], BLOCK, torch.device("cpu"), every=True)
         step = {name: value for name, value in given.items() if isinstance(value, Tensor)}
         return session.run(step)[0]
 

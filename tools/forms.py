@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu import runtime
+from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.backends.onnx import emitter, runner
 from kvc8.ir import npu, ops
 from kvc8.ir.checkpoint import Checkpoint
@@ -110,8 +111,7 @@ def _steps(program: Program, tokens: Tokens) -> list[dict[str, Tensor]]:
     past = len(tokens.prompt)
     calls = [(0, tokens.prompt), *((past + i, [t]) for i, t in enumerate(tokens.steps))]
     given = (
-        runtime.inputs([runtime.Rows(new, start, tokens.table)], BLOCK, torch.device("cpu"))
-        for start, new in calls
+        inputs([Rows(new, start, tokens.table)], BLOCK, torch.device("cpu")) for start, new in calls
     )
     return [
         {k: v for k, v in step.items() if k in names and isinstance(v, Tensor)} for step in given

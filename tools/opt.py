@@ -20,6 +20,7 @@ from kvc8.tools.command import entry
 STEPS: tuple[Step, ...] = (
     *pipeline.QUANTIZE,
     *pipeline.FOLD_KV_AND_WEIGHTS,
+    *pipeline.LAYER,
     *pipeline.NPU_DECODE,
     *pipeline.FUSE,
 )

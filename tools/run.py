@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--blocks", type=_positive, metavar="N", help="blocks of the cache; default: enough")
     add("--threads", type=_positive, default=0, metavar="N", help="of ONNX Runtime; default: cores")
+    add("--chunk", type=_positive, metavar="N", help="take prompts N tokens at a time")
+    add("--share-prefix", action="store_true", help="prompts that begin alike share its blocks")
     add("--json", action="store_true", help="print one JSON object at the end and nothing else")
     return parser
 
@@ -80,6 +82,8 @@ def run(given: argparse.Namespace) -> int:
         stops=tokenizer.stops,
         sampling=sampling,
         on_token=printer.token,
+        chunk=given.chunk,
+        share=given.share_prefix,
     )
     _report(given, generation, printer.texts(), note)
     return 0
@@ -247,6 +251,8 @@ def _print_table(statistics: "Statistics", note: str) -> None:
     table = Table(caption=note, caption_justify="left", show_header=False)
     rate = "{:,} tokens in {:.2f} s, {:,.1f} a second"
     s = statistics
+    if s.found_tokens:
+        table.add_row("found in the cache", f"{s.found_tokens:,} tokens of prompts")
     table.add_row("prefill", rate.format(s.prefill_tokens, s.prefill_seconds, s.prefill_rate))
     table.add_row("decode", rate.format(s.decode_tokens, s.decode_seconds, s.decode_rate))
     used = f"{s.cache_bytes_used / 1e6:,.2f} MB used of {s.cache_bytes_allocated / 1e6:,.2f} MB"

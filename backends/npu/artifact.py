@@ -1,7 +1,7 @@
 """Write a compiled model: a directory that holds what the runtime needs and no copy of the weights.
 
     manifest.json          what was compiled for what; the KV cache; the recipe of each parameter
-    prefill.py decode.py   the LOWERED programs as text
+    prefill.py ...         the LOWERED programs as text: prefill, chunk and decode
     derived.safetensors    parameters that took arithmetic, each under 1 MB
     weights/               the checkpoint's shards, hard-linked (copied across filesystems), with an
                            index of the tensors in use
@@ -34,8 +34,8 @@ from kvc8.ir.safetensors_files import StoredTensor
 from kvc8.ir.text import show
 from kvc8.ir.types import TensorType, dtype_name
 
-FORMAT = 1
-PHASES = ("prefill", "decode")
+FORMAT = 2
+PHASES = ("prefill", "chunk", "decode")
 MANIFEST, DERIVED, WEIGHTS, INDEX = (
     "manifest.json",
     "derived.safetensors",
@@ -72,7 +72,7 @@ class Target:
 def write(
     out: Path, checkpoint: Checkpoint, programs: Mapping[str, Program], target: Target
 ) -> None:
-    """Write the artifact of a checkpoint's two LOWERED programs, "prefill" and "decode".
+    """Write the artifact of a checkpoint's LOWERED programs, one for each of PHASES.
 
     The programs stay as they are. Raises IRError where they are not that, or a parameter is not
     what its recipe makes; TargetError where `out` exists or cannot be written: then nothing is.
@@ -189,28 +189,31 @@ def logits_type(program: Program) -> TensorType:
 
 def recipes_by_name(programs: Mapping[str, Program]) -> dict[str, str]:
     """The recipe of each parameter as text. Raises IRError where programs differ in one."""
-    found: dict[str, str] = {}
-    for program in programs.values():
+    found: dict[str, tuple[str, str]] = {}
+    for phase, program in programs.items():
         for node in program.parameters():
             text = str(recipe_of(node))
-            if found.setdefault(node.name, text) != text:
-                what = "is made in one way for prefill and in another for decode"
+            known, first = found.setdefault(node.name, (text, phase))
+            if known != text:
+                what = f"is made in one way for {first} and in another for {phase}"
                 raise IRError(f"{node.name}: {what}; give the two different names")
-    return found
+    return {name: text for name, (text, _) in found.items()}
 
 
 def check_programs(programs: Mapping[str, Program]) -> None:
-    """Raise IRError unless these are the two phases of one model, LOWERED, with the same caches."""
+    """Raise IRError unless these are the phases of one model, LOWERED, with the same caches."""
     if set(programs) != set(PHASES):
         names = ", ".join(programs) or "nothing"
-        raise IRError(f"programs: are {names}; an artifact has {' and '.join(PHASES)}")
+        raise IRError(f"programs: are {names}; an artifact has {', '.join(PHASES)}")
     for phase, program in programs.items():
         if program.stage is not Stage.LOWERED:
             stage = program.stage.value
             raise IRError(f"{phase}: is a {stage} program; run the passes of the npu target")
         logits_type(program)
-    if kv_layout(programs["prefill"]) != kv_layout(programs["decode"]):
-        raise IRError("programs: prefill and decode differ in their caches; compile them from one")
+    for phase, program in programs.items():
+        if kv_layout(program) != kv_layout(programs["decode"]):
+            what = f"{phase} and decode differ in their caches"
+            raise IRError(f"programs: {what}; compile them from one")
     recipes_by_name(programs)
 
 

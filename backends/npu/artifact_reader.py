@@ -53,14 +53,14 @@ class Artifact:
     block_size: int
     notes: Mapping[str, str]
     config: Mapping[str, object]  # the model's own config.json
-    programs: Mapping[str, Program]  # "prefill" and "decode"
+    programs: Mapping[str, Program]  # by phase: "prefill", "chunk" and "decode"
     tensors: Mapping[str, StoredTensor]  # of the checkpoint, where in use
     derived: Mapping[str, StoredTensor]
     _files: TensorFiles = field(default_factory=TensorFiles, repr=False, compare=False)
 
     @property
     def layout(self) -> KVLayout:
-        """The KV cache of both programs."""
+        """The KV cache of the programs."""
         return kv_layout(self.programs["decode"])
 
     def make(self, recipe: Recipe) -> torch.Tensor:

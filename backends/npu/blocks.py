@@ -1,4 +1,4 @@
-"""The free blocks of a paged KV cache."""
+"""The blocks of a paged KV cache: which are free, and how many sequences have each other one."""
 
 from collections.abc import Iterable
 
@@ -6,13 +6,13 @@ from kvc8.ir.errors import TargetError
 
 
 class Blocks:
-    """Hands out the numbers of blocks, 0 to count - 1, and takes them back."""
+    """Hands out the numbers of blocks, 0 to count - 1, and takes them back from their last user."""
 
     def __init__(self, count: int, block_size: int) -> None:
         self.count, self.block_size = count, block_size
         self.most_used = 0
         self._free = list(range(count - 1, -1, -1))
-        self._used: set[int] = set()
+        self._users: dict[int, int] = {}  # of each block that somebody has
 
     @property
     def free(self) -> int:
@@ -22,7 +22,7 @@ class Blocks:
     @property
     def used(self) -> int:
         """How many blocks somebody has."""
-        return len(self._used)
+        return len(self._users)
 
     def needed(self, tokens: int) -> int:
         """How many blocks hold so many tokens."""
@@ -33,14 +33,27 @@ class Blocks:
         if count > self.free:
             raise TargetError(f"KV cache: {count} blocks wanted and {self.free} free; ask for more")
         taken = [self._free.pop() for _ in range(count)]
-        self._used.update(taken)
+        self._users.update(dict.fromkeys(taken, 1))
         self.most_used = max(self.most_used, self.used)
         return taken
 
-    def give_back(self, blocks: Iterable[int]) -> None:
-        """Take blocks back. Raises TargetError at one that nobody has."""
+    def share(self, blocks: Iterable[int]) -> None:
+        """Let one more have blocks that somebody has."""
         for block in blocks:
-            if block not in self._used:
+            self._users[block] += 1
+
+    def give_back(self, blocks: Iterable[int]) -> list[int]:
+        """Take blocks back; gives those that nobody has now.
+
+        Raises TargetError at one that nobody had.
+        """
+        freed = []
+        for block in blocks:
+            if block not in self._users:
                 raise TargetError(f"KV cache: block {block} is free already; give it back once")
-            self._used.remove(block)
-            self._free.append(block)
+            self._users[block] -= 1
+            if not self._users[block]:
+                del self._users[block]
+                self._free.append(block)
+                freed.append(block)
+        return freed

@@ -57,13 +57,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Steps:
-    """The two programs of a compiled model.
+    """The programs of a compiled model.
 
-    prefill takes fresh prompts end to end, decode one token of each sequence. The inputs of each
-    are those that its `inputs` names; backends/npu/runtime.py says what they mean.
+    prefill takes fresh prompts end to end, chunk several tokens of sequences that have a past,
+    decode one token of each. The inputs of each are those that its `inputs` names;
+    backends/npu/inputs.py says what they mean.
     """
 
     prefill: Step
+    chunk: Step
     decode: Step
     layout: KVLayout
     block_size: int
@@ -80,4 +82,4 @@ def load_steps(path: Path, device: torch.device) -> Steps:
         phase: Step(program, make_parameters(program, artifact.make, device, made))
         for phase, program in artifact.programs.items()
     }
-    return Steps(steps["prefill"], steps["decode"], artifact.layout, artifact.block_size)
+    return Steps(**steps, layout=artifact.layout, block_size=artifact.block_size)

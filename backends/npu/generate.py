@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from kvc8.backends.npu.blocks import Blocks
+from kvc8.backends.npu.inputs import Rows
 from kvc8.backends.npu.kv_layout import KVLayout
 from kvc8.backends.npu.sampling import Sampling, choose
 from kvc8.backends.npu.scheduler import Scheduler
@@ -26,8 +27,8 @@ class Model(Protocol):
     def caches(self) -> Mapping[str, Tensor]:
         """The caches by name, each [blocks, ...]."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]) -> Tensor:
-        """Take fresh prompts into the blocks of `tables`; logits [B, vocabulary]."""
+    def mixed(self, batch: Sequence[Rows]) -> Tensor:
+        """Take the next tokens of sequences, of any kind; logits [B, vocabulary]."""
 
     def decode(
         self, tokens: Sequence[int], lengths: Sequence[int], tables: Sequence[Sequence[int]]
@@ -40,6 +41,7 @@ class Statistics:
     """What a run cost."""
 
     prefill_tokens: int = 0
+    found_tokens: int = 0  # of prompts, in blocks that another sequence had written
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
@@ -75,49 +77,58 @@ def generate(
     stops: frozenset[int] = frozenset(),
     sampling: Sampling | None = None,
     on_token: OnToken | None = None,
+    chunk: int | None = None,
+    share: bool = False,
 ) -> Generation:
     """Continue prompts, each by up to `most` tokens or to a token of `stops`.
 
-    `on_token` sees each token as it comes. The model's caches are taken over: what they held is
-    written over. Raises TargetError for a prompt that the cache could not hold alone.
+    Prompts are taken `chunk` tokens at a time, or whole; with `share` those that begin alike share
+    the blocks of that beginning. `on_token` sees each token as it comes. The model's caches are
+    taken over: what they held is written over. Raises TargetError for a prompt that the cache could
+    not hold alone.
     """
-    return _Run(model, prompts, most, stops, sampling or Sampling(), on_token).run()
+    count = next(iter(model.caches.values())).shape[0]
+    scheduler = Scheduler(Blocks(count, model.block_size), stops, share)
+    result = Generation([scheduler.add(prompt, most) for prompt in prompts])
+    return _Run(model, scheduler, result, sampling or Sampling(), on_token, chunk).run()
 
 
+@dataclass
 class _Run:
     """One call of `generate`."""
 
-    def __init__(
-        self,
-        model: Model,
-        prompts: Sequence[Sequence[int]],
-        most: int,
-        stops: frozenset[int],
-        sampling: Sampling,
-        on_token: OnToken | None,
-    ) -> None:
-        count = next(iter(model.caches.values())).shape[0]
-        self.model, self.sampling, self.on_token = model, sampling, on_token
-        self.scheduler = Scheduler(Blocks(count, model.block_size), stops)
-        self.result = Generation([self.scheduler.add(prompt, most) for prompt in prompts])
-        self.random = [sampling.generator(i) for i in range(len(prompts))]
+    model: Model
+    scheduler: Scheduler
+    result: Generation
+    sampling: Sampling
+    on_token: OnToken | None
+    chunk: int | None
+
+    def __post_init__(self) -> None:
+        self.random = [self.sampling.generator(i) for i in range(len(self.result.sequences))]
 
     def run(self) -> Generation:
         while self.scheduler.waiting or self.scheduler.running:
-            if admitted := self.scheduler.admit():
-                self.prefill(admitted)
-            if self.scheduler.running:
-                self.decode(list(self.scheduler.running))
+            self.result.statistics.found_tokens += sum(s.found for s in self.scheduler.admit())
+            if unread := [s for s in self.scheduler.running if not s.prefilled]:
+                self.prefill(unread)
+            if ready := [s for s in self.scheduler.running if s.prefilled]:
+                self.decode(ready)
         self.measure()
         return self.result
 
     def prefill(self, sequences: list[Running]) -> None:
+        """Take the next tokens of prompts, and choose a token after those that end."""
         start = perf_counter()
-        logits = self.model.prefill([s.prompt for s in sequences], [s.blocks for s in sequences])
+        batch = [Rows(s.prompt[s.cached :][: self.chunk], s.cached, s.blocks) for s in sequences]
+        logits = self.model.mixed(batch)
         statistics = self.result.statistics
         statistics.prefill_seconds += perf_counter() - start
-        statistics.prefill_tokens += sum(len(s.prompt) for s in sequences)
-        self.choose(sequences, logits)
+        statistics.prefill_tokens += sum(len(rows.tokens) for rows in batch)
+        for sequence, rows in zip(sequences, batch, strict=True):
+            sequence.cached = rows.length
+        whole = [i for i, sequence in enumerate(sequences) if sequence.prefilled]
+        self.choose([sequences[i] for i in whole], logits[whole])
 
     def decode(self, sequences: list[Running]) -> None:
         start = perf_counter()

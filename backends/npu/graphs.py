@@ -23,7 +23,7 @@ from kvc8.ir.run import Observe, Value, run
 from kvc8.ir.types import IntsType, TensorType
 
 ATTENTION = (npu.npu_fused_infer_attention_score,)  # whose lengths a graph can change
-TABLE = "table"  # ends the name of a table of blocks: its width may grow from step to step
+TABLE = "block_table"  # whose width may grow from step to step; that of a window's never does
 Lengths = list[dict[str, Value]]  # of each call of attention, by argument
 
 
@@ -74,7 +74,7 @@ class Recorder:
     ) -> list[Tensor]:
         """The logits and the caches that a program gives."""
         # A graph has no values to look at, and only decode comes again with the same sizes.
-        if observe or not any(node.name == "block_table" for node in program.inputs()):
+        if observe or not any(node.name == TABLE for node in program.inputs()):
             return run(program, values, observe)
         key = id(program), _count(values)
         if key not in self.recorded:
@@ -94,7 +94,7 @@ class Recorder:
         return Recorded(program, graph, buffers, results)
 
     def _buffer(self, name: str, value: Tensor) -> Tensor:
-        wide = name.endswith(TABLE)
+        wide = name == TABLE
         shape = (value.shape[0], max(self.blocks, value.shape[1])) if wide else value.shape
         buffer = torch.zeros(shape, dtype=value.dtype, device=value.device)
         _fill(buffer, value)

@@ -2,6 +2,9 @@
 
 A sequence takes at once the blocks for its prompt and all it may yet generate, so that one that
 runs never has to stop. Admission is in order: a long prompt is not passed by shorter ones.
+
+With `share`, a prompt that begins as that of a sequence that runs takes over its whole blocks of
+that beginning, once they are written. One whose beginning is just being written waits for it.
 """
 
 from collections import deque
@@ -22,6 +25,8 @@ class Sequence:
     generated: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     finish: str = ""  # "stop" or "length" once it has ended
+    cached: int = 0  # tokens of the prompt that the cache holds
+    found: int = 0  # as many of them were there before
 
     @property
     def length(self) -> int:
@@ -33,12 +38,19 @@ class Sequence:
         """Tokens the cache may come to hold; the last one generated is never written."""
         return len(self.prompt) + self.limit - 1
 
+    @property
+    def prefilled(self) -> bool:
+        """Whether the cache holds all of the prompt."""
+        return self.cached == len(self.prompt)
+
 
 class Scheduler:
     """Sequences that wait and sequences that run."""
 
-    def __init__(self, blocks: Blocks, stops: frozenset[int] = frozenset()) -> None:
-        self.blocks, self.stops = blocks, stops
+    def __init__(
+        self, blocks: Blocks, stops: frozenset[int] = frozenset(), share: bool = False
+    ) -> None:
+        self.blocks, self.stops, self.share = blocks, stops, share
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -59,15 +71,34 @@ class Scheduler:
     def admit(self) -> list[Sequence]:
         """Start the sequences that the cache has room for; they need a prefill."""
         admitted = []
-        while self.waiting and self._fits(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            sequence.blocks = self.blocks.take(self.blocks.needed(sequence.most_cached))
-            admitted.append(sequence)
-        self.running += admitted
+        while self.waiting:
+            sequence = self.waiting[0]
+            common, owner = self._beginning(sequence)
+            needed = self.blocks.needed(sequence.most_cached)
+            if needed - len(common) > self.blocks.free or (owner and self._writes(owner, common)):
+                break
+            self.blocks.share(common)
+            sequence.blocks = [*common, *self.blocks.take(needed - len(common))]
+            sequence.found = sequence.cached = len(common) * self.blocks.block_size
+            admitted.append(self.waiting.popleft())
+            self.running.append(sequence)
         return admitted
 
-    def _fits(self, sequence: Sequence) -> bool:
-        return self.blocks.needed(sequence.most_cached) <= self.blocks.free
+    def _beginning(self, sequence: Sequence) -> tuple[list[int], Sequence | None]:
+        """The whole blocks that a prompt has in common with one that runs, and that one.
+
+        One token at least is left over, for its logits are wanted.
+        """
+        best, owner, size = 0, None, self.blocks.block_size
+        for other in self.running if self.share else ():
+            same = _same(sequence.prompt[:-1], other.prompt) // size
+            if same > best:
+                best, owner = same, other
+        return owner.blocks[:best] if owner else [], owner
+
+    def _writes(self, owner: Sequence, common: list[int]) -> bool:
+        """Whether blocks of a sequence are not all written yet."""
+        return owner.cached < len(common) * self.blocks.block_size
 
     def record(self, sequence: Sequence, token: int) -> None:
         """Add a token to a sequence, which may end by it and then frees its blocks."""
@@ -80,3 +111,10 @@ class Scheduler:
             self.blocks.give_back(sequence.blocks)
             sequence.blocks = []
             self.running.remove(sequence)
+
+
+def _same(a: Many[int], b: Many[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.backends.npu.kv_layout import Cache, KVLayout
-from kvc8.backends.npu.runtime import Rows, inputs
 from kvc8.backends.onnx.runner import Port, Session, load
 from kvc8.ir.model_files import read_json
 
@@ -42,7 +42,10 @@ class Model:
 
     def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]) -> Tensor:
         """Take fresh prompts into the blocks of `tables`; logits [B, vocabulary]."""
-        batch = [Rows(p, 0, table) for p, table in zip(prompts, tables, strict=True)]
+        return self.mixed([Rows(p, 0, table) for p, table in zip(prompts, tables, strict=True)])
+
+    def mixed(self, batch: Sequence[Rows]) -> Tensor:
+        """Take the next tokens of sequences, of any kind; logits [B, vocabulary]."""
         if self.session.flavor == "standard":
             return self._paged(batch)
         return torch.cat([self._alone(rows) for rows in batch])
@@ -59,14 +62,15 @@ class Model:
         return self._paged(batch) if self.session.flavor == "standard" else self._together(batch)
 
     def _paged(self, batch: Sequence[Rows]) -> Tensor:
-        given = inputs(batch, self.block_size, CPU)
+        names = [port.name for port in self.session.inputs]
+        given = inputs(batch, self.block_size, CPU, names=names)
         return self.session.run({k: v for k, v in given.items() if isinstance(v, Tensor)})[0]
 
     def _alone(self, rows: Rows) -> Tensor:
         """A prompt in its own row of the cache, so that none is padded to another's length."""
         [row] = rows.table
-        count = len(rows.tokens)
-        given = _dense([list(rows.tokens)], [list(range(count))], [count], [count], [count - 1])
+        count, places = len(rows.tokens), list(range(rows.start, rows.length))
+        given = _dense([list(rows.tokens)], [places], [rows.length], [count], [count - 1])
         return self.session.run(given, slice(row, row + 1))[0]
 
     def _together(self, batch: Sequence[Rows]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvc8.backends.npu.emulation.layouts import Layout, Paging
 from kvc8.backends.npu.emulation.quantization import refuse
-from kvc8.backends.npu.emulation.scaled_attention import Window, attend, dequantize
+from kvc8.backends.npu.emulation.scaled_attention import Mask, Window, attend, dequantize
 from kvc8.ir.errors import TargetError
 
 _FIA = "npu_fused_infer_attention_score"
@@ -66,10 +66,11 @@ def npu_fused_infer_attention_score(
       per channel (of kv_heads * D values) or per tensor, mode 0. antiquant_scale and _offset hold
       key's and value's stacked; the key_ and value_ forms hold one each. The offset is minus the
       zero point.
-    - sparse_mode 0 sees all keys; 3 is causal, the last row aligned with the last key; 4 is a band
-      from pre_tokens before to next_tokens after that diagonal. 3 and 4 take the 2048 x 2048 upper
-      triangle as atten_mask. With one query row, but in TND, a device ignores the mode, so 4 is
-      refused there.
+    - sparse_mode 0 sees all keys, or with one query row a sequence those that atten_mask
+      [B, 1, 1, S], S at least the slots of a table, does not hide; 3 is causal, the last row
+      aligned with the last key; 4 is a band from pre_tokens before to next_tokens after that
+      diagonal. 3 and 4 take the 2048 x 2048 upper triangle as atten_mask. With one query row, but
+      in TND, a device ignores the mode, so 4 is refused there.
 
     Wider than a device: in TND an A2 takes heads of 128 or 192 only, and elsewhere heads that are
     multiples of 16, or of 32 for int8 codes. Any head up to 512 is taken here.
@@ -83,8 +84,12 @@ def npu_fused_infer_attention_score(
         )
     layout = Layout(_FIA, input_layout, num_heads, num_key_value_heads or num_heads)
     layout.check_query(query)
-    window = _window(sparse_mode, pre_tokens, next_tokens, atten_mask)
-    if sparse_mode == 4 and layout.rows(query) == 1:
+    one_row = layout.rows(query) == 1
+    masks = (
+        _masks(atten_mask, len(query), key, block_table) if one_row and not sparse_mode else None
+    )
+    window = _window(sparse_mode, pre_tokens, next_tokens, None if masks else atten_mask)
+    if sparse_mode == 4 and one_row:
         raise TargetError(f"{_FIA}: a device ignores the band of one query row; use TND")
     for_key, for_value = _antiquant(
         (antiquant_scale, antiquant_offset),
@@ -103,11 +108,27 @@ def npu_fused_infer_attention_score(
         _rows(layout, x, paging, actual_seq_lengths_kv, len(queries), layout.rows(query))
         for x in (key, value)
     )
-    for q, k, v, o in zip(queries, keys, values, outs, strict=True):
+    seen: Sequence[Window | Mask] = masks or [window] * len(queries)
+    for q, k, v, o, visible in zip(queries, keys, values, outs, seen, strict=True):
         layout.check_rows(q, k, v)
         k, v = dequantize(k, *for_key), dequantize(v, *for_value)
-        o.copy_(attend(q, k, v, scale, window, divide_last=True))
+        o.copy_(attend(q, k, v, scale, visible, divide_last=True))
     return out, torch.empty(0)
+
+
+def _masks(
+    mask: Tensor | None, batch: int, key: Tensor, table: Tensor | None
+) -> list[Window | Mask] | None:
+    """What the one query row of each sequence does not see; None where there is no mask."""
+    if mask is None:
+        return None
+    slots = 1 if table is None else table.shape[1] * key.shape[1]
+    if mask.dtype != torch.bool or mask.shape[:-1] != (batch, 1, 1) or mask.shape[-1] < slots:
+        raise TargetError(
+            f"{_FIA}: atten_mask is {mask.dtype}{list(mask.shape)} for one query row of {batch} "
+            f"sequences; give torch.bool [{batch}, 1, 1, {slots}] or more"
+        )
+    return [Mask(row[0, 0]) for row in mask]
 
 
 def _window(sparse_mode: int, before: int, after: int, mask: Tensor | None) -> Window:

@@ -35,8 +35,26 @@ class Window:
         return hidden
 
 
+@dataclass(frozen=True)
+class Mask:
+    """Which keys the one query row of a sequence does not see: bool [keys or more]."""
+
+    row: Tensor
+
+    def hidden(self, rows: Tensor, queries: int, keys: int) -> Tensor:
+        """Mask [rows, keys], as Window gives it."""
+        assert queries == 1
+        return self.row[:keys].expand(len(rows), keys)
+
+
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: Window, *, divide_last: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: Window | Mask,
+    *,
+    divide_last: bool,
 ) -> Tensor:
     """Attention of query [q, N, D] to float32 key and value [k, M, D], N a multiple of M.
 
