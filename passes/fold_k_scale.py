@@ -144,7 +144,8 @@ def _fold(program: Program, attention: Node, scale: Recipe, factor: Recipe, weig
     rope = find_rope(rows)
     source = behind(rope.source if rope else rows)
     alone = _feeds_only(source, attention)
-    if alone and (rope is None or _tied(scale, rope)) and _by_head(source, rows):
+    in_order = _in_order(rows) and (rope is None or _in_order(rope.source))
+    if alone and in_order and (rope is None or _tied(scale, rope)) and _by_head(source, rows):
         if is_call(source, ops.quant_linear):
             return _into_deq_scale(program, source, factor)
         if is_call(source, ATEN.linear.default) and is_parameter(argument(source, 1)) and weights:
@@ -168,6 +169,16 @@ def _feeds_only(source: Node, attention: Node) -> bool:
     return True
 
 
+def _in_order(node: Node) -> bool:
+    """Whether the moves behind a value leave the channels of a head, its last dimension, alone."""
+    dim = tensor_type(node).shape[-1]
+    while is_call(node, *MOVES):
+        if tensor_type(node).shape[-1] != dim:
+            return False
+        node = argument(node, 0)
+    return True
+
+
 def _by_head(source: Node, rows: Node) -> bool:
     """Whether the outputs of a linear are the channels of each head in turn."""
     shape = tensor_type(rows).shape[1:]
@@ -178,7 +189,7 @@ def _by_head(source: Node, rows: Node) -> bool:
 def _tied(scale: Recipe, rope: Rope) -> bool:
     """Whether both channels of each RoPE pair have one scale, as far as its recipe tells."""
     if scale.op == "rope_bound":
-        return scale.args[2:] == (rope.distance, rope.width, rope.kind)
+        return scale.args[2:5] == (rope.distance, rope.width, rope.kind)
     inner = scale.args[0] if scale.op in ("reshape", "cast", "round_up") else None
     return _uniform(scale) or (isinstance(inner, Recipe) and _tied(inner, rope))
 
