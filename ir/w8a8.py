@@ -10,7 +10,7 @@ so that the extreme it was made from never lies beyond the last code.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from kvc8.ir.recipe import STEPS
 
+# From a weight [out, in] and its scale [out, 1], both float32, to int8 codes in -127..127.
+Rounding = Callable[[Tensor, Tensor], Tensor]
 EPS = 1.1920929e-07  # msModelSlim's least scale: float32's epsilon
 # Half of what an int32 holds is left to x8·weight, and a quarter to the offset's share.
 LARGEST_BIAS = 2.0**29
@@ -62,8 +64,17 @@ def input_params(seen: Range, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return scale, offset.to(dtype)
 
 
+def nearest(weight: Tensor, scale: Tensor) -> Tensor:
+    """The codes nearest to weight / scale."""
+    return torch.round(weight / scale).clamp(-127, 127).to(torch.int8)
+
+
 def quantize_linear(
-    weight: Tensor, bias: Tensor | None, seen: Range, dtype: torch.dtype
+    weight: Tensor,
+    bias: Tensor | None,
+    seen: Range,
+    dtype: torch.dtype,
+    rounding: Rounding = nearest,
 ) -> Mapping[str, Tensor]:
     """The tensors of a W8A8 linear by their last name, stored for a model of `dtype`.
 
@@ -75,7 +86,7 @@ def quantize_linear(
     """
     input_scale, input_offset = input_params(seen, dtype)
     scale = _weight_scale(weight.float(), bias, float(input_scale), dtype)
-    w8 = torch.round(weight.float() / scale.float()).clamp(-127, 127).to(torch.int8)
+    w8 = rounding(weight.float(), scale.float())
     deq_scale = input_scale.float() * scale.float()[:, 0]
     shift = w8.sum(1, dtype=torch.int64) * input_offset.double()
     wanted = torch.zeros_like(shift) if bias is None else bias.double() / deq_scale.double()

@@ -4,6 +4,7 @@
 
 The options of the vendor's convert_quant_weights.py are taken in its spelling too. Recipes:
 
+    kvc8          the model is rotated so that int8 fits it, ranges are chosen by their error
     minmax        ranges are what all texts reach, K is measured after RoPE; the default
     msmodelslim   the vendor's, bit for bit; the default where an option is given that only it
                   has, as --act-method, --anti-method or --disable-level
@@ -16,7 +17,9 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -25,8 +28,9 @@ from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import listed, place
 from kvc8.ir.new_directory import kept_directory, refuse_existing
+from kvc8.ir.program import Program
 from kvc8.tools.command import INTERRUPTED, entry
-from kvc8.tools.quantizer import minmax, msmodelslim
+from kvc8.tools.quantizer import kvc8, minmax, msmodelslim
 from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
@@ -35,12 +39,14 @@ from kvc8.tools.quantizer.options import (
     MOST_TOKENS,
     SWEEPS,
     add_options,
+    kvc8_options,
     recipe_of,
     run_dtype,
     settings_of,
     source_of,
     vendor_options,
 )
+from kvc8.tools.quantizer.rotation import untied_bytes
 from kvc8.tools.quantizer.sites import choose, sites, vocabulary
 from kvc8.tools.quantizer.work import Report, Texts, Work
 from kvc8.tools.tokenize import read_tokenizer
@@ -71,14 +77,17 @@ def work(args: argparse.Namespace) -> int:
         read, lambda text: tokenizer.encode_any(text.content), most, vocabulary(program)
     )
     cut = stages(program)
+    identity = _identity(checkpoint, texts)
     space = room(args.memory, cut, max(map(len, texts)))
     try:
         with (
             kept_directory(args.output, args.resume) as (part, state),
             _progress((len(cut) - 1) * SWEEPS[recipe]) as report,
         ):
+            if recipe == "kvc8":
+                checkpoint, program = _rotated(args, checkpoint, program, state)
             run = Work(checkpoint, program, part.path, state, args.part_file_size, space, report)
-            run.begin({**settings_of(args, recipe), **_identity(checkpoint, texts)})
+            run.begin({**settings_of(args, recipe), **identity})
             plan = _make(run, args, recipe, texts)
             plan.finish(part.path, plan.entries())
     except KeyboardInterrupt:
@@ -88,6 +97,22 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rotated(
+    args: argparse.Namespace, checkpoint: Checkpoint, program: Program, state: Path
+) -> tuple[Checkpoint, Program]:
+    """The model that the recipe kvc8 quantizes, and its program; says what that is."""
+    linears = choose(sites(program), args.disable, args.down_proj)
+    found = kvc8.rotated(checkpoint, bool(linears), kvc8_options(args), state / "rotated")
+    if isinstance(found, str):
+        what = f"is not rotated ({found}), so int8 costs it more"
+        print(f"note: {place(checkpoint.path)}: {what}", file=sys.stderr)
+        return checkpoint, program
+    if more := untied_bytes(checkpoint, found):
+        what = f"its lm_head is rotated apart from the embedding, {more / 1e6:.1f} MB more"
+        print(f"note: {place(checkpoint.path)}: {what}", file=sys.stderr)
+    return found, capture(found, torch.float32)
+
+
 def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts) -> Plan:
     if recipe == "msmodelslim":
         options = vendor_options(args, run_dtype(args, run.checkpoint, recipe))
@@ -95,9 +120,12 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts) -> Pla
     chosen = choose(sites(run.program), args.disable, args.down_proj)
     if not chosen and not args.use_kvcache_quant:
         raise ModelError("--disable: leaves nothing to quantize; name fewer linears")
-    notes = {"recipe": minmax.NAME, "texts": len(texts), "tokens": sum(map(len, texts))}
+    name = kvc8.NAME if recipe == "kvc8" else minmax.NAME
+    notes = {"recipe": name, "texts": len(texts), "tokens": sum(map(len, texts))}
     if args.use_kvcache_quant:
         notes = {"kv_calibrated": "post-rope", **notes}
+    if recipe == "kvc8":
+        return kvc8.quantize(run, texts, chosen, kvc8_options(args), notes)
     return minmax.quantize(run, texts, chosen, args.use_kvcache_quant, notes)
 
 

@@ -11,10 +11,14 @@ import torch
 from kvc8.ir.capture import config_dtype
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import ModelError
-from kvc8.tools.quantizer import msmodelslim
+from kvc8.tools.quantizer import kvc8, msmodelslim
 from kvc8.tools.quantizer.memory import amount
 
-SWEEPS: Mapping[str, int] = {"minmax": 1, "msmodelslim": 2}  # the recipes: how often over a model
+SWEEPS: Mapping[str, int] = {
+    "kvc8": 1,
+    "minmax": 1,
+    "msmodelslim": 2,
+}  # the recipes: how often over a model
 ANTI_METHODS = ("none", "m1", "m2", "m3", "m4")
 MOST_TOKENS = 512
 
@@ -31,6 +35,7 @@ def add_options(found: argparse.ArgumentParser) -> None:
     what = f"of each text ({MOST_TOKENS}; recipe msmodelslim: all)"
     _option(found, "max_tokens", type=_count, help=what)
     _option(found, "recipe", choices=SWEEPS, help="how numbers are chosen")
+    _add_kvc8(found)
     _add_vendor(found)
     _add_choice(found)
     _option(found, "resume", action="store_true", help="go on with a run that was killed")
@@ -43,6 +48,14 @@ def _option(found: argparse._ActionsContainer, name: str, **settings: object) ->
     """An option in both spellings."""
     spelled = dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}"))
     found.add_argument(*spelled, **settings)  # type: ignore[arg-type]
+
+
+def _add_kvc8(found: argparse.ArgumentParser) -> None:
+    what = "recipe kvc8: turn the model so that no channel stands out (on)"
+    _option(found, "rotate", choices=("on", "off"), default="on", help=what)
+    what = "recipe kvc8: scales of K for a context of so many tokens (2048)"
+    _option(found, "positions", type=_count, default=2048, metavar="N", help=what)
+    _option(found, "seed", type=int, default=0, help="recipe kvc8: of its random numbers (0)")
 
 
 def _add_vendor(found: argparse.ArgumentParser) -> None:
@@ -162,10 +175,16 @@ def vendor_options(args: argparse.Namespace, dtype: torch.dtype) -> msmodelslim.
     )
 
 
+def kvc8_options(args: argparse.Namespace) -> kvc8.Options:
+    """What the recipe kvc8 is told."""
+    return kvc8.Options(args.use_kvcache_quant, args.rotate == "on", args.positions, args.seed)
+
+
 def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:
     """The options that change what is written, as --resume compares them."""
     names = [
         *("act_method", "anti_method", "disable_level", "dtype", "save_type", "kv_asym"),
         *("use_kvcache_quant", "disable", "down_proj", "part_file_size"),
+        *("rotate", "positions", "seed"),
     ]
     return {"recipe": recipe, **{name: getattr(args, name) for name in names}}

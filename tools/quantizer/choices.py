@@ -1,0 +1,89 @@
+"""Numbers that are chosen by the error they cause: clips of activations, margins of the cache.
+
+A range that holds every value seen makes steps wide for the sake of a few, and one that holds only
+most of them clips the few. Which costs less is measured, as the mean square of x - x'.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvc8.ir.w8a8 import Range
+
+CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)  # of the range of an activation
+MARGINS = (1.0, 1.05, 1.1, 1.15, 1.2, 1.25, 1.3, 1.4, 1.5)  # on the reach of a channel of the cache
+MOST_ROWS = 1024  # of a text, to measure an error on
+
+
+def clipped(seen: Range, sample: Tensor) -> Range:
+    """The range among `CLIPS` times the one seen with the least error on a sample of values."""
+    errors = [_range_error(Range(seen.low * c, seen.high * c), sample) for c in CLIPS]
+    best = CLIPS[min(range(len(CLIPS)), key=errors.__getitem__)]
+    return Range(seen.low * best, seen.high * best)
+
+
+def _range_error(seen: Range, x: Tensor) -> float:
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    if high == low:
+        return 0.0
+    scale = (high - low) / 255
+    zero = round(-low / scale) - 128
+    codes = torch.round(x / scale + zero).clamp(-128, 127)
+    return float(((codes - zero) * scale - x).square().mean())
+
+
+@dataclass
+class Reach:
+    """How far a cache's channels reach, and which margin texts not yet seen would have wanted.
+
+    Each text is measured against what the texts before it reached, so that the margin is chosen on
+    values that its ranges do not know (prequential validation; Dawid 1984).
+    """
+
+    margins: Sequence[float] = MARGINS
+    top: Tensor | None = None  # float32 [C]
+    errors: Tensor | None = None  # float64 [margins, C], summed over rows held back
+
+    def add(self, rows: Tensor, held_back: bool) -> None:
+        """Take a text's rows [T, C]; `held_back`: its error tells something about the margin."""
+        if held_back and self.top is not None:
+            some = rows[:: -(-len(rows) // MOST_ROWS)]
+            found = torch.stack([_cache_error(self.top * m, some) for m in self.margins])
+            self.errors = found if self.errors is None else self.errors + found
+        top = rows.abs().amax(0).float()
+        self.top = top if self.top is None else self.top.maximum(top)
+
+    def margin(self, weight: Tensor | None = None) -> float:
+        """The margin with the least error, channels weighted; 1 where nothing was held back."""
+        if self.errors is None:
+            return 1.0
+        cost = (self.errors if weight is None else self.errors * weight).sum(1)
+        return self.margins[int(cost.argmin())]
+
+
+def _cache_error(top: Tensor, rows: Tensor) -> Tensor:
+    """The summed squared error of each channel when `top` has the code 127."""
+    scale = (top / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = torch.round(rows / scale).clamp(-128, 127)
+    return (codes * scale - rows).square().sum(0, dtype=torch.float64)
+
+
+@dataclass
+class Sample:
+    """Some rows of what a linear reads, evenly over the texts."""
+
+    every: int
+    rows: list[Tensor] = field(default_factory=list)
+    at: int = 0
+
+    def add(self, value: Tensor) -> None:
+        """Take a text's values [..., T, C]."""
+        flat = value.reshape(-1, value.shape[-1])
+        self.rows.append(flat[-self.at % self.every :: self.every].clone())
+        self.at += len(flat)
+
+    def values(self) -> Tensor:
+        """What was kept, [rows, C]."""
+        return torch.cat(self.rows)
