@@ -14,10 +14,13 @@ TEXTS = ("The sea is a very large thing.", "12 + 30 = 42", "def f(x): return x",
 
 
 def quantize_model(source: Path, out: Path, linears: str = "w8a8") -> None:
-    """Write a float model with an int8 cache; `linears` are "w8a8" or "float"."""
+    """Write a float model with an int8 cache.
+
+    `linears` are "w8a8" (which leaves down_proj float), "all" (in W8A8) or "float".
+    """
     texts = out.with_suffix(".txt")
     texts.write_text("\n".join(TEXTS))
-    options = ["--disable", "*"] if linears == "float" else []
+    options = {"float": ["--disable", "*"], "all": ["--down-proj"]}.get(linears, [])
     arguments = [str(source), "-o", str(out), "--calib-file", str(texts), *options]
     assert command.entry(quantize.parser(), quantize.work, arguments) == 0
 

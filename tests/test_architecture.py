@@ -32,6 +32,7 @@ THIRD_PARTIES = {
         "ir/checkpoint*.py",
         "ir/safetensors_files.py",
         "backends/npu/artifact.py",
+        "backends/npu/dumps.py",
     ],
     "onnx": ["backends/onnx/*"],
     "onnx_ir": ["backends/onnx/*", "tools/bench_plain.py"],  # a graph written by hand

@@ -16,7 +16,7 @@ from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.errors import ModelError, TargetError
 from kvc8.passes import pipeline
-from kvc8.tools import run
+from kvc8.tools import run, verify
 from kvc8.tools.command import entry
 from kvc8.tools.tokenize import TextStream, read_tokenizer
 
@@ -141,6 +141,26 @@ def test_torch_npu_comes_first(broken_torch_npu) -> None:
         load_torch_npu()
     what = "kvc8.ir.npu was imported before it; call load_torch_npu() first"
     assert str(caught.value) == f"torch_npu: {what}"
+
+
+def test_a_dump_is_compared_node_by_node(out, capsys, tmp_path) -> None:
+    dump = tmp_path / "values.safetensors"
+    status, _, _ = ran(capsys, out, "--prompt", "ab", "--max-new-tokens", "2", "--dump", dump)
+    assert status == 0
+    arguments = verify.parser().parse_args([str(out), "--dump", str(dump), "--json"])
+    assert verify.work(arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {each["phase"] for each in found} == {"prefill", "decode"}
+    assert {each["op"] for each in found} >= {"npu_quant_matmul", "cache"}
+    assert not any(each["differ"] for each in found)  # a CPU agrees with itself
+    arguments.json = False
+    assert verify.work(arguments) == 0
+    assert "npu_quant_matmul" in capsys.readouterr().out
+    assert ran(capsys, out, "--prompt", "ab", "--dump", dump) == (
+        1,
+        "",
+        f"error: {dump}: exists already; choose another file or remove it\n",
+    )
 
 
 def test_graphs_are_of_the_npu(out, capsys) -> None:

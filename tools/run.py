@@ -13,6 +13,7 @@ from kvc8.tools.command import entry
 if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should not wait for it
     import torch
 
+    from kvc8.backends.npu.dumps import Recording
     from kvc8.backends.npu.generate import Generation, Model, Statistics
     from kvc8.backends.npu.scheduler import Sequence as Running
     from kvc8.tools.tokenize import Tokenizer
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the sampling; default: 0")
     add("--device", choices=("cpu", "npu"), default="cpu", help="default: cpu, emulated")
     add("--graph", action="store_true", help="with --device npu: record decode steps, replay them")
+    add("--dump", type=Path, metavar="FILE", help="write each node's values, for kvc8-verify")
     add(
         "--chat",
         action=argparse.BooleanOptionalAction,
@@ -75,8 +77,10 @@ def run(given: argparse.Namespace) -> int:
     prompts = [tokenizer.encode(prompt, chat) for prompt in given.prompt]
     _check_lengths(config, prompts, given.max_new_tokens)
     printer = _Printer(tokenizer, len(prompts), quiet=given.json)
+    model = model_of(prompts)
+    recording = _recording(given, model) if given.dump else None
     generation = generate(
-        model_of(prompts),
+        model,
         prompts,
         most=given.max_new_tokens,
         stops=tokenizer.stops,
@@ -86,7 +90,24 @@ def run(given: argparse.Namespace) -> int:
         share=given.share_prefix,
     )
     _report(given, generation, printer.texts(), note)
+    if recording:
+        recording.write(given.dump)
     return 0
+
+
+def _recording(given: argparse.Namespace, model: "Model") -> "Recording":
+    """What keeps the values of the first step of each phase."""
+    from kvc8.backends.npu.dumps import Recording
+    from kvc8.backends.npu.runtime import Model
+    from kvc8.ir.errors import TargetError
+
+    if not isinstance(model, Model) or given.graph:
+        what = "keeps the values of an NPU program's nodes, run one by one"
+        raise TargetError(f"--dump: {what}; leave out --graph, and name what was compiled for npu")
+    if given.dump.exists():
+        raise TargetError(f"{given.dump}: exists already; choose another file or remove it")
+    model.runner = Recording(model.programs)
+    return model.runner
 
 
 Opened = tuple[Callable[[list[list[int]]], "Model"], Mapping[str, object], str]

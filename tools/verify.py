@@ -33,6 +33,7 @@ from kvc8.ir.program import Program
 from kvc8.ir.types import dtype_name
 from kvc8.ir.widen import widen
 from kvc8.passes import pipeline
+from kvc8.tools import dumps
 from kvc8.tools.command import entry
 from kvc8.tools.compare import Row, compare
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
@@ -65,11 +66,19 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
     add_kv_calibrated(found)
     found.add_argument("--json", action="store_true", help="print the table as JSON")
+    found.add_argument(
+        "--dump",
+        type=Path,
+        metavar="FILE",
+        help="written by `kvc8-run --dump`; DIR is what it ran: compare it with the emulation",
+    )
     return found
 
 
 def work(args: argparse.Namespace) -> int:
     """Run all forms and compare; gives 1 where one breaks a promise."""
+    if args.dump:
+        return dumps.work(args)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     text = args.text.read_text(encoding="utf-8") if args.text else TEXT
     prompt = read_tokenizer(args.directory).encode(text)[: args.tokens]

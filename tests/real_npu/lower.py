@@ -14,17 +14,23 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import c8
+import conftest
 from sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.npu import legality
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.program import Program
 from kvc8.ir.text import show
 from kvc8.passes import pipeline
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
+# Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
+KINDS = ("llama", "qwen2", "qwen3", "mistral")
+TINY = {"tie_word_embeddings": False, "num_hidden_layers": 2, "head_dim": 32}
 # Symmetric; with zero points and biases; msModelSlim's newer format.
-TINY = ("llama_fp16_m3", "qwen2_fp16_none_asym", "v1_qwen2_fp16_w8a8c8")
+VENDOR = ("llama_fp16_m3", "qwen2_fp16_none_asym", "v1_qwen2_fp16_w8a8c8")
 SMOLLM2 = LLAMA_70B | {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -33,15 +39,28 @@ SMOLLM2 = LLAMA_70B | {
     "num_key_value_heads": 3,
     "vocab_size": 49152,
 }
+LARGE = "smollm2-shape"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SOC, BLOCK_SIZE = "ascend910b", 128
 
 
 def models(scratch: Path) -> Iterator[tuple[str, Path]]:
     """The directories of models, by name."""
-    yield "smollm2-shape", write_sparse(scratch / "smollm2", SMOLLM2)
-    for name in TINY:
+    yield LARGE, write_sparse(scratch / "smollm2", SMOLLM2)
+    for name in VENDOR:
         yield name, CHECKPOINTS / name / "quant"
+    for kind in KINDS:
+        model, symmetric, offsets = (
+            scratch / f"{kind}-{part}" for part in ("float", "sym", "asym")
+        )
+        model.mkdir()
+        window = {"sliding_window": None} if kind == "mistral" else {}
+        conftest._write_model(model, kind, 0, TINY | window)
+        conftest._write_tokenizer(model)
+        c8.quantize_model(model, symmetric, "all")
+        yield f"tiny-{kind}", symmetric
+        c8.with_offsets(symmetric, offsets)
+        yield f"tiny-{kind}-offsets", offsets
 
 
 def main(out: str) -> None:
@@ -51,11 +70,19 @@ def main(out: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for name, directory in models(Path(scratch)):
             for dtype_name, dtype in DTYPES.items():
+                if name == LARGE and dtype is not torch.float16:
+                    continue  # it takes a minute, and its calls are those of the small ones
                 program = capture(open_checkpoint(directory), dtype)
                 pipeline.run(program, pipeline.QUANTIZE)
-                for phase, lowered in pipeline.lower_for_npu(program)[0].items():
-                    legality.check(lowered, SOC, BLOCK_SIZE)
-                    (folder / f"{name}-{dtype_name}-{phase}.py").write_text(show(lowered) + "\n")
+                write(folder, f"{name}-{dtype_name}", program)
+
+
+def write(folder: Path, name: str, program: Program) -> None:
+    """Write the fused and the unfused program of each phase."""
+    for fuse, mark in (("on", ""), ("off", "-unfused")):
+        for phase, lowered in pipeline.lower_for_npu(program, fuse=fuse)[0].items():
+            legality.check(lowered, SOC, BLOCK_SIZE)
+            (folder / f"{name}{mark}-{phase}.py").write_text(show(lowered) + "\n")
 
 
 if __name__ == "__main__":

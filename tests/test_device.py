@@ -1,7 +1,7 @@
-"""Recorded decode steps, and a compiled model inside of another engine, give the same tokens."""
+"""What is there for a device, on a CPU: recorded decode steps, other engines, dumps of values."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
+from kvc8.backends.npu.dumps import Recording, again, read_dump
 from kvc8.backends.npu.embed import load_steps
 from kvc8.backends.npu.generate import generate
 from kvc8.backends.npu.graphs import Recorder
@@ -145,4 +146,40 @@ def test_an_engine_with_its_own_caches(artifact: Artifact) -> None:
         steps.decode({}, caches[:3])
     assert str(refused.value) == (
         "caches: 3 tensors for a program of 8; give K and V of each layer"
+    )
+
+
+class Faulty(TorchDispatchMode):
+    """A device whose SwiGLU is off by one, and all that follows with it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        return out + 1 if func is torch.ops.npu.npu_swiglu.default else out
+
+
+@pytest.mark.parametrize("device", [None, Faulty])
+def test_a_dump_shows_the_op_at_fault_and_no_other(
+    artifact: Artifact, device: type[Faulty] | None, tmp_path: Path
+) -> None:
+    model = load(artifact.programs, artifact.make, blocks=8, block_size=BLOCK)
+    recording = Recording(model.programs)
+    model.runner = recording
+    with device() if device else nullcontext():
+        generate(model, PROMPTS[:1], most=3, stops=frozenset())
+    recording.write(tmp_path / "values")
+    dump = read_dump(tmp_path / "values")
+    for phase in ("prefill", "decode"):
+        program = artifact.programs[phase]
+        found = list(again(phase, program, dump, model.parameters[phase]))
+        assert {each.op for each in found if each.differ} == ({"npu_swiglu"} if device else set())
+        assert [each.node for each in found[-8:]] == [node.name for node in program.caches()]
+        assert len(found) > 50
+
+
+def test_the_dump_of_another_program(artifact: Artifact) -> None:
+    with pytest.raises(TargetError) as refused:
+        list(again("decode", artifact.programs["decode"], {}, {}))
+    first = artifact.programs["decode"].inputs()[0].name
+    assert str(refused.value) == (
+        f"decode/in/{first}: is not in the dump; give the dump of this very program"
     )
