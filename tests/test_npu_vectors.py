@@ -298,6 +298,36 @@ def test_paged_codes_are_contiguous_floats() -> None:
         assert lse.shape == (0,)
 
 
+def test_pages_in_nz_are_pages() -> None:
+    """What npu_scatter_pa_kv_cache writes in format NZ, attention reads as it reads ND."""
+    random = torch.Generator().manual_seed(0)
+    slots = torch.randperm(3 * 128, generator=random)[:200].to(torch.int32)
+    k, v = (
+        torch.randint(-128, 128, (200, 8, 128), generator=random).to(torch.int8) for _ in range(2)
+    )
+    flat = [torch.zeros(3, 128, 8, 128, dtype=torch.int8) for _ in range(2)]
+    nz = [torch.zeros(3, 8 * 4, 128, 32, dtype=torch.int8) for _ in range(2)]
+    npu.npu_scatter_pa_kv_cache(k, v, *flat, slots, cache_mode="Norm")
+    npu.npu_scatter_pa_kv_cache(k, v, *nz, slots, cache_mode="PA_NZ")
+    scales = {
+        f"{which}_antiquant_scale": torch.rand(8 * 128, generator=random).bfloat16()
+        for which in ("key", "value")
+    }
+    heads = {"num_heads": 64, "num_key_value_heads": 8, "scale": 0.1, "inner_precise": 1}
+    table = torch.tensor([[2, 0], [1, 2]], dtype=torch.int32)
+    paged = {"block_table": table, "block_size": 128, "actual_seq_lengths_kv": [130, 256]}
+    q = torch.randn(2, 1, 64 * 128, generator=random).bfloat16()
+    outs = [
+        npu.npu_fused_infer_attention_score(q, *caches, **scales, **heads, **paged)[0]
+        for caches in (
+            [cache.flatten(2) for cache in flat],
+            [cache.view(3, 8, 4, 128, 32) for cache in nz],
+        )
+    ]
+    assert outs[0].abs().max() > 1
+    assert torch.equal(*outs)
+
+
 def test_float_pages_are_contiguous_floats() -> None:
     random = torch.Generator().manual_seed(0)
     k, v = (torch.randn(3, 16, 2, 16, generator=random) for _ in range(2))

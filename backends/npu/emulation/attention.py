@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvc8.backends.npu.emulation.layouts import Layout, Paging
+from kvc8.backends.npu.emulation.layouts import NZ_RANK, Layout, Paging
 from kvc8.backends.npu.emulation.quantization import refuse
 from kvc8.backends.npu.emulation.scaled_attention import Mask, Window, attend, dequantize
 from kvc8.ir.errors import TargetError
@@ -61,7 +61,8 @@ def npu_fused_infer_attention_score(
     - Contiguous key and value lie like query. actual_seq_lengths(_kv) are lengths, one a sequence;
       in TND they are cumulative and required.
     - With block_table int32 [B, M] they are [blocks, block_size, kv_heads * D], or
-      [blocks, kv_heads, block_size, D] in BNSD and TND; actual_seq_lengths_kv are lengths.
+      [blocks, kv_heads, block_size, D] in BNSD and TND, or in NZ format
+      [blocks, kv_heads, D / 32, block_size, 32]; actual_seq_lengths_kv are lengths.
     - key and value int8, one query row a sequence: (codes + offset) * scale, in the dtype of query,
       per channel (of kv_heads * D values) or per tensor, mode 0. antiquant_scale and _offset hold
       key's and value's stacked; the key_ and value_ forms hold one each. The offset is minus the
@@ -190,6 +191,8 @@ def _check_codes(layout: Layout, query: Tensor, stored: Tensor, parameters: Anti
             f"{_FIA}: int8 keys or values with several query rows a sequence; dequantize first"
         )
     width = stored.shape[-1] if stored.ndim == 3 else layout.kv_heads * stored.shape[-1]
+    if stored.ndim == NZ_RANK:
+        width = stored.shape[1] * stored.shape[2] * stored.shape[4]
     for parameter in parameters:
         if parameter is None:
             continue

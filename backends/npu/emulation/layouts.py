@@ -11,6 +11,7 @@ from kvc8.backends.npu.emulation.scaled_attention import pages
 from kvc8.ir.errors import TargetError
 
 _RANKS = {"BSH": 3, "TND": 3, "BSND": 4, "BNSD": 4}
+NZ_RANK = 5  # of a cache [blocks, kv_heads, D / 32, block_size, 32]
 _LARGEST_HEAD = 512  # npu_fused_infer_attention_score.md, which allows TND less: see attention.py
 
 
@@ -92,11 +93,13 @@ class Layout:
             )
 
     def page_rows(self, cache: Tensor) -> Tensor:
-        """A paged cache as [blocks, block_size, kv_heads, D], without copying."""
+        """A paged cache as [blocks, block_size, kv_heads, D], copied where it is in NZ format."""
         if cache.ndim == 3:
             return cache.view(*cache.shape[:2], self.kv_heads, -1)
         if cache.ndim == 4 and self.name in ("BNSD", "TND"):
             return cache.transpose(1, 2)
+        if cache.ndim == NZ_RANK:
+            return cache.permute(0, 3, 1, 2, 4).flatten(3)
         raise TargetError(
             f"{self.op}: a cache {list(cache.shape)} is not known in {self.name}; make it "
             "[blocks, block_size, heads * head_dim]"
