@@ -48,9 +48,9 @@ class Emitted:
     out: Path
 
 
-def captured(directory: Path) -> Program:
-    """The program of a model, in float32."""
-    return capture(open_checkpoint(directory), dtype=torch.float32)
+def captured(directory: Path, dtype: torch.dtype = torch.float32) -> Program:
+    """The program of a model."""
+    return capture(open_checkpoint(directory), dtype=dtype)
 
 
 def quantized(directory: Path) -> Program:
@@ -113,9 +113,9 @@ def with_int8_cache(program: Program, zeros: bool = False) -> Program:
     return program
 
 
-def without_weights(out: Path) -> onnx.ModelProto:
+def without_weights(out: Path, name: str = "model") -> onnx.ModelProto:
     """A model whose external weights are inputs, so that it can be checked where it lies."""
-    model = onnx.load(out / "model.onnx", load_external_data=False)
+    model = onnx.load(out / f"{name}.onnx", load_external_data=False)
     outside = [x for x in model.graph.initializer if x.data_location == onnx.TensorProto.EXTERNAL]
     for x in outside:
         model.graph.initializer.remove(x)

@@ -45,8 +45,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--flavor",
-        choices=("standard", "gqa"),
-        help="of ONNX: standard ops over pages (default), or ONNX Runtime's fastest, a dense cache",
+        choices=("standard", "gqa", "lowered"),
+        help="of ONNX: standard ops over pages (default), what ONNX Runtime is fastest at over a "
+        "dense cache, or what an NPU would run, each of its ops a function",
     )
     found.add_argument(
         "--dtype",
@@ -89,11 +90,12 @@ def work(args: argparse.Namespace) -> int:
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
         warnings.warn(warning, stacklevel=2)
-    unset = torch.float32 if args.target == "onnx" else None  # which a CPU computes fastest
+    for_cpu = args.target == "onnx" and args.flavor != "lowered"
+    unset = torch.float32 if for_cpu else None  # which a CPU computes fastest
     program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else unset)
     told = quantize(program, args.kv_scales, args.dump, checkpoint.read)
     if args.target == "onnx":
-        _onnx(args, checkpoint, program)
+        told += _onnx(args, checkpoint, program)
         _tell(args, _sites(told), program)
     else:
         lowered, more = _npu(args, checkpoint, program)
@@ -161,10 +163,16 @@ def _npu(
     return lowered, told
 
 
-def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> None:
-    from kvc8.backends.onnx.emitter import emit  # onnx takes a second to import; the NPU needs none
+def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> Told:
+    from kvc8.backends.onnx import emitter, lowered  # onnx takes a second to import
 
-    emit(program, checkpoint, args.output, args.flavor or "standard")
+    if args.flavor != "lowered":
+        emitter.emit(program, checkpoint, args.output, args.flavor or "standard")
+        return []
+    options = (args.prefill_kv, args.dump, args.fold, args.fuse)
+    phases, told = pipeline.lower_for_npu(program, *options)
+    lowered.emit_lowered(phases, checkpoint, args.output)
+    return told
 
 
 def _sites(told: Told) -> Counter[tuple[str, str]]:

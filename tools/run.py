@@ -136,7 +136,7 @@ def _open_onnx(given: argparse.Namespace, device: "torch.device") -> Opened:
         model.allocate(given.blocks, tokens)
         return model
 
-    return allocated, model.config, IN_ONNX_RUNTIME.format(model.session.flavor)
+    return allocated, model.config, IN_ONNX_RUNTIME.format(model.flavor)
 
 
 def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:

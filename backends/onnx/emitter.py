@@ -23,7 +23,7 @@ links; ONNX Runtime does not. Copy the directory to use them.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -39,7 +39,7 @@ from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.model_files import file_names, model_file
 from kvc8.ir.new_directory import Part, new_directory
-from kvc8.ir.program import Program, Stage, is_parameter, substitute, tensor_type, type_of
+from kvc8.ir.program import Program, Stage, substitute, tensor_type, type_of
 from kvc8.ir.shapes import Target
 from kvc8.ir.types import IntType, dtype_name
 
@@ -65,20 +65,18 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
     b = Builder()
     weights = Weights(b, checkpoint)
     inputs = gqa.inputs(program, b) if flavor == "gqa" else _inputs(program, b)
-    _parameters(program, b, weights)
+    parameters(b, weights, program.parameters())
     lowerings = gqa.LOWERINGS if flavor == "gqa" else LOWERINGS
     for node in program.graph.nodes:
         if node.op == "call_function":
-            _lower(b, node, lowerings)
-    model = _model(program, b, inputs)
+            lower(b, node, lowerings)
+    model = assemble(program, b, inputs)
+    manifest = {"format": "kvc8-onnx", "version": 1, "flavor": flavor, **ports(program, model)}
     with new_directory(out) as part:
         weights.write(part)
         part.write("model.onnx", ir.to_proto(model).SerializeToString())
-        part.write(
-            "manifest.json",
-            json.dumps(_manifest(program, model, flavor), indent=1).encode() + b"\n",
-        )
-        _carry(part, checkpoint.path)
+        part.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
+        carry(part, checkpoint.path)
 
 
 def _inputs(program: Program, b: Builder) -> list[Value]:
@@ -89,14 +87,14 @@ def _inputs(program: Program, b: Builder) -> list[Value]:
     return values
 
 
-def _parameters(program: Program, b: Builder, weights: Weights) -> None:
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and is_parameter(node):
-            b.scope = node.name
-            b.values[node] = weights.parameter(node)
+def parameters(b: Builder, weights: Weights, nodes: Sequence[Node]) -> None:
+    """Make parameters of a program values."""
+    for node in nodes:
+        b.scope = node.name
+        b.values[node] = weights.parameter(node)
 
 
-def _lower(b: Builder, node: Node, lowerings: Mapping[Target, Lowering]) -> None:
+def lower(b: Builder, node: Node, lowerings: Mapping[Target, Lowering]) -> None:
     """Make a call of the program nodes of the model, the last of which has its name."""
     b.scope, b.origin = node.name, node.meta.get("origin", "")
     type_ = type_of(node)
@@ -106,8 +104,9 @@ def _lower(b: Builder, node: Node, lowerings: Mapping[Target, Lowering]) -> None
     assert not isinstance(node.target, str)
     if node.target not in lowerings:
         name = str(node.target).removesuffix(".default")
+        where = "npu_functions.py" if name.startswith("npu.") else "lowerings.py"
         what = f"{node.name}: onnx has no lowering for {name}"
-        raise TargetError(f"{what}; add one to backends/onnx/lowerings.py, or remove the call")
+        raise TargetError(f"{what}; add one to backends/onnx/{where}, or remove the call")
     args = [substitute(arg, b.values.__getitem__) for arg in node.args]
     kwargs = {name: substitute(arg, b.values.__getitem__) for name, arg in node.kwargs.items()}
     made = lowerings[node.target](b, node, *args, **kwargs)
@@ -117,7 +116,10 @@ def _lower(b: Builder, node: Node, lowerings: Mapping[Target, Lowering]) -> None
         typed(made, tensor_type(node)).name = node.name
 
 
-def _model(program: Program, b: Builder, inputs: list[Value]) -> ir.Model:
+def assemble(
+    program: Program, b: Builder, inputs: list[Value], functions: Sequence[ir.Function] = ()
+) -> ir.Model:
+    """The model of what a program's nodes have become."""
     outputs = _outputs(program, b)
     graph = ir.Graph(
         inputs,
@@ -127,7 +129,7 @@ def _model(program: Program, b: Builder, inputs: list[Value]) -> ir.Model:
         opset_imports={"": OPSET, **dict.fromkeys(sorted({n.domain for n in b.nodes} - {""}), 1)},
         name=program.stage.value,
     )
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="kvc8")
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="kvc8", functions=functions)
     RemoveUnusedNodesPass()(model)  # a dequantized cache of which only pages are read, say
     return model
 
@@ -156,13 +158,11 @@ def _output_names(program: Program) -> list[str]:
     return ["logits", *(f"{node.name}_seen" for node in watched), *caches]
 
 
-def _manifest(program: Program, model: ir.Model, flavor: Flavor) -> dict[str, object]:
+def ports(program: Program, model: ir.Model) -> dict[str, object]:
+    """What the manifest says of the inputs, caches and outputs of a model."""
     caches = {cache.name for cache in program.caches()}
     given = [(value.name in caches, _entry(value)) for value in model.graph.inputs]
     return {
-        "format": "kvc8-onnx",
-        "version": 1,
-        "flavor": flavor,
         "inputs": [entry for is_cache, entry in given if not is_cache],
         "caches": [entry for is_cache, entry in given if is_cache],
         "outputs": [_entry(value) for value in model.graph.outputs],
@@ -176,7 +176,7 @@ def _entry(value: Value) -> dict[str, object]:
     return {"name": value.name, "dtype": dtype_name(dtype), "shape": shape}
 
 
-def _carry(part: Part, model: Path) -> None:
+def carry(part: Part, model: Path) -> None:
     """Copy what a tokenizer and a reader of the config need."""
     for name in file_names(model):
         file = model_file(model, name) if name.startswith(CARRIED) else None

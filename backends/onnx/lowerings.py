@@ -68,6 +68,15 @@ def _reshape(b: Builder, node: Node, x: Value, shape: Sequence[Dim]) -> Value:
     return b.op("Reshape", x, b.shape(shape))
 
 
+def _flatten(b: Builder, node: Node, x: Value, start: int, end: int) -> Value:
+    return b.op("Reshape", x, b.shape([*[0] * start, -1, *tensor_type(node).shape[start + 1 :]]))
+
+
+def _unflatten(b: Builder, node: Node, x: Value, dim: int, sizes: Sequence[Dim]) -> Value:
+    rest = tensor_type(node).shape[dim + len(sizes) :]
+    return b.op("Reshape", x, b.shape([*[0] * dim, *sizes, *rest]))
+
+
 def _expand(b: Builder, node: Node, x: Value, shape: Sequence[Dim], **_: object) -> Value:
     return b.op("Expand", x, b.shape([1 if d == -1 else d for d in shape]))
 
@@ -114,6 +123,10 @@ def _index(b: Builder, node: Node, x: Value, indices: Sequence[Value | None]) ->
     if len(given) != 1 or tensor_type(of).dtype not in (torch.int64, torch.int32):
         raise TargetError(f"{node.name}: onnx indexes by one list of rows; use one, of integers")
     return b.op("Gather", x, indices[given[0]], axis=given[0])
+
+
+def _index_select(b: Builder, node: Node, x: Value, dim: int, rows: Value) -> Value:
+    return b.op("Gather", x, rows, axis=dim)
 
 
 def _cat(b: Builder, node: Node, parts: Sequence[Value], dim: int = 0) -> Value:
@@ -182,7 +195,9 @@ LOWERINGS: Mapping[Target, Lowering] = MappingProxyType(
         aten.embedding.default: _embedding,
         aten.expand.default: _expand,
         aten.gelu.default: _gelu,
+        aten.flatten.using_ints: _flatten,
         aten.index.Tensor: _index,
+        aten.index_select.default: _index_select,
         aten.linear.default: _linear,
         aten.matmul.default: _binary("MatMul"),
         aten.mean.dim: _mean,
@@ -208,6 +223,7 @@ LOWERINGS: Mapping[Target, Lowering] = MappingProxyType(
         aten.to.dtype_layout: _cast,
         aten.transpose.int: _transpose,
         aten.type_as.default: _cast,
+        aten.unflatten.int: _unflatten,
         aten.unsqueeze.default: _unsqueeze,
         aten.view.default: _reshape,
     }

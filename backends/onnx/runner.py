@@ -73,11 +73,30 @@ class Session:
         return [*map(_tensor, results), *(caches[port.name] for port in self.caches)]
 
 
-def load(out: Path, threads: int = 0) -> Session:
-    """Load what `emit` wrote; `threads` 0 is one a core. Raises TargetError at anything else."""
+def _manifest(out: Path) -> Mapping[str, object]:
     manifest = read_json(out / "manifest.json")
     if manifest.get("format") != "kvc8-onnx" or manifest.get("version") != 1:
         raise TargetError(f"{place(out)}: is no ONNX model of this kvc8; compile it again")
+    return manifest
+
+
+def phases_of(out: Path) -> Mapping[str, object]:
+    """What the manifest says of each model by phase; one that has none is "model"."""
+    manifest = _manifest(out)
+    found = manifest.get("phases", {"model": manifest})
+    return found if isinstance(found, dict) else {}
+
+
+def load(out: Path, threads: int = 0, phase: str = "model") -> Session:
+    """Load what `emit` wrote, or a phase of what `emit_lowered` did: "prefill" or "decode".
+
+    `threads` 0 is one a core. Raises TargetError at anything else.
+    """
+    manifest, described = _manifest(out), phases_of(out).get(phase)
+    if not isinstance(described, dict):
+        raise TargetError(
+            f"{place(out)}: has no phase {shown(phase)}; choose one of its manifest's"
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -85,7 +104,7 @@ def load(out: Path, threads: int = 0) -> Session:
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         session = ort.InferenceSession(
-            str(out / "model.onnx"), options, providers=["CPUExecutionProvider"]
+            str(out / f"{phase}.onnx"), options, providers=["CPUExecutionProvider"]
         )
     except ort_state.NotImplemented as error:  # bfloat16: most ops have no kernel for it
         what = f"{place(out)}: ONNX Runtime cannot compute this on a CPU ({shown(error)})"
@@ -93,7 +112,7 @@ def load(out: Path, threads: int = 0) -> Session:
     except (ort_state.Fail, ort_state.InvalidProtobuf, ort_state.NoSuchFile) as error:
         what = f"{place(out)}: cannot be loaded ({shown(error)})"
         raise TargetError(f"{what}; compile it again") from error
-    inputs, caches, outputs = (_ports(out, manifest, p) for p in ("inputs", "caches", "outputs"))
+    inputs, caches, outputs = (_ports(out, described, p) for p in ("inputs", "caches", "outputs"))
     return Session(str(manifest.get("flavor")), inputs, caches, outputs, session)
 
 

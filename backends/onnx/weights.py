@@ -33,8 +33,8 @@ DERIVED, FOLDER = "derived.bin", "weights"
 class Weights:
     """Makes the parameters of one model, and remembers what must be written beside it."""
 
-    def __init__(self, b: Builder, checkpoint: Checkpoint) -> None:
-        self.b, self.checkpoint = b, checkpoint
+    def __init__(self, b: Builder, checkpoint: Checkpoint, file: str = DERIVED) -> None:
+        self.b, self.checkpoint, self.file = b, checkpoint, file
         self.shards: dict[str, Path] = {}
         self.derived = bytearray()
         self._stored: dict[str, Value] = {}
@@ -44,11 +44,12 @@ class Weights:
         return self._value(recipe_of(node), node.name)
 
     def write(self, part: Part) -> None:
-        """Write what the model refers to."""
-        (part.path / FOLDER).mkdir()
+        """Write what the model refers to, and another model has not written before."""
+        (part.path / FOLDER).mkdir(exist_ok=True)
         for name, file in self.shards.items():
-            part.link(f"{FOLDER}/{name}", file)
-        part.write(DERIVED, bytes(self.derived))
+            if not (part.path / FOLDER / name).exists():
+                part.link(f"{FOLDER}/{name}", file)
+        part.write(self.file, bytes(self.derived))
 
     def _value(self, recipe: Recipe, name: str) -> Value:
         if recipe.op == "stored":
@@ -91,7 +92,7 @@ class Weights:
     def _put(self, tensor: Tensor, name: str) -> Value:
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         self.derived += bytes(-len(self.derived) % ALIGNMENT)
-        where = DERIVED, len(self.derived), len(raw)
+        where = self.file, len(self.derived), len(raw)
         self.derived += raw
         return self._initializer(f"{name}/derived", where, tensor.dtype, tuple(tensor.shape))
 
