@@ -85,6 +85,9 @@ def test_a_report_as_json(model, tmp_path, capsys):
     assert sum(op["launches"] for op in ops) == decode["total"]["launches"]
     assert sum(op["share"] for op in ops) == pytest.approx(1)
     assert decode["bytes_a_token"] * 4 == decode["total"]["bytes"]
+    assert sum(decode["launches_in_a_layer"].values()) == 4  # layers
+    assert decode["unfused"]["launches"] > decode["total"]["launches"]
+    assert decode["unfused"]["launches_in_a_layer"] != decode["launches_in_a_layer"]
     cache = decode["total"]["cache_read"] + decode["total"]["cache_written"]
     assert cache == 4 * 512 * (1000 + 1)
     wider = decode["with_float16_cache"]["bytes_a_token"] - decode["bytes_a_token"]

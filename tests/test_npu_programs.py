@@ -89,14 +89,15 @@ def test_a_call_that_does_not_fit_is_noticed() -> None:
 
 
 @pytest.mark.slow  # captures models
+@pytest.mark.parametrize("fuse", ["on", "off"])
 @pytest.mark.parametrize("model", MODELS)
-def test_every_call_fits_its_recorded_schema(model: str) -> None:
+def test_every_call_fits_its_recorded_schema(model: str, fuse: str) -> None:
     checkpoint = open_checkpoint(CHECKPOINTS / model / "quant")
     seen: Counter[str] = Counter()
     for dtype in DTYPES:
         program = capture(checkpoint, dtype)
         pipeline.run(program, pipeline.QUANTIZE)
-        for phase, lowered in pipeline.lower_for_npu(program)[0].items():
+        for phase, lowered in pipeline.lower_for_npu(program, fuse=fuse)[0].items():
             for node in npu_calls(lowered):
                 assert misfits(node) == [], (phase, node.format_node())
                 seen[str(node.target)] += 1
