@@ -1,0 +1,167 @@
+"""Each pass of a layer's lowering and fusion holds its contract, on the program it documents."""
+
+import importlib
+from collections.abc import Mapping
+
+import pytest
+import torch
+from test_pass_docs import PROGRAMS
+
+from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
+from kvc8.ir.program import Program
+from kvc8.ir.recipe import make
+from kvc8.ir.run import run
+from kvc8.ir.text import parse
+
+NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+# Half a unit in the last place, relative to the value.
+UNITS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+LEAST = {torch.float16: 2.0**-25, torch.bfloat16: 0.0, torch.float32: 0.0}  # among the subnormal
+ROWS = 64
+HALVES = [torch.float16, torch.bfloat16]
+ALL = [*HALVES, torch.float32]
+# Zero points up to both ends, and scales under which values saturate or take the middle codes.
+QUANTIZERS = [(0.01, -128.0), (0.03, 0.0), (0.02, 127.0), (0.5, 5.0), (0.0005, -3.0)]
+
+
+def before(name: str, dtype: torch.dtype) -> Program:
+    """The program that a pass documents, in another dtype."""
+    found = PROGRAMS.search(importlib.import_module(f"kvc8.passes.{name}").__doc__ or "")
+    assert found
+    text = found[2].replace("f16", NAMES[dtype])
+    return parse(text)
+
+
+def results(
+    name: str, dtype: torch.dtype, stored: Mapping[str, torch.Tensor], given: Mapping[str, object]
+) -> list[list[torch.Tensor]]:
+    """What the program gives before the pass and after it."""
+    program = before(name, dtype)
+    after = program.copy()
+    getattr(importlib.import_module(f"kvc8.passes.{name}"), name)(after)
+    made = []
+    for p in (program, after):
+        parameters = {n.name: make(n.meta["recipe"], stored.__getitem__) for n in p.parameters()}
+        # what is written in place is not shared by the two
+        own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        made.append(run(p, {**parameters, **own}))
+    return made
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2
+    return made.to(dtype)
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+@pytest.mark.parametrize("dtype", ALL)
+def test_lower_norms(dtype):
+    """ATen rounds twice and the op once: 3 units of the value, and of what is too small."""
+    weight = noise(64, dtype=dtype, seed=1)
+    x = noise(1, ROWS, 64, dtype=dtype)
+    [want], [got] = results("lower_norms", dtype, {"w": weight}, {"x": x})
+    if dtype is torch.float32:
+        assert torch.equal(got, want)
+    bound = 3 * UNITS[dtype] * 1.01 * want.float().abs() + LEAST[dtype] * (1 + weight.float().abs())
+    assert ((got.float() - want.float()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ALL)
+def test_lower_rope(dtype):
+    """float16 and float32 in the same steps; bfloat16 three roundings against one."""
+    q, angle = noise(1, ROWS, 4, 8, dtype=dtype), noise(1, ROWS, 8, seed=1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    [want], [got] = results("lower_rope", dtype, {}, {"q": q, "c": cos, "s": sin})
+    if dtype is not torch.bfloat16:
+        assert torch.equal(got, want)
+    turned = torch.cat([q[..., 4:], q[..., :4]], -1).float()
+    sizes = q.float().abs() * cos.float().abs()[:, :, None]
+    sizes = sizes + turned.abs() * sin.float().abs()[:, :, None]
+    # each product by a unit of its size, and each of the two sums by one of theirs
+    assert ((got.float() - want.float()).abs() <= 3 * UNITS[dtype] * 1.01 * sizes).all()
+
+
+@pytest.mark.parametrize("dtype", ALL)
+def test_lower_swiglu(dtype):
+    """ATen rounds silu and the product, the op the product alone."""
+    x = noise(1, ROWS, 64, dtype=dtype)
+    [want], [got] = results("lower_swiglu", dtype, {}, {"x": x})
+    if dtype is torch.float32:
+        assert torch.equal(got, want)
+    small = LEAST[dtype] * (1 + x.float().abs().max())
+    bound = 3 * UNITS[dtype] * 1.01 * want.float().abs() + small
+    assert ((got.float() - want.float()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ALL)
+def test_fuse_linears_is_bit_exact_where_linears_are_w8a8(dtype):
+    random = torch.Generator().manual_seed(0)
+    stored = {"is": torch.tensor([0.03]), "io": torch.tensor([-7.0])}
+    for name in ("g", "u"):
+        stored[name] = torch.randint(-127, 128, (96, 64), generator=random, dtype=torch.int8)
+        scale = torch.rand(96, generator=random) / 1000
+        stored[f"{name}d"] = scale.view(torch.int32).long()
+        bias = torch.randint(-999, 999, (96,), generator=random, dtype=torch.int32)
+        stored[f"{name}b"] = bias
+    x = noise(1, ROWS, 64, dtype=dtype)
+    want, got = results("fuse_linears", dtype, stored, {"x": x})
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize(("scale", "zero"), QUANTIZERS)
+def test_fuse_norm_quant(dtype, scale, zero):
+    """The bounds of the pass: codes by how much each fused op rounds elsewhere, and exact sums."""
+    stored = {
+        "w": noise(64, dtype=dtype, seed=1),
+        "is": torch.tensor([scale]).to(dtype),  # as a checkpoint of that dtype has it
+        "io": torch.tensor([zero]),
+    }
+    given = {"a": noise(1, ROWS, 64, dtype=dtype, seed=2), "b": noise(1, ROWS, 64, dtype=dtype)}
+    want, got = results("fuse_norm_quant", dtype, stored, given)
+    most = {torch.float32: (0, 1), torch.float16: (1, 1), torch.bfloat16: (3, 3)}[dtype]
+    assert gap(got[0], want[0]) <= most[0]
+    assert gap(got[1], want[1]) <= most[1]
+    assert torch.equal(got[2], want[2])  # a norm without a quantizer; its input is the first sum
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize(("scale", "zero"), QUANTIZERS)
+def test_fuse_swiglu_quant(dtype, scale, zero):
+    stored = {"is": torch.tensor([scale]), "io": torch.tensor([zero])}
+    x = noise(1, ROWS, 64, dtype=dtype)
+    [want], [got] = results("fuse_swiglu_quant", dtype, stored, {"x": x})
+    assert gap(got, want) <= (0 if dtype is torch.float32 else 1)
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("zero", [-128, 0, 127])
+def test_fuse_rope_quant_cache(dtype, zero):
+    """Queries and codes, in a cache that has slots nobody writes, and tokens without a slot."""
+    angle = noise(1, ROWS, 16, seed=1)
+    rows = {"q": 32, "k": 16, "v": 16}
+    stored = {name: noise(n, 64, dtype=dtype, seed=n) / 8 for name, n in rows.items()}
+    for name in ("ks", "vs"):
+        stored[name] = noise(16, seed=5).abs() / 32 + 0.01
+    stored["vz"] = torch.full((16,), zero, dtype=torch.int32)
+    slots = torch.randperm(4 * 32, generator=torch.Generator().manual_seed(0))[:ROWS]
+    slots[7] = -1
+    caches = torch.randint(-128, 128, (2, 4, 32, 1, 16), dtype=torch.int8)
+    given = {
+        "x": noise(1, ROWS, 64, dtype=dtype),
+        "slots": slots.int(),
+        "cos": angle.cos().to(dtype),
+        "sin": angle.sin().to(dtype),
+        "k_cache_0": caches[0],
+        "v_cache_0": caches[1],
+    }
+    want, got = results("fuse_rope_quant_cache", dtype, stored, given)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[3], want[3])  # V is not rotated
+    assert gap(got[2], want[2]) <= (1 if dtype is torch.bfloat16 else 0)
+    assert torch.equal(got[1], -got[2])  # who reads the cache sees what was written
+    assert (want[2] != caches[0]).any()
