@@ -130,7 +130,7 @@ def test_a_layer_without_rope_is_told_by_inspect(tmp_path: Path) -> None:
     said = [str(finding) for finding in find(look(tmp_path)) if finding.kind == "no-rope"]
     assert said == [
         "K of layer 1: no RoPE lies between k_proj and the cache, so its scales hold as they are; "
-        "nothing"
+        "leave them alone"
     ]
 
 

@@ -169,7 +169,7 @@ def _pre_rope(seen: Seen) -> Iterator[Finding]:
     if none := [i for i, k in seen.k_layers.items() if k.rope is None and k.direct]:
         what = "no RoPE lies between k_proj and the cache"
         so = "its scales hold as they are"
-        yield Finding("no-rope", "note", _place(none, "k"), what, so, "nothing")
+        yield Finding("no-rope", "note", _place(none, "k"), what, so, "leave them alone")
 
 
 def _k_norm(seen: Seen) -> Iterator[Finding]:

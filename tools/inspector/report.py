@@ -149,5 +149,5 @@ def _findings(findings: Sequence[Finding]) -> list[str]:
     for found in findings:
         lines += _wrap(f"{found.where}: {found.what}", 11, f"  {found.severity}")
         lines += _wrap(f"so {found.so}", 11)
-        lines += _wrap(found.do, 11) if found.do != "nothing" else []
+        lines += _wrap(found.do, 11)
     return lines
