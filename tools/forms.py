@@ -64,9 +64,9 @@ def replay(programs: Mapping[str, Program], checkpoint: Checkpoint, tokens: Toke
     """Feed the tokens to programs by phase, a prefill and decode steps."""
     model, made = _load(programs, checkpoint, tokens), Run()
     prompt, table = tokens.prompt, tokens.table
-    made.logits.append(model.prefill([prompt], [table], observe=_watch(made)))
+    made.logits.append(model.prefill([prompt], [table], observe=watch(made)))
     for length, token in enumerate(tokens.steps, len(prompt) + 1):
-        made.logits.append(model.decode([token], [length], [table], observe=_watch(made)))
+        made.logits.append(model.decode([token], [length], [table], observe=watch(made)))
     made.caches = dict(model.caches)
     return made
 
@@ -129,7 +129,7 @@ def _probe(program: Program) -> tuple[Program, list[str]]:
     return probe, [argument(write, 0).name for write in writes]
 
 
-def _watch(run: Run) -> Callable[[Node, object], None]:
+def watch(run: Run) -> Callable[[Node, object], None]:
     """Note the float rows that go into each cache."""
     seen: dict[Node, object] = {}
 
