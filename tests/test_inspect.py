@@ -562,3 +562,17 @@ def test_each_golden_directory_reads_well_in_80_columns(
     assert max(map(len, text.splitlines())) <= 80
     clips = "MindIE      clips K" in text or "; clips K" in text
     assert clips == (not name.startswith("v1_"))
+
+
+@pytest.mark.slow  # captures a model
+def test_reasons_for_the_ops_of_an_npu_program(capsys: pytest.CaptureFixture[str]) -> None:
+    directory = str(CHECKPOINTS / "qwen2_fp16_none_asym" / "quant")
+    _, plain = inspect(capsys, directory)
+    _, text = inspect(capsys, directory, "--explain")
+    assert text.startswith(plain.rstrip())
+    more = text[len(plain) :]
+    assert "  attention over pages: 4 npu_fused_infer_attention_score: reads int8 pages" in more
+    assert "      not npu_incre_flash_attention: " in more
+    _, as_json = inspect(capsys, directory, "--explain", "--json")
+    roles = [each["role"] for each in json.loads(as_json)["explain"]["choices"]["decode"]]
+    assert "attention over pages" in roles

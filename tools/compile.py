@@ -96,10 +96,10 @@ def work(args: argparse.Namespace) -> int:
     told = quantize(program, args.kv_scales, args.dump, checkpoint.read)
     if args.target == "onnx":
         told += _onnx(args, checkpoint, program)
-        _tell(args, _sites(told), program)
+        _tell(args, sites_of(told), program)
     else:
         lowered, more = _npu(args, checkpoint, program)
-        _tell_all(args, _sites(told + more), program, lowered)
+        _tell_all(args, sites_of(told + more), program, lowered)
     return 0
 
 
@@ -175,7 +175,7 @@ def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) ->
     return told
 
 
-def _sites(told: Told) -> Counter[tuple[str, str]]:
+def sites_of(told: Told) -> Counter[tuple[str, str]]:
     """Sites by pass and why they were left alone."""
     return Counter((name, _reason(remark)) for name, remark in told)
 

@@ -2,10 +2,12 @@
 
     kvc8-inspect DIR
 
-Reads headers and KV scales, no weights. The exit status is 1 where a finding is an error.
+Reads headers and KV scales, no weights; with `--explain` it also compiles, and writes nothing. The
+exit status is 1 where a finding is an error.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from kvc8.tools.inspector.plan import plan
 from kvc8.tools.inspector.report import as_json, as_text
 from kvc8.tools.inspector.seen import Seen, look
 
+SOC, BLOCK_SIZE = "ascend910b", 128  # kvc8-compile's defaults
 ORDER = ("error", "warning", "note")
 
 
@@ -26,6 +29,11 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="kvc8-inspect", description=__doc__.splitlines()[0])
     found.add_argument("directory", type=Path, help="the model")
     found.add_argument("--json", action="store_true", help="print everything as JSON")
+    found.add_argument(
+        "--explain",
+        action="store_true",
+        help="compile in memory, and say why an NPU program has the ops that it has",
+    )
     add_kv_calibrated(found)
     return found
 
@@ -35,8 +43,31 @@ def work(args: argparse.Namespace) -> int:
     seen = look(args.directory, args.kv_calibrated)
     findings = find(seen)
     show = as_json if args.json else as_text
-    print(show(seen, findings, plan(seen)))
-    return ERROR if any(finding.severity == "error" for finding in findings) else 0
+    text = show(seen, findings, plan(seen))
+    refused = any(finding.severity == "error" for finding in findings)
+    if args.explain and not refused:
+        text = _with_reasons(args, text)
+    print(text)
+    return ERROR if refused else 0
+
+
+def _with_reasons(args: argparse.Namespace, text: str) -> str:
+    """Lower the model without writing anything, and add why each op was chosen."""
+    from kvc8.backends.npu.legality import check  # these take seconds that a plain look need not
+    from kvc8.ir.capture import capture
+    from kvc8.passes import pipeline
+    from kvc8.tools.compile import open_calibrated, quantize, sites_of
+    from kvc8.tools.costs import explain_lines, explained
+
+    program = capture(open_calibrated(args.directory, args.kv_calibrated))
+    told = quantize(program, "repair")
+    lowered, more = pipeline.lower_for_npu(program)
+    for phase in lowered.values():
+        check(phase, SOC, BLOCK_SIZE)
+    given = (lowered, sites_of(told + more), SOC, BLOCK_SIZE)
+    if args.json:
+        return json.dumps({**json.loads(text), "explain": explained(*given)}, indent=1)
+    return "\n".join([text, *explain_lines(*given)])
 
 
 def find(seen: Seen) -> list[Finding]:
