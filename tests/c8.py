@@ -21,7 +21,8 @@ def quantize_model(source: Path, out: Path, linears: str = "w8a8") -> None:
     texts = out.with_suffix(".txt")
     texts.write_text("\n".join(TEXTS))
     options = {"float": ["--disable", "*"], "all": ["--down-proj"]}.get(linears, [])
-    arguments = [str(source), "-o", str(out), "--calib-file", str(texts), *options]
+    given = [str(source), "-o", str(out), "--calib-file", str(texts), "--recipe", "minmax"]
+    arguments = [*given, *options]
     assert command.entry(quantize.parser(), quantize.work, arguments) == 0
 
 

@@ -4,8 +4,9 @@
 
 The options of the vendor's convert_quant_weights.py are taken in its spelling too. Recipes:
 
-    kvc8          the model is rotated so that int8 fits it, ranges are chosen by their error
-    minmax        ranges are what all texts reach, K is measured after RoPE; the default
+    kvc8          the model is rotated so that int8 fits it, ranges are chosen by their error, and
+                  K is measured after RoPE; the default
+    minmax        ranges are what all texts reach, K is measured after RoPE
     msmodelslim   the vendor's, bit for bit; the default where an option is given that only it
                   has, as --act-method, --anti-method or --disable-level
 """

@@ -146,7 +146,7 @@ def recipe_of(args: argparse.Namespace) -> str:
         "--kv-asym": args.kv_asym,
     }
     given = [name for name, here in own.items() if here]
-    recipe: str = args.recipe or ("msmodelslim" if given else "minmax")
+    recipe: str = args.recipe or ("msmodelslim" if given else "kvc8")
     if recipe != "msmodelslim" and given:
         raise ModelError(
             f"{given[0]}: is not for --recipe {recipe}; leave it out or use --recipe msmodelslim"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-ROWS = 4096  # turned at a time, so that a whole embedding is never held in float32
+ROWS = 1024  # turned at a time, so that a whole embedding is never held in float32
 
 
 @dataclass(frozen=True)

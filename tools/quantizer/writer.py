@@ -137,6 +137,7 @@ def write_tensors(
         for name, tensor in tensors:
             file.seek(places[name])
             file.write(_bytes(tensor))
+            del tensor  # before the next one is made
         file.truncate(size)
         file.flush()
         os.fsync(file.fileno())
