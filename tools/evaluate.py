@@ -23,6 +23,7 @@ from rich.table import Table
 from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import place, shown
 from kvc8.tools.command import entry
+from kvc8.tools.compile import add_kv_calibrated
 from kvc8.tools.divergence import Figures
 from kvc8.tools.evaluate_forms import Form, Options, open_float, open_form
 from kvc8.tools.tokenize import read_tokenizer
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--windows", type=_count, default=8, help="so many windows of it (8)")
     found.add_argument("--window", type=_count, default=1024, help="tokens of a window (1024)")
     found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
+    add_kv_calibrated(found)
     found.add_argument(
         "--float-cache", action="store_true", help="model directories: W8A8 alone, without C8"
     )
@@ -63,7 +65,7 @@ def work(args: argparse.Namespace) -> int:
     """Evaluate and print; gives the exit status."""
     windows = _windows(args)
     base = open_float(args.against, args.window)
-    options = Options(DTYPES[args.dtype], args.kv_scales, args.float_cache)
+    options = Options(DTYPES[args.dtype], args.kv_scales, args.float_cache, args.kv_calibrated)
     forms = [open_form(path, options, args.window) for path in args.out]
     with _progress(len(windows) * (1 + len(forms))) as step:
         figures = _evaluate(base, forms, windows, step)

@@ -18,13 +18,14 @@ from kvc8.backends.npu import runtime
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.checkpoint import Calibrated, Checkpoint, open_checkpoint
 from kvc8.ir.model_files import file_names, model_file, read_json
 from kvc8.ir.program import Program
 from kvc8.ir.recipe import make
 from kvc8.passes import pipeline
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.remove_identities import remove_identities
+from kvc8.tools.compile import open_calibrated
 
 LINEARS_ONLY = (remove_identities, insert_linear_quant)  # and the cache stays float
 BLOCK = 128  # tokens; a program may take any
@@ -46,6 +47,7 @@ class Options:
     dtype: torch.dtype | None  # the config's, where None
     kv_scales: str  # repair or as-is
     float_cache: bool  # W8A8 without C8
+    kv_calibrated: Calibrated | None = None  # where K was measured; as the layout implies, if None
 
 
 def open_form(path: Path, options: Options, window: int) -> Form:
@@ -67,7 +69,7 @@ def open_float(path: Path, window: int) -> Form:
 
 
 def _directory(path: Path, options: Options, window: int) -> Form:
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_calibrated(path, options.kv_calibrated)
     program = capture(checkpoint, options.dtype)
     if not checkpoint.kv and not checkpoint.w8a8:
         return Form(str(path), "float", _program(program, checkpoint, window))
