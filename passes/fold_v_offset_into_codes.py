@@ -68,20 +68,29 @@ codes both are within s_in/2 of u + c; at an end of it x8' reaches f further, or
 Together y moves by at most deq_scale*(sum_k |w| + 1/2) in each output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.program import Program, Stage, is_call, recipe_of, tensor_type, users
+from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type, users
 from kvc8.ir.recipe import Recipe, cast
 from kvc8.ir.types import TensorType
 from kvc8.passes.fold_v_offset import constant, offset_site
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 
-@rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="quantizing")
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """How far each output of o_proj may move: see the module."""
+    if not is_call(new, ops.quant_linear):
+        return torch.zeros(())
+    weight, deq_scale = (look(argument(new, i)) for i in (1, 2))
+    return deq_scale * (weight.double().abs().sum(1) + 0.5)
+
+
+@rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="quantizing", bound=bound)
 def fold_v_offset_into_codes(program: Program) -> Iterator[Remark]:
     """See the module."""
     for attention in program.calls(ops.paged_attention):

@@ -54,10 +54,11 @@ that dtype): at most 1 in float16, 3 in bfloat16. In float32 it multiplies by 1/
 divides: at most 1. npu_add_rms_norm is the same, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import getitem
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import npu
@@ -69,7 +70,18 @@ from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 ADD = torch.ops.aten.add.Tensor
 
 
-@rewrite(takes=Stage.LOWERED, gives=Stage.LOWERED, contract="quantizing")
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """By how much codes may differ: see the module. Sums and norms may not differ at all."""
+    alone = is_call(new, npu.npu_rms_norm_quant)
+    fused = is_call(new, getitem) and is_call(argument(new, 0), npu.npu_add_rms_norm_quant)
+    if not alone and (not fused or new.args[1] != 0):
+        return torch.zeros(())
+    x = tensor_type(argument(new if alone else argument(new, 0), 0)).dtype
+    most = {torch.float16: 1.0, torch.bfloat16: 3.0, torch.float32: float(alone)}
+    return torch.tensor(most[x])
+
+
+@rewrite(takes=Stage.LOWERED, gives=Stage.LOWERED, contract="quantizing", bound=bound)
 def fuse_norm_quant(program: Program) -> Iterator[Remark]:
     """See the module."""
     for norm in program.calls(npu.npu_rms_norm):

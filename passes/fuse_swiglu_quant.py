@@ -27,10 +27,11 @@ saturate stands for at most 255.5 steps, of which that rounding moves 255.5 * 2*
 255.5 * 2**-8 in bfloat16, less than one: codes differ by at most 1, and in float32 by nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import getitem
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import npu
@@ -42,7 +43,14 @@ from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 RESHAPE = torch.ops.aten.reshape.default
 
 
-@rewrite(takes=Stage.LOWERED, gives=Stage.LOWERED, contract="quantizing")
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """By how much codes may differ: see the module."""
+    if not is_call(old, npu.npu_quantize):
+        return torch.zeros(())
+    return torch.tensor(float(tensor_type(argument(old, 0)).dtype is not torch.float32))
+
+
+@rewrite(takes=Stage.LOWERED, gives=Stage.LOWERED, contract="quantizing", bound=bound)
 def fuse_swiglu_quant(program: Program) -> Iterator[Remark]:
     """See the module."""
     for swiglu in program.calls(npu.npu_swiglu):

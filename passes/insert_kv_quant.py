@@ -29,22 +29,49 @@ Bound: a value within [s*(-128 - z), s*(127 - z)] comes back within s/2 of itsel
 once to the dtype of the cache; one outside comes back as the nearer end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.program import Program, Stage, argument, is_cache, recipe_of, tensor_type, users
+from kvc8.ir.program import (
+    Program,
+    Stage,
+    argument,
+    is_cache,
+    is_call,
+    recipe_of,
+    tensor_type,
+    users,
+)
 from kvc8.ir.recipe import Recipe
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+
+
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """How far what a cache gives back may be from what went in: see the module.
+
+    Nothing, where the scale or the zero point is another than the cache had in its recipe.
+    """
+    if not is_call(new, ops.dequantize) or not is_call(old, ops.cache_write):
+        return torch.zeros(())
+    scale, zero, *_ = recipe_of(argument(old, 0)).args
+    used = [recipe_of(arg) if isinstance(arg, Node) else None for arg in new.args[1:3]]
+    if used != [scale, zero]:
+        return torch.zeros(())
+    x, step = look(old), look(argument(new, 1))
+    offset = look(argument(new, 2)) if zero is not None else torch.zeros_like(step)
+    return step / 2 + (x - x.clamp(step * (-128 - offset), step * (127 - offset))).abs()
 
 
 @rewrite(
     takes=Stage.CAPTURED,
     gives=Stage.QUANTIZED,
     contract="quantizing",
+    bound=bound,
     required="quantize the KV cache of this model first, with kvc8-quantize",
 )
 def insert_kv_quant(program: Program) -> Iterator[Remark]:

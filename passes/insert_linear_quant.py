@@ -28,19 +28,39 @@ output o differs from the float linear by at most s/2 * sum_k |w[o, k]|, and by 
 clipping takes off x; then the result is rounded once to the dtype of x.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.program import Program, Stage, argument, is_parameter, recipe_of, tensor_type
+from kvc8.ir.program import (
+    Program,
+    Stage,
+    argument,
+    is_call,
+    is_parameter,
+    recipe_of,
+    tensor_type,
+)
 from kvc8.ir.recipe import Arg, Recipe, cast
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 
-@rewrite(takes=Stage.CAPTURED, gives=Stage.CAPTURED, contract="quantizing")
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """How far each output may be from the float linear's: see the module."""
+    if not is_call(new, ops.quant_linear):
+        return torch.zeros(())
+    x8, weight, deq_scale = (argument(new, i) for i in range(3))
+    x, scale, zero = (look(argument(x8, i)) for i in range(3))
+    clipped = x - x.clamp(scale * (-128 - zero), scale * (127 - zero))
+    w = look(weight).double() * (look(deq_scale) / scale)[:, None]
+    return (scale / 2 + clipped.abs()) @ w.abs().T
+
+
+@rewrite(takes=Stage.CAPTURED, gives=Stage.CAPTURED, contract="quantizing", bound=bound)
 def insert_linear_quant(program: Program) -> Iterator[Remark]:
     """See the module."""
     for linear in program.calls(torch.ops.aten.linear.default):

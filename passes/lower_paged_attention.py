@@ -69,20 +69,25 @@ after:
         attention_1: f16[T, 4, 32] = aten.reshape(getitem_2, [-1, 4, 32])
         return [attention_1, getitem, getitem_1]
 
+Bound: real_exact, but for a prefill that attends to the float rows of an int8 cache. Those differ
+from what the cache gives back by dk and dv. With g the most that dk moves a logit, scale*sum|q dk|,
+a weight moves by a factor of at most e^(2g), and the output by at most max|dv| + (e^(2g) - 1)max|v|.
+
 A site is left alone, and the program then refused, where the op cannot express it: attention with
 a soft cap or sinks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from operator import getitem
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
-from kvc8.ir.program import Program, Stage, argument, tensor_type
+from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type, unshaped
 from kvc8.ir.recipe import Recipe
 from kvc8.ir.types import IntsType, TensorType, size
 from kvc8.passes.attention_site import (
@@ -103,11 +108,40 @@ MASK = 2048  # the side of the mask that sparse modes 3 and 4 take, whatever the
 OF_THE_BATCH = ("block_table", "seq_lens", "query_starts")
 
 
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """How far the attention of a fresh prompt may move where it sees float rows: see the module."""
+    if not is_call(old, ops.paged_attention):
+        return torch.zeros(())
+    sides = [find_side(argument(old, i)) for i in (1, 2)]
+    attention = argument(argument(new, 0), 0)
+    k, v = sides
+    if k is None or v is None or unshaped(argument(attention, 1)).name != unshaped(k.rows).name:
+        return torch.zeros(())
+    q, scale = look(argument(old, 0)), old.args[6]
+    assert isinstance(scale, float)
+    rows, moved = zip(*(_moved(old, i, side, look) for i, side in ((1, k), (2, v))), strict=True)
+    groups = q.shape[1] // rows[0].shape[1]
+    dk, dv, seen = (x.repeat_interleave(groups, 1) for x in (moved[0], moved[1], rows[1].abs()))
+    logit = scale * torch.einsum("qhd,khd->qhk", q.abs(), dk).amax(2, keepdim=True)
+    most: Tensor = dv.amax(0) + torch.expm1(2 * logit) * seen.amax(0)
+    return most
+
+
+def _moved(
+    attention: Node, index: int, side: Side, look: Callable[[Node], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What a cache gives back of the new rows, [T, H, D], and how far it is from them."""
+    slots = look(argument(side.write, 2)).long()
+    back = look(argument(attention, index)).flatten(0, 1)[slots]
+    return back, (back - look(side.rows)).abs()
+
+
 @rewrite(
     takes=Stage.LOWERING,
     gives=Stage.LOWERED,
     contract="real_exact",
     required="see the reasons",
+    bound=bound,
 )
 def lower_paged_attention(
     program: Program,

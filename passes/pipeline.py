@@ -129,20 +129,27 @@ def lower_for_npu(
     `prefill_kv` is what a fresh prompt sees of itself, "float" or "int8"; `fold` is "offsets" or
     "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays.
     """
+    of_int8, told = program.copy(), list[tuple[str, Remark]]()
+    plan = phases(prefill_kv, fold, fuse)
+    shared, _ = plan["decode"]
+    told += run(of_int8, shared, dump and dump / "int8", first=len(QUANTIZE))
+    lowered = {}
+    for phase, (before, passes) in plan.items():
+        lowered[phase] = (of_int8 if before else program).copy()
+        told += run(lowered[phase], passes, dump and dump / phase, len(QUANTIZE) + len(before))
+    return lowered, told
+
+
+def phases(
+    prefill_kv: str = "float", fold: str = "offsets", fuse: str = "on"
+) -> dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]:
+    """The passes of each phase, for the options of `lower_for_npu`: the shared, then its own."""
     int8 = prefill_kv == "int8"
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
-    folds = every if fold == "kv" else FOLD_OFFSETS
-    of_int8, told = program.copy(), list[tuple[str, Remark]]()
-    told += run(of_int8, (*folds, *LAYER), dump and dump / "int8", first=len(QUANTIZE))
-    phases = {
-        "prefill": (of_int8, NPU_PREFILL_INT8) if int8 else (program, NPU_PREFILL),
-        "chunk": (of_int8, NPU_CHUNK),
-        "decode": (of_int8, NPU_DECODE),
+    shared = (*(every if fold == "kv" else FOLD_OFFSETS), *LAYER)
+    last = FUSE if fuse == "on" else ()
+    return {
+        "prefill": (shared, (*NPU_PREFILL_INT8, *last)) if int8 else ((), (*NPU_PREFILL, *last)),
+        "chunk": (shared, (*NPU_CHUNK, *last)),
+        "decode": (shared, (*NPU_DECODE, *last)),
     }
-    lowered = {}
-    for phase, (start, passes) in phases.items():
-        lowered[phase] = start.copy()
-        first = len(QUANTIZE) + (len(folds) + len(LAYER)) * (start is of_int8)
-        passes += FUSE if fuse == "on" else ()
-        told += run(lowered[phase], passes, dump and dump / phase, first=first)
-    return lowered, told

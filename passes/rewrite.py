@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir.errors import IRError
@@ -22,6 +23,9 @@ from kvc8.ir.program import Program, Stage
 from kvc8.ir.verify import verify
 
 Contract = Literal["bit_exact", "real_exact", "quantizing", "layout"]
+# By how much each element of a node may differ from the node whose place it took: given the old
+# node, the new one, and what nodes gave before rounding, as float64 (int8 for codes).
+Bound = Callable[[Node, Node, Callable[[Node], Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Pass:
     gives: Stage
     contract: Contract
     required: str  # what to do when no site was rewritten; "" where that is in order
+    bound: Bound | None = None  # of a quantizing pass; None: nothing may differ in real numbers
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,19 +97,29 @@ class Pass:
 Step = Pass | partial[list[Remark]]
 
 
-def name_of(step: Step) -> str:
-    """The name of a pass, with or without options bound to it."""
+def pass_of(step: Step) -> Pass:
+    """The pass, with or without options bound to it."""
     found = step.func if isinstance(step, partial) else step
     assert isinstance(found, Pass)
-    return found.name
+    return found
+
+
+def name_of(step: Step) -> str:
+    """The name of a pass, with or without options bound to it."""
+    return pass_of(step).name
 
 
 def rewrite(
-    *, takes: Stage, gives: Stage, contract: Contract, required: str = ""
+    *,
+    takes: Stage,
+    gives: Stage,
+    contract: Contract,
+    required: str = "",
+    bound: Bound | None = None,
 ) -> Callable[[Callable[..., Iterator[Remark]]], Pass]:
     """Make a pass of a generator that edits a program and yields a remark a site."""
 
     def make(body: Callable[..., Iterator[Remark]]) -> Pass:
-        return Pass(body, takes, gives, contract, required)
+        return Pass(body, takes, gives, contract, required, bound)
 
     return make

@@ -9,6 +9,7 @@ msModelSlim writes it. OUT is written whole or not at all.
 import argparse
 import json
 import re
+import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +22,7 @@ from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.kv_layout import kv_layout
 from kvc8.ir.capture import capture, config_dtype
 from kvc8.ir.checkpoint import Calibrated, Checkpoint, open_checkpoint
-from kvc8.ir.errors import ModelError, TargetError
+from kvc8.ir.errors import IRError, ModelError, TargetError
 from kvc8.ir.program import Program
 from kvc8.ir.recipe import Read
 from kvc8.passes import pipeline
@@ -62,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     )
     add_kv_calibrated(found)
     found.add_argument(
+        "--check",
+        action="store_true",
+        help="hold each pass to its numeric contract on a recorded prompt; refuse where one breaks",
+    )
+    found.add_argument(
         "--prefill-kv",
         choices=("float", "int8"),
         default="float",
@@ -92,7 +98,10 @@ def work(args: argparse.Namespace) -> int:
         warnings.warn(warning, stacklevel=2)
     for_cpu = args.target == "onnx" and args.flavor != "lowered"
     unset = torch.float32 if for_cpu else None  # which a CPU computes fastest
-    program = capture(checkpoint, DTYPES[args.dtype] if args.dtype else unset)
+    dtype = DTYPES[args.dtype] if args.dtype else unset
+    if args.check:
+        _check_passes(args, checkpoint, dtype)
+    program = capture(checkpoint, dtype)
     told = quantize(program, args.kv_scales, args.dump, checkpoint.read)
     if args.target == "onnx":
         told += _onnx(args, checkpoint, program)
@@ -111,6 +120,25 @@ def _check_options(args: argparse.Namespace) -> None:
     for option in ("report", "explain", "json"):
         if getattr(args, option) and args.target != "npu":
             raise TargetError(f"--{option}: is of --target npu; leave it out, or compile for npu")
+
+
+def _check_passes(
+    args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> None:
+    from kvc8.tools.check_passes import Choices, check_passes  # it takes all of the emulation
+
+    on_npu = args.target == "npu" or args.flavor == "lowered"
+    choices = Choices(dtype, args.kv_scales, args.prefill_kv, args.fold, args.fuse, on_npu)
+    verdicts = check_passes(checkpoint, choices)
+    first, *others = [v.sentence for v in verdicts if v.sentence] or [""]
+    if first:
+        error = IRError(first)
+        for other in others:
+            error.add_note(other)
+        raise error
+    sites = sum(len(verdict.sites) for verdict in verdicts)
+    what = f"{len(verdicts)} runs of passes keep their contracts at {sites} sites"
+    print(f"checked: {what}", file=sys.stderr)
 
 
 def add_kv_calibrated(to: argparse.ArgumentParser) -> None:

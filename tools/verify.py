@@ -14,6 +14,8 @@ after it amplifies the step, until two correct forms differ as much as quantizat
 them differ. How much that is shows where the reference in float64 stands beside the reference in
 float32. What must hold there all the same: no code differs whose float inputs are equal bit for
 bit ("same inputs"); and while all codes agree, logits agree within 1e-3.
+
+With --passes, each pass is run on recorded inputs and held to its contract: tools/contracts.py.
 """
 
 import argparse
@@ -34,6 +36,7 @@ from kvc8.ir.types import dtype_name
 from kvc8.ir.widen import widen
 from kvc8.passes import pipeline
 from kvc8.tools import dumps
+from kvc8.tools.check_passes import Choices, check_passes, table
 from kvc8.tools.command import entry
 from kvc8.tools.compare import Row, compare
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
@@ -43,6 +46,7 @@ from kvc8.tools.tokenize import read_tokenizer
 F32, F64 = "reference f32", "reference f64"
 EXACT = ("ONNX Runtime f64",)  # forms that must agree with the reference, whatever the sums
 LOGITS = 1e-3
+CHOICES = {"prefill-kv": ("float", "int8"), "fold": ("offsets", "kv"), "fuse": ("on", "off")}
 TEXT = """A paged cache keeps the keys and values of each sequence in blocks of a fixed size, and a
 table says which blocks belong to which sequence. When a sequence grows past the end of its last
 block, the table gets another one from a list of free blocks; when it ends, its blocks go back to
@@ -65,6 +69,11 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--steps", type=int, default=32, help="decode steps after it")
     found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
     add_kv_calibrated(found)
+    found.add_argument(
+        "--passes", action="store_true", help="instead, hold each pass to its numeric contract"
+    )
+    for name in ("prefill-kv", "fold", "fuse"):
+        found.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0])
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     found.add_argument(
         "--dump",
@@ -80,6 +89,8 @@ def work(args: argparse.Namespace) -> int:
     if args.dump:
         return dumps.work(args)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
+    if args.passes:
+        return _passes(args, checkpoint)
     text = args.text.read_text(encoding="utf-8") if args.text else TEXT
     prompt = read_tokenizer(args.directory).encode(text)[: args.tokens]
     captured = capture(checkpoint, torch.float32)
@@ -94,6 +105,20 @@ def work(args: argparse.Namespace) -> int:
     ]
     _print(rows, args.json, tokens)
     broken = [problem for row in rows for problem in broken_promises(row)]
+    for problem in broken:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
+    """The table of contracts; gives 1 where a pass breaks its own."""
+    choices = Choices(None, args.kv_scales, args.prefill_kv, args.fold, args.fuse)
+    verdicts = check_passes(checkpoint, choices)
+    if args.json:
+        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+    else:
+        Console(width=120).print(table(verdicts))
+    broken = [verdict.sentence for verdict in verdicts if verdict.sentence]
     for problem in broken:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if broken else 0
