@@ -24,19 +24,24 @@ ALL = [*HALVES, torch.float32]
 QUANTIZERS = [(0.01, -128.0), (0.03, 0.0), (0.02, 127.0), (0.5, 5.0), (0.0005, -3.0)]
 
 
-def before(name: str, dtype: torch.dtype) -> Program:
-    """The program that a pass documents, in another dtype."""
+def before(name: str, dtype: torch.dtype, *change: str) -> Program:
+    """The program that a pass documents, in another dtype, with one text in place of another."""
     found = PROGRAMS.search(importlib.import_module(f"kvc8.passes.{name}").__doc__ or "")
     assert found
     text = found[2].replace("f16", NAMES[dtype])
-    return parse(text)
+    assert not change or change[0] in text
+    return parse(text.replace(*change) if change else text)
 
 
 def results(
-    name: str, dtype: torch.dtype, stored: Mapping[str, torch.Tensor], given: Mapping[str, object]
+    name: str,
+    dtype: torch.dtype,
+    stored: Mapping[str, torch.Tensor],
+    given: Mapping[str, object],
+    *change: str,
 ) -> list[list[torch.Tensor]]:
     """What the program gives before the pass and after it."""
-    program = before(name, dtype)
+    program = before(name, dtype, *change)
     after = program.copy()
     getattr(importlib.import_module(f"kvc8.passes.{name}"), name)(after)
     made = []
@@ -140,7 +145,8 @@ def test_fuse_swiglu_quant(dtype, scale, zero):
 
 @pytest.mark.parametrize("dtype", ALL)
 @pytest.mark.parametrize("zero", [-128, 0, 127])
-def test_fuse_rope_quant_cache(dtype, zero):
+@pytest.mark.parametrize("k_zero", ["None", "vz"])
+def test_fuse_rope_quant_cache(dtype, zero, k_zero):
     """Queries and codes, in a cache that has slots nobody writes, and tokens without a slot."""
     angle = noise(1, ROWS, 16, seed=1)
     rows = {"q": 32, "k": 16, "v": 16}
@@ -159,7 +165,8 @@ def test_fuse_rope_quant_cache(dtype, zero):
         "k_cache_0": caches[0],
         "v_cache_0": caches[1],
     }
-    want, got = results("fuse_rope_quant_cache", dtype, stored, given)
+    change = "npu_quantize(k_flat, ks, None", f"npu_quantize(k_flat, ks, {k_zero}"
+    want, got = results("fuse_rope_quant_cache", dtype, stored, given, *change)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[3], want[3])  # V is not rotated
     assert gap(got[2], want[2]) <= (1 if dtype is torch.bfloat16 else 0)
