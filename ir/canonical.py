@@ -8,14 +8,18 @@ torch.export leaves several spellings of one thing and some that say nothing. A 
     _assert_tensor_metadata, ...      -> nothing
     device, layout, pin_memory        -> left out; a program runs where its inputs are
     dropout in evaluation             -> its argument
+    index_put_                        -> aten.index_put, whose result is all that is used
+    transformers.grouped_mm_fallback  -> kvc8.grouped_linear
 """
 
 import operator
 
 import torch
 from torch import SymInt
+from torch._ops import OpOverload
 from torch.fx import Node
 
+from kvc8.ir import ops
 from kvc8.ir.program import Program, op_name, substitute, tensor_type
 
 ATEN = torch.ops.aten
@@ -48,6 +52,10 @@ CHECKS = (
     ATEN.sym_constrain_range_for_size.default,
 )
 ON_HOST = (operator.add, operator.sub, operator.mul, operator.floordiv, ATEN.sym_size.int)
+FUNCTIONAL = {
+    "aten::index_put_": ATEN.index_put.default,
+    "transformers::grouped_mm_fallback": ops.grouped_linear,
+}
 PLACE = ("device", "layout", "pin_memory")
 
 
@@ -72,7 +80,9 @@ def _plain(program: Program, node: Node, env: dict[Node, Node]) -> Node:
         for name, arg in node.kwargs.items()
         if name not in PLACE
     }
-    return program.append(node.target, args, kwargs, op_name(node.target))  # type: ignore[arg-type]
+    name = node.target.name() if isinstance(node.target, OpOverload) else ""
+    target = FUNCTIONAL.get(name, node.target)
+    return program.append(target, args, kwargs, op_name(target))  # type: ignore[arg-type]
 
 
 def _reshape(program: Program, node: Node, env: dict[Node, Node]) -> Node | None:

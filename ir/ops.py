@@ -191,7 +191,28 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
+@torch.library.custom_op("kvc8::grouped_linear", mutates_args=())
+def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """The linears of a mixture's experts: rows up to ends[0] by the first, and so on.
+
+    x [R, in], sorted by expert; weight [E, in, out]; ends whole numbers [E]. Gives [R, out].
+    """
+    out, start = x.new_zeros(len(x), weight.shape[2]), 0
+    for expert, end in enumerate(ends.long().tolist()):
+        out[start:end] = x[start:end] @ weight[expert]
+        start = end
+    return out
+
+
+@_grouped_linear.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    torch._check(x.shape[1] == weight.shape[1], lambda: "x and weight differ in width")
+    torch._check(ends.shape[0] == weight.shape[0], lambda: "ends and weight differ in experts")
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
 cache_write = torch.ops.kvc8.cache_write.default
+grouped_linear = torch.ops.kvc8.grouped_linear.default
 paged_attention = torch.ops.kvc8.paged_attention.default
 quantize = torch.ops.kvc8.quantize.default
 dequantize = torch.ops.kvc8.dequantize.default

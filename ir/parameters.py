@@ -28,8 +28,36 @@ def parameter_recipe(
             _check_shape(checkpoint, name, shape)
             same = checkpoint.tensors[name].dtype is dtype
             return stored(name) if same else cast(stored(name), dtype)
+    if recipe := _experts(checkpoint, names[0], shape, dtype):
+        return recipe
     where = f"{checkpoint.path.name}: has no tensor {names[0]}, which the model needs"
     raise ModelError(f"{where}; check that config.json belongs to these weights")
+
+
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _experts(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Recipe | None:
+    """The weights of all experts [E, out, in], which transformers puts together from files.
+
+    Checkpoints store each linear of each expert by itself.
+    """
+    path, _, part = name.rpartition(".")
+    linears = EXPERTS.get(part, ())
+    first = f"{path}.0.{linears[0]}.weight" if linears else ""
+    if first not in checkpoint.tensors or len(shape) != 3:
+        return None
+    count, out, width = shape
+    one = (out // len(linears), width)
+    made: list[Recipe] = []
+    for expert in range(count):
+        modules = [f"{path}.{expert}.{linear}.weight" for linear in linears]
+        parts = tuple(parameter_recipe(checkpoint, (n,), one, dtype) for n in modules)
+        whole = parts[0] if len(parts) == 1 else Recipe("concat", (parts, 0))
+        made.append(Recipe("reshape", (whole, (1, out, width))))
+    return Recipe("concat", (tuple(made), 0))
 
 
 def _w8a8(checkpoint: Checkpoint, module: str, part: str) -> Recipe:

@@ -26,7 +26,9 @@ from kvc8.ir.program import (
 )
 from kvc8.ir.types import show_type
 
-FLOAT = frozenset({ops.cache_write, ops.paged_attention, ops.quantize, ops.quant_linear})
+FLOAT = frozenset(
+    {ops.cache_write, ops.paged_attention, ops.quantize, ops.quant_linear, ops.grouped_linear}
+)
 OPS: Mapping[Stage, frozenset[OpOverload]] = MappingProxyType(
     {
         Stage.CAPTURED: FLOAT,

@@ -36,6 +36,15 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {"head_dim": 16}),
     "qwen2": ("qwen2", {"head_dim": 16}),  # biases on q, k and v
     "qwen3": ("qwen3", {"head_dim": 32}),  # norms on q and k
+    "qwen3_moe": (  # a router and four experts, of which each token takes two
+        "qwen3_moe",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "mistral": ("mistral", {"head_dim": 16, "sliding_window": 8}),
     "gemma3": (
         "gemma3_text",

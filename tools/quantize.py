@@ -35,6 +35,7 @@ from kvc8.tools.quantizer import kvc8, minmax, msmodelslim
 from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
+from kvc8.tools.quantizer.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.model import Plan, not_copied
 from kvc8.tools.quantizer.options import (
     MOST_TOKENS,
@@ -118,8 +119,10 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts) -> Pla
     if recipe == "msmodelslim":
         options = vendor_options(args, run_dtype(args, run.checkpoint, recipe))
         return msmodelslim.quantize(run, texts, options)
-    chosen = choose(sites(run.program), args.disable, args.down_proj)
-    if not chosen and not args.use_kvcache_quant:
+    mixed = experts(run.program)
+    chosen = choose(sites(run.program), args.disable, args.down_proj, mixed)
+    mixed = choose_experts(mixed, args.disable, args.down_proj)
+    if not chosen and not mixed and not args.use_kvcache_quant:
         raise ModelError("--disable: leaves nothing to quantize; name fewer linears")
     name = kvc8.NAME if recipe == "kvc8" else minmax.NAME
     notes = {"recipe": name, "texts": len(texts), "tokens": sum(map(len, texts))}
@@ -127,11 +130,12 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts) -> Pla
         notes = {"kv_calibrated": "post-rope", **notes}
     if recipe == "kvc8":
         return kvc8.quantize(run, texts, chosen, kvc8_options(args), notes)
-    return minmax.quantize(run, texts, chosen, args.use_kvcache_quant, notes)
+    return minmax.quantize(run, texts, chosen, mixed, args.use_kvcache_quant, notes)
 
 
 def _summarize(args: argparse.Namespace, plan: Plan, recipe: str, texts: Texts) -> None:
-    left = len(sites(plan.program)) - len(plan.linears)
+    every = sum(len(modules) for kind in experts(plan.program) for modules in kind.modules)
+    left = len(sites(plan.program)) + every - len(plan.linears)
     print(f"{args.output}: {len(plan.linears)} linears in W8A8, {left} float, lm_head float")
     if plan.kv:
         when = "before" if recipe == "msmodelslim" else "after"

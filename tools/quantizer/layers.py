@@ -22,9 +22,11 @@ from kvc8.ir.program import (
     is_parameter,
     recipe_of,
     substitute,
+    type_of,
 )
 from kvc8.ir.recipe import make
 from kvc8.ir.run import Value
+from kvc8.ir.types import TensorType
 from kvc8.tools.quantizer.stored import load
 
 EMBEDDING = torch.ops.aten.embedding.default
@@ -102,7 +104,7 @@ def run_stage(
 
     `weights` has its parameters and `values` what the stage before it kept.
     """
-    env: dict[Node, Value] = {**weights, **values}
+    env: dict[Node, Value] = {**weights, **{node: _plain(node, t) for node, t in values.items()}}
     for call in stage.calls:
         args = [substitute(arg, lambda n: _value(n, env, tokens)) for arg in call.args]
         kwargs = {
@@ -112,8 +114,13 @@ def run_stage(
         env[call] = evaluate(call, args, kwargs)
         for node in stage.dies.get(call, ()):
             env.pop(node, None)
-    kept = {node: env[node] for node in stage.keeps}
-    return {node: value for node, value in kept.items() if isinstance(value, Tensor)}
+    kept = ((node, env[node]) for node in stage.keeps)
+    return {node: v if isinstance(v, Tensor) else torch.tensor(v) for node, v in kept}
+
+
+def _plain(node: Node, value: Tensor) -> Value:
+    """A whole number is passed on as a tensor."""
+    return value if isinstance(type_of(node), TensorType) else int(value)
 
 
 def _value(node: Node, env: Mapping[Node, Value], tokens: Sequence[int]) -> Value:

@@ -30,6 +30,7 @@ from kvc8.ir.run import Value
 from kvc8.ir.w8a8 import part_types
 from kvc8.tools.quantizer import eager
 from kvc8.tools.quantizer.layers import plain
+from kvc8.tools.quantizer.mixtures import experts
 from kvc8.tools.quantizer.model import Layout, Parts, Plan, copy_rest, is_norm
 from kvc8.tools.quantizer.observers import WIDE, Histogram, MinMax
 from kvc8.tools.quantizer.sites import Site, cached, disabled_by_name, is_down, sites
@@ -67,6 +68,11 @@ class Options:
 def quantize(work: Work, texts: Texts, options: Options) -> Plan:
     """Make the model; gives what was written."""
     linears = sites(work.program)
+    if mixed := experts(work.program):
+        what = "--recipe msmodelslim does not know linears of experts"
+        raise ModelError(f"{mixed[0].modules[0][0]}: {what}; use --recipe minmax")
+    if options.kv:
+        _refuse_normed_keys(work)
     grouped = groups(linears) if options.m3 else []
     # With m3 the first text runs once more, through the model as it was.
     runs = [texts[0], *texts] if options.m3 else texts
@@ -206,6 +212,17 @@ def _plan(work: Work, chosen: _Chosen, found: Found, options: Options) -> Plan:
     return Plan(
         checkpoint, program, options.dtype, linears, kv, floats, smoothed, layout, asymmetric
     )
+
+
+def _refuse_normed_keys(work: Work) -> None:
+    """A norm between k_proj and RoPE: K's scales would be those of another value.
+
+    msModelSlim takes such a model's graph apart wrongly and fails.
+    """
+    for node in work.program.graph.nodes:
+        if (origin := str(node.meta.get("origin", ""))).endswith(".k_norm"):
+            what = "norms K, and msModelSlim measures it before"
+            raise ModelError(f"{origin}: {what}; use --recipe minmax, which measures after RoPE")
 
 
 def _types(site: Site, dtype: torch.dtype, histogram: bool) -> Parts:

@@ -14,6 +14,7 @@ from kvc8.ir.layouts import layer_index
 from kvc8.ir.model_files import place
 from kvc8.ir.program import Program, argument, is_parameter, recipe_of, tensor_type
 from kvc8.ir.recipe import stored_names
+from kvc8.tools.quantizer.mixtures import Experts, experts
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -51,21 +52,28 @@ def sites(program: Program) -> list[Site]:
     lm_head is in no layer, and stays float as msModelSlim leaves it.
     """
     found = []
+    routers = {kind.modules[0][0].rpartition(".experts.")[0] for kind in experts(program)}
     for linear in program.calls(LINEAR):
         weight = argument(linear, 1)
         names = list(stored_names(recipe_of(weight))) if is_parameter(weight) else []
         module, _, part = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
         inside = layer_index(module.split(".")) is not None
+        if module.rpartition(".")[0] in routers:
+            continue  # it chooses the experts, and stays float
         if inside and part == "weight" and len(weight.users) == 1:
             bias = argument(linear, 2) if len(linear.args) > 2 and linear.args[2] else None
             found.append(Site(module, linear, argument(linear, 0), weight, bias))
     return found
 
 
-def disabled_by_name(found: Sequence[Site], patterns: Sequence[str]) -> set[str]:
+def disabled_by_name(
+    found: Sequence[Site], patterns: Sequence[str], mixed: Sequence[Experts] = ()
+) -> set[str]:
     """The modules that patterns name. Raises ModelError for one that names no linear."""
+    names = [site.module for site in found]
+    names += [module for kind in mixed for modules in kind.modules for module in modules]
     for pattern in patterns:
-        if not any(fnmatch(site.module, pattern) for site in found) and pattern != "lm_head":
+        if not any(fnmatch(name, pattern) for name in names) and pattern != "lm_head":
             raise ModelError(
                 f"--disable {pattern}: names no linear of this model; "
                 "write one as model.layers.0.mlp.up_proj, or with * for any characters"
@@ -73,14 +81,19 @@ def disabled_by_name(found: Sequence[Site], patterns: Sequence[str]) -> set[str]
     return {s.module for s in found if any(fnmatch(s.module, p) for p in patterns)}
 
 
-def choose(found: Sequence[Site], disabled: Sequence[str], down_proj: bool) -> list[Site]:
+def choose(
+    found: Sequence[Site],
+    disabled: Sequence[str],
+    down_proj: bool,
+    mixed: Sequence[Experts] = (),
+) -> list[Site]:
     """The linears to quantize; the others stay float.
 
     A down_proj stays float unless `down_proj`, as msModelSlim's script has it. Where one of the
     linears that read the same value (q, k and v, say) stays float the others do too: runtimes pack
     them into one.
     """
-    named = disabled_by_name(found, disabled)
+    named = disabled_by_name(found, disabled, mixed)
     left = {s.source for s in found if s.module in named or (is_down(s) and not down_proj)}
     return [site for site in found if site.source not in left]
 
