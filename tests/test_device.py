@@ -1,6 +1,6 @@
 """What is there for a device, on a CPU: recorded decode steps, other engines, dumps of values."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,18 @@ class FakeNpu:
         """Nothing runs beside a CPU."""
 
 
-@pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    checkpoint = open_checkpoint(GOLDEN)
+def compiled(directory: Path, out: Path) -> Artifact:
+    checkpoint = open_checkpoint(directory)
     program = capture(checkpoint)
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program)
-    out = tmp_path_factory.mktemp("artifact") / "out"
     write(out, checkpoint, lowered, Target("ascend910b", BLOCK))
     return read(out)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return compiled(GOLDEN, tmp_path_factory.mktemp("artifact") / "out")
 
 
 def generated(artifact: Artifact, npu: FakeNpu | None) -> list[list[int]]:
@@ -101,6 +104,18 @@ def test_recorded_steps_give_the_tokens_of_eager_ones(artifact: Artifact) -> Non
     npu = FakeNpu()
     assert generated(artifact, npu) == generated(artifact, None)
     assert [tape.replays for tape in npu.tapes] == [29]
+
+
+def test_recorded_steps_in_a_window(tiny_c8: Callable[..., Path], tmp_path: Path) -> None:
+    """A window has a table, lengths and a mask of its own; lengths differ from call to call."""
+    windowed = compiled(tiny_c8("mistral"), tmp_path / "out")
+    assert any(
+        name.startswith("window_") for name in map(str, windowed.programs["decode"].inputs())
+    )
+    npu = FakeNpu()
+    assert generated(windowed, npu) == generated(windowed, None)
+    # A prompt of one token is a step of decode where a window is a band.
+    assert [tape.replays for tape in npu.tapes] == [1, 29]
 
 
 def test_a_graph_a_number_of_sequences(artifact: Artifact) -> None:

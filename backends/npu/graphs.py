@@ -74,9 +74,10 @@ class Recorder:
     ) -> list[Tensor]:
         """The logits and the caches that a program gives."""
         # A graph has no values to look at, and only decode comes again with the same sizes.
-        if observe or not any(node.name == TABLE for node in program.inputs()):
+        tables = _tables(program)
+        if observe or not tables:
             return run(program, values, observe)
-        key = id(program), _count(values)
+        key = id(program), _count(values[tables[0]])
         if key not in self.recorded:
             self.recorded[key] = self._record(program, values)
         return self.recorded[key].replay(values)
@@ -94,8 +95,7 @@ class Recorder:
         return Recorded(program, graph, buffers, results)
 
     def _buffer(self, name: str, value: Tensor) -> Tensor:
-        wide = name == TABLE
-        shape = (value.shape[0], max(self.blocks, value.shape[1])) if wide else value.shape
+        shape = (value.shape[0], self.blocks) if name == TABLE else value.shape
         buffer = torch.zeros(shape, dtype=value.dtype, device=value.device)
         _fill(buffer, value)
         return buffer
@@ -122,9 +122,14 @@ def _lengths(program: Program, values: Mapping[str, Value]) -> Lengths:
     ]
 
 
-def _count(values: Mapping[str, Value]) -> int:
+def _tables(program: Program) -> list[str]:
+    """The inputs that attention finds pages by: only decode has such."""
+    given = [node.kwargs.get("block_table") for node in program.calls(*ATTENTION)]
+    return [node.name for node in given if isinstance(node, Node) and node.op == "placeholder"]
+
+
+def _count(table: Value) -> int:
     """The sequences of a step."""
-    table = values["block_table"]
     assert isinstance(table, Tensor)
     return int(table.shape[0])
 
