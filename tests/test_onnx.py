@@ -2,9 +2,20 @@
 
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
-from onnx_models import BOUND, KINDS, QUANTIZED, TABLE, compiled, keep, tokens
+from onnx_models import (
+    BOUND,
+    KINDS,
+    QUANTIZED,
+    TABLE,
+    captured,
+    compiled,
+    keep,
+    tokens,
+    with_int8_cache,
+)
 from steps import step, values
 
 from kvc8.backends.onnx.emitter import emit
@@ -48,6 +59,67 @@ def test_the_int8_caches_of_a_quantized_model_are_equal_bit_for_bit(directory, e
             assert a.dtype is torch.int8
             assert torch.equal(a, b)
         keep(program, made, want)
+
+
+@pytest.mark.parametrize("zeros", [False, True], ids=["symmetric", "zero points"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_keeps_its_codes(kind, zeros, tiny_model, tmp_path):
+    directory = tiny_model(kind)
+    program = with_int8_cache(captured(directory), zeros)
+    session = compiled(program, directory, tmp_path / "out")
+    made, text = values(program, directory), tokens(16)
+    session.allocate(blocks=16, block_size=4)
+    for start, end in ((0, 14), (14, 15), (15, 16)):
+        given = step(text[start:end], [start], [end], TABLE)
+        want, got = run(program, {**made, **given}), session.run(given)
+        assert (want[0] - got[0]).abs().max() <= BOUND * want[0].abs().max()
+        assert all(torch.equal(a, b) for a, b in zip(want[1:], got[1:], strict=True))
+        keep(program, made, want)
+
+
+class Uncached(torch.nn.Module):
+    """A model of transformers without a cache, its mask and positions spelled out."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForCausalLM
+
+        super().__init__()
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        at = torch.arange(ids.shape[1])
+        mask = torch.where(at[None] > at[:, None], float("-inf"), 0.0)[None, None]
+        given = {"attention_mask": mask, "position_ids": at[None], "use_cache": False}
+        return self.model(ids, **given).logits
+
+
+# What torch's exporter and the tracer below it say of themselves, and of the model's own branches.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_torchs_own_exporter_gives_the_same_model(kind, emitted, tmp_path):
+    """An independent way from transformers to ONNX, which knows nothing of kvc8."""
+    model = emitted(kind)
+    torch.onnx.export(
+        Uncached(model.directory),
+        (torch.arange(3, 12)[None],),
+        tmp_path / "theirs.onnx",
+        dynamo=False,  # the other one needs onnxscript
+        input_names=["ids"],
+        output_names=["logits"],
+        dynamic_axes={"ids": {1: "T"}},
+        opset_version=18,
+    )
+    text = tokens(16)
+    theirs = ort.InferenceSession(tmp_path / "theirs.onnx", providers=["CPUExecutionProvider"])
+    want = torch.from_numpy(theirs.run(None, {"ids": torch.tensor([text]).numpy()})[0])[0]
+    session = load(model.out, threads=1)
+    session.allocate(blocks=16, block_size=4)
+    got = session.run(step(text, [0], [16], TABLE))[0]
+    assert (want - got).abs().max() <= BOUND * want.abs().max()
 
 
 def test_a_mixed_batch_with_padding_and_then_other_sizes_in_the_same_session(emitted):
@@ -142,6 +214,7 @@ def test_a_real_model_agrees_within_a_thousandth(smollm2, tmp_path, two_threads)
     program = capture(checkpoint, dtype=torch.float32)
     session = compiled(program, smollm2, tmp_path / "out")
     assert (tmp_path / "out" / "derived.bin").stat().st_size < 1 << 20
+    assert (tmp_path / "out" / "model.onnx").stat().st_size < 5e6
     made = values(program, smollm2)
     session.allocate(blocks=16, block_size=4)
     text = torch.randint(3, 49000, (33,), generator=torch.Generator().manual_seed(6)).tolist()

@@ -45,6 +45,8 @@ def _decode(c: Call) -> Value:
     """One query row a sequence [T, 1, heads*dim] over its pages [blocks, block_size, width]."""
     if c.others.get("input_layout", "BSH") != "BSH" or c.types["query"].shape[1] != 1:
         raise c.refusal("over pages in another layout than one query a sequence in BSH")
+    if len(c.types["key"].shape) != 3:
+        raise c.refusal("over pages of another form than [blocks, block_size, width]")
     b, (kv, groups, dim) = c.b, _heads(c)
     lens = b.op("Unsqueeze", c.tensor("actual_seq_lengths_kv"), [1])  # [T, 1]
     table = _pages(c, lens)
