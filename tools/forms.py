@@ -60,11 +60,15 @@ def generate(program: Program, checkpoint: Checkpoint, prompt: Sequence[int], st
     return Tokens(prompt, made)
 
 
-def replay(programs: Mapping[str, Program], checkpoint: Checkpoint, tokens: Tokens) -> Run:
-    """Feed the tokens to programs by phase, a prefill and decode steps."""
+def replay(
+    programs: Mapping[str, Program], checkpoint: Checkpoint, tokens: Tokens, chunk: int = 0
+) -> Run:
+    """Feed the tokens to programs by phase: the prompt, whole or in chunks, and decode steps."""
     model, made = _load(programs, checkpoint, tokens), Run()
     prompt, table = tokens.prompt, tokens.table
-    made.logits.append(model.prefill([prompt], [table], observe=watch(made)))
+    size = chunk or len(prompt)
+    parts = [Rows(prompt[i : i + size], i, table) for i in range(0, len(prompt), size)]
+    made.logits.append([model.mixed([rows], observe=watch(made)) for rows in parts][-1])
     for length, token in enumerate(tokens.steps, len(prompt) + 1):
         made.logits.append(model.decode([token], [length], [table], observe=watch(made)))
     made.caches = dict(model.caches)

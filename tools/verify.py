@@ -16,6 +16,10 @@ float32. What must hold there all the same: no code differs whose float inputs a
 bit ("same inputs"); and while all codes agree, logits agree within 1e-3.
 
 With --passes, each pass is run on recorded inputs and held to its contract: tools/contracts.py.
+
+With --phases the NPU programs are compared among themselves instead: a prompt taken whole, in
+chunks and token by token, where it sees what the cache gives back of it, and where it sees its own
+float K and V.
 """
 
 import argparse
@@ -47,6 +51,7 @@ F32, F64 = "reference f32", "reference f64"
 EXACT = ("ONNX Runtime f64",)  # forms that must agree with the reference, whatever the sums
 LOGITS = 1e-3
 CHOICES = {"prefill-kv": ("float", "int8"), "fold": ("offsets", "kv"), "fuse": ("on", "off")}
+WAYS = {"whole": 0, "chunks of 64": 64, "by tokens": 1}  # to take a prompt
 TEXT = """A paged cache keeps the keys and values of each sequence in blocks of a fixed size, and a
 table says which blocks belong to which sequence. When a sequence grows past the end of its last
 block, the table gets another one from a list of free blocks; when it ends, its blocks go back to
@@ -74,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for name in ("prefill-kv", "fold", "fuse"):
         found.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0])
+    found.add_argument("--phases", action="store_true", help="a prompt whole, in chunks, by tokens")
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     found.add_argument(
         "--dump",
@@ -99,10 +105,11 @@ def work(args: argparse.Namespace) -> int:
     own = capture(checkpoint, config_dtype(checkpoint))
     quantize(own, args.kv_scales)
     tokens = generate(reference, checkpoint, prompt, args.steps)
-    rows = [
-        *_single(checkpoint, captured, reference, own, tokens),
-        *_double(checkpoint, reference, tokens),
-    ]
+    if args.phases:
+        rows = _phases(checkpoint, reference, tokens)
+    else:
+        rows = _single(checkpoint, captured, reference, own, tokens)
+        rows += _double(checkpoint, reference, tokens)
     _print(rows, args.json, tokens)
     broken = [problem for row in rows for problem in broken_promises(row)]
     for problem in broken:
@@ -149,6 +156,20 @@ def _double(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[
     return [compare(form, made, F64, base, tokens) for form in EXACT]
 
 
+def _phases(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
+    """Every way to take the prompt, against taking it whole with what the cache gives back."""
+    against, rows = "whole, int8 f32", list[Row]()
+    int8, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
+    base = replay(int8, checkpoint, tokens)
+    for prefill_kv in ("int8", "float"):
+        lowered, _ = pipeline.lower_for_npu(reference, prefill_kv, fuse="off")
+        for way, chunk in WAYS.items():
+            if (way, prefill_kv) != ("whole", "int8"):
+                made = replay(lowered, checkpoint, tokens, chunk)
+                rows.append(compare(f"{way}, {prefill_kv} f32", made, against, base, tokens))
+    return rows
+
+
 def broken_promises(row: Row) -> list[str]:
     """What a form promised and did not keep, one sentence each."""
     found = []
@@ -174,7 +195,7 @@ def _print(rows: list[Row], as_json: bool, tokens: Tokens) -> None:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return
     print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
-    for against in (F32, F64):
+    for against in dict.fromkeys(row.against for row in rows):
         Console(width=112).print(_table([row for row in rows if row.against == against], against))
     print("NPU rows are emulated as the ops are documented; they were not verified on a device")
 
