@@ -104,7 +104,7 @@ def test_a_report_and_reasons_as_text(model, tmp_path, capsys):
     assert compile_(model, tmp_path / "out", *options) == 0
     said = capsys.readouterr().out.splitlines()
     assert any(line.startswith("decode, 1 of 8,192 tokens: ") for line in said)
-    assert sum(line.startswith("total") for line in said) == 2
+    assert sum(line.startswith("total") for line in said) == 3  # phases
     assert said[-1] == (
         "at 0.8 TB/s, 707.8 TOPS in int8, 353.9 TFLOPS in float16 (as given); "
         "a bound from documents; nothing was measured"

@@ -122,3 +122,16 @@ def test_the_command_prints_a_table_and_json(capsys):
     same = {row["form"]: row["codes"]["same_inputs"] for row in rows if row["codes"]}
     assert same.pop("NPU emulated f16") is None  # its ops quantize what they compute themselves
     assert set(same.values()) == {0}
+
+
+@pytest.mark.slow
+def test_phases_are_compared_with_a_prompt_taken_whole(capsys):
+    options = [str(LLAMA), "--phases", "--tokens", "70", "--steps", "2", "--json"]
+    assert command.entry(verify.parser(), verify.work, options) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["form"] for row in rows] == [
+        *("chunks of 64, int8 f32", "by tokens, int8 f32"),
+        *("whole, float f32", "chunks of 64, float f32", "by tokens, float f32"),
+    ]
+    assert {row["against"] for row in rows} == {"whole, int8 f32"}
+    assert {row["codes"]["same_inputs"] for row in rows} == {0}
