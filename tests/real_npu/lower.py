@@ -54,8 +54,7 @@ def models(scratch: Path) -> Iterator[tuple[str, Path]]:
             scratch / f"{kind}-{part}" for part in ("float", "sym", "asym")
         )
         model.mkdir()
-        window = {"sliding_window": None} if kind == "mistral" else {}
-        conftest._write_model(model, kind, 0, TINY | window)
+        conftest._write_model(model, kind, 0, TINY)
         conftest._write_tokenizer(model)
         c8.quantize_model(model, symmetric, "all")
         yield f"tiny-{kind}", symmetric
