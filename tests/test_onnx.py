@@ -185,6 +185,18 @@ def test_what_cannot_be_emitted_is_refused_in_one_sentence(stored, tmp_path):
     )
 
 
+def test_a_cache_that_is_read_before_it_is_written_is_refused(stored, tmp_path):
+    text = """
+    def captured(rows: f32[T, 2, 4], slots: i32[T], cache: f32[N, S, 2, 4] = cache()):
+        new: f32[N, S, 2, 4] = kvc8.cache_write(cache, rows, slots)
+        old: f32[N, S, 2, 4] = aten.neg(cache)
+        return [old, new]
+    """
+    assert refusal(parse(text), open_checkpoint(stored), tmp_path / "out") == (
+        "cache: is read as it was before a call writes to it; read what the write gives"
+    )
+
+
 def test_what_cannot_be_run_is_refused_in_one_sentence(stored, tmp_path):
     text = (
         "def captured(x: {0}[T, 4]):\n    mul: {0}[T, 4] = aten.mul.Tensor(x, x)\n    return [mul]"

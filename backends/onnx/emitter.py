@@ -35,11 +35,12 @@ from kvc8.backends.onnx import gqa
 from kvc8.backends.onnx.builder import DTYPES, Builder, Value, typed
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.weights import Weights
+from kvc8.ir import ops
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.model_files import file_names, model_file
 from kvc8.ir.new_directory import Part, new_directory
-from kvc8.ir.program import Program, Stage, substitute, tensor_type, type_of
+from kvc8.ir.program import Program, Stage, is_call, substitute, tensor_type, type_of, users
 from kvc8.ir.shapes import Target
 from kvc8.ir.types import IntType, dtype_name
 
@@ -62,6 +63,7 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
     if program.stage not in STAGES:
         what = f"{program.stage.value}: ONNX is made from a captured or quantized program"
         raise TargetError(f"{what}; emit before lowering for the NPU")
+    check_caches(program, ops.cache_write)
     b = Builder()
     weights = Weights(b, checkpoint)
     inputs = gqa.inputs(program, b) if flavor == "gqa" else _inputs(program, b)
@@ -77,6 +79,15 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
         part.write("model.onnx", ir.to_proto(model).SerializeToString())
         part.write("manifest.json", json.dumps(manifest, indent=1).encode() + b"\n")
         carry(part, checkpoint.path)
+
+
+def check_caches(program: Program, *writes: Target) -> None:
+    """Refuse a cache that is read as it was before a write: the runner writes caches in place."""
+    for cache in program.caches():
+        calls = list(users(cache))
+        if any(is_call(call, *writes) for call in calls) and len(calls) > 1:
+            what = "is read as it was before a call writes to it"
+            raise TargetError(f"{cache.name}: {what}; read what the write gives")
 
 
 def _inputs(program: Program, b: Builder) -> list[Value]:

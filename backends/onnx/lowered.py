@@ -19,11 +19,12 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import Builder, Value
-from kvc8.backends.onnx.emitter import assemble, carry, lower, parameters, ports
+from kvc8.backends.onnx.emitter import assemble, carry, check_caches, lower, parameters, ports
 from kvc8.backends.onnx.functions import Body, Functions
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.npu_functions import BODIES, WRITES
 from kvc8.backends.onnx.weights import Weights
+from kvc8.ir import npu
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.new_directory import new_directory
@@ -53,6 +54,7 @@ def _model(phase: str, program: Program, checkpoint: Checkpoint) -> tuple[ir.Mod
     if program.stage is not Stage.LOWERED:
         what = f"{phase}: is a {program.stage.value} program"
         raise TargetError(f"{what}; run the passes of the npu target, or choose another flavor")
+    check_caches(program, npu.npu_scatter_pa_kv_cache_functional)
     b, functions = Builder(), Functions()
     weights = Weights(b, checkpoint, f"{phase}.bin")
     inputs = _inputs(program, b)
