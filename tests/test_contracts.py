@@ -10,7 +10,8 @@ from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import name_of
-from kvc8.tools import command, verify
+from kvc8.tools import command, opt, repro, verify
+from kvc8.tools.bisection import Bisection
 from kvc8.tools.contracts import Call, check
 from kvc8.tools.recording import Parameters, empty, feed, record
 
@@ -31,8 +32,8 @@ class Model:
         self.program = capture(checkpoint, torch.float32)
         self.parameters = Parameters(checkpoint.read)
         pipeline.run(self.program, pipeline.QUANTIZE)
-        start = empty(self.program)
-        self.state = record(self.program, self.parameters, PROMPT, start).caches
+        start, inputs = empty(self.program), PROMPT.inputs(self.program)
+        self.state = record(self.program, self.parameters, inputs, start).caches
 
     def check(self, phase, passes, see=lambda checked: None):
         """Run passes up to the last, and check that."""
@@ -73,11 +74,16 @@ each_fault = pytest.mark.parametrize(
 
 
 @each_fault
-def test_a_planted_fault_is_found_in_its_pass_and_layer(models, model, name, phase, options, fault):
+def test_a_planted_fault_is_found_in_its_pass_and_layer(
+    models, tmp_path, model, name, phase, options, fault
+):
     sound = passes(name, phase, **options)
     broken = (*sound[:-1], planted.plant(sound[-1], fault))
-    [verdict] = models[model].check(phase, broken)
+    found = Bisection(tmp_path / "repro", models[model].parameters.read)
+    [verdict] = models[model].check(phase, broken, found.see)
     assert verdict.name == name
+    assert sum(file.stat().st_size for file in found.folder.iterdir()) < 2_000_000
+    assert command.entry(opt.parser(), opt.work, ["--run", str(found.folder)]) == 1
     if verdict.refused:
         assert verdict.sentence.startswith(f"{name}: layer 1: ")
         return
@@ -85,6 +91,16 @@ def test_a_planted_fault_is_found_in_its_pass_and_layer(models, model, name, pha
     assert verdict.sentence.startswith(
         f"{name}: breaks its contract {verdict.contract} in layer 1, {phase}: "
     )
+
+
+@pytest.mark.parametrize(("model", "name", "phase", "options"), [f[:4] for f in FAULTS[:6]])
+def test_a_repro_of_a_sound_site_keeps_its_contract(models, tmp_path, model, name, phase, options):
+    def see(checked):
+        read = models[model].parameters.read
+        repro.write(checked, checked.verdict.worst, read, tmp_path / "repro")
+
+    models[model].check(phase, passes(name, phase, **options), see)
+    assert repro.run(tmp_path / "repro") == ""
 
 
 @pytest.mark.parametrize(

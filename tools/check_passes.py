@@ -68,7 +68,7 @@ def check_steps(
     if found and found[-1].refused:
         return found
     checked: list[tuple[Step, ...]] = []
-    state = record(program, parameters, prompt, empty(program)).caches
+    state = record(program, parameters, prompt.inputs(program), empty(program)).caches
     calls = {"prefill": Call(prompt), "chunk": Call(chunk, state), "decode": Call(step, state)}
     for phase, (shared, own) in phases.items():
         start = program.copy()

@@ -47,6 +47,7 @@ class Site:
     old: str
     figure: float
     bound: float
+    call: int  # the number of its call
     rounding: float  # how far it is from what it was in the program's own dtypes; not judged
 
     @property
@@ -64,6 +65,7 @@ class Verdict:
     sites: list[Site] = field(default_factory=list)
     kept: int = 0  # values that no pass touched, found equal to the last bit
     refused: str = ""
+    node: str = ""  # that verify refused
     logits: float = 0.0  # how far the logits move when nothing is isolated; not judged
 
     @property
@@ -105,9 +107,9 @@ class Checked:
     before: Program
     after: Program
     olds: list[Recording]
-    news: list[Recording]
     found: Provenance
     verdict: Verdict
+    comparisons: list["Comparison"] = field(default_factory=list)  # one a call
 
 
 def check(
@@ -131,11 +133,12 @@ def check(
         try:
             remarks = step(program)
         except IRError as error:
-            verdict.refused = _refused(program, str(error))
+            _refuse(verdict, program, str(error))
+            see(Checked(before, program, olds, Provenance(), verdict))
             return verdicts
         hits = [remark.node for remark in remarks if not remark.why_not]
         found = provenance(before, program, hits)
-        checked = Checked(before, program, olds, [], found, verdict)
+        checked = Checked(before, program, olds, found, verdict)
         _isolated(checked, pass_of(step), calls, parameters)
         olds = _run(program, calls, parameters)
         verdict.logits = max(map(_logits_gap, checked.olds, olds))
@@ -143,17 +146,18 @@ def check(
     return verdicts
 
 
-def _refused(program: Program, error: str) -> str:
-    """What verify says, after the layer of the node that it names first."""
+def _refuse(verdict: Verdict, program: Program, error: str) -> None:
+    """Note what verify says, after the layer of the node that it names first."""
     named = [node for node in program.graph.nodes if error.startswith(f"{node.name}: ")]
-    return f"{layer_of(named[0])}: {error}" if named else error
+    verdict.node = named[0].name if named else ""
+    verdict.refused = f"{layer_of(named[0])}: {error}" if named else error
 
 
 def _run(program: Program, calls: Sequence[Call], parameters: Parameters) -> list[Recording]:
     made, state = list[Recording](), empty(program)
     for call in calls:
         state = {**state, **_same_types(call.state or {}, state)}
-        made.append(record(program, parameters, call.feed, state))
+        made.append(record(program, parameters, call.feed.inputs(program), state))
         state = made[-1].caches
     return made
 
@@ -184,9 +188,10 @@ def _isolated(checked: Checked, pass_: Pass, calls: Sequence[Call], parameters: 
         before = checked.olds[i - 1].caches if i and call.state is None else call.state or {}
         state = {**state, **_same_types(before, state)}
         comparison = Comparison(checked, pass_, call.feed, checked.olds[i])
-        new = record(checked.after, parameters, call.feed, state, comparison.start)
+        checked.comparisons.append(comparison)
+        inputs = call.feed.inputs(checked.after)
+        new = record(checked.after, parameters, inputs, state, comparison.start)
         comparison.finish()
-        checked.news.append(new)
         state = new.caches
 
 
@@ -241,25 +246,21 @@ class Comparison:
         rounding = _gap(a, b.reshape(a.shape)).amax() if a.numel() else torch.zeros(())
         figure, bound = self._figure(node, was, a, b)
         place = (self.feed.phase, layer_of(node), node.name, was.name)
-        self.checked.verdict.sites.append(Site(*place, figure, bound, float(rounding)))
+        call = self.checked.comparisons.index(self)
+        self.checked.verdict.sites.append(Site(*place, figure, bound, call, float(rounding)))
 
     def _is_equal(self, value: Tensor, old: Tensor) -> bool:
         twins = self.new.twins.twin(value), self.old.twins.twin(old)
         return torch.equal(value, old) and torch.equal(*twins)
 
     def _figure(self, node: Node, was: Node, old: Tensor, new: Tensor) -> tuple[float, float]:
-        new = new.reshape(old.shape)
-        if not old.numel():
-            return 0.0, 0.0
-        if bool((old.isfinite() & ~new.isfinite()).any()):
-            return float("inf"), 0.0
-        if self.pass_.contract in ("bit_exact", "layout"):
-            return _worst(_gap(old, new), torch.zeros(()))
-        exact = self._exact(was, self.old), self._exact(node, self.new).reshape(old.shape)
-        figures = [_worst(_gap(*exact), self._bound(node, was, exact[0]))]
-        if self.pass_.contract == "quantizing" and not old.dtype.is_floating_point:
-            figures.append(_worst(_gap(old, new), self._bound(node, was, exact[0])))
-        return max(figures, key=lambda figure: figure[0] - figure[1])
+        exact = self._exact(was, self.old), self._exact(node, self.new)
+        bound = self._bound(node, was, exact[0])
+        return judge(self.pass_.contract, old, new, *exact, bound)
+
+    def bound_of(self, node: Node, was: Node) -> Tensor:
+        """By how much each element that counts may differ, or one number for all."""
+        return self._bound(node, was, self._exact(was, self.old))
 
     def _bound(self, node: Node, was: Node, old: Tensor) -> Tensor:
         slack = torch.zeros((), dtype=torch.float64)
@@ -290,6 +291,23 @@ class Comparison:
         if isinstance(type_, TensorType) and type_.shape[:2] == (size("N"), size("S")):
             return value.flatten(0, 1)[self.feed.written] if value.dim() > 1 else value
         return value
+
+
+def judge(
+    contract: str, old: Tensor, new: Tensor, exact_old: Tensor, exact_new: Tensor, bound: Tensor
+) -> tuple[float, float]:
+    """How far a value is from what it stands for, and how far it may be; see the module."""
+    new, exact_new = new.reshape(old.shape), exact_new.reshape(old.shape)
+    if not old.numel():
+        return 0.0, 0.0
+    if bool((old.isfinite() & ~new.isfinite()).any()):
+        return float("inf"), 0.0
+    if contract in ("bit_exact", "layout"):
+        return _worst(_gap(old, new), torch.zeros(()))
+    figures = [_worst(_gap(exact_old, exact_new), bound)]
+    if contract == "quantizing" and not old.dtype.is_floating_point:
+        figures.append(_worst(_gap(old, new), bound))
+    return max(figures, key=lambda figure: figure[0] - figure[1])
 
 
 def _gap(old: Tensor, new: Tensor) -> Tensor:

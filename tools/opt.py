@@ -2,6 +2,8 @@
 
     kvc8-opt program.py --passes insert_kv_quant,fold_kv_scales
 
+    kvc8-opt --run DIR
+
 The format of a bug report: the text of a program is complete, and each pass verifies its result.
 """
 
@@ -29,14 +31,27 @@ STEPS: tuple[Step, ...] = (
 def parser() -> argparse.ArgumentParser:
     """The arguments of kvc8-opt."""
     found = argparse.ArgumentParser(prog="kvc8-opt", description=__doc__.splitlines()[0])
-    found.add_argument("program", help="a file, or - for standard input")
+    found.add_argument("program", nargs="?", help="a file, or - for standard input")
     names = ", ".join(dict.fromkeys(map(name_of, STEPS)))
+    found.add_argument(
+        "--verify", action="store_true", help="say that it verifies, instead of its text"
+    )
+    found.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="run a repro of kvc8-verify --bisect instead; 1 where it breaks its contract",
+    )
     found.add_argument("--passes", default="", help=f"names with commas between: {names}")
     return found
 
 
 def work(args: argparse.Namespace) -> int:
     """Read, run the passes, print; remarks go to standard error."""
+    if args.run:
+        return _repro(args.run)
+    if args.program is None:
+        raise ModelError("kvc8-opt: no program given; name a file, - or --run DIR")
     program = parse(_text(args.program))
     verify(program)
     known = {name_of(step): step for step in STEPS}
@@ -45,8 +60,20 @@ def work(args: argparse.Namespace) -> int:
             raise ModelError(f"--passes: there is no {name}; choose from {', '.join(known)}")
         for remark in known[name](program):
             print(f"{name}: {remark}", file=sys.stderr)
-    print(show(program))
+    if args.verify:
+        calls = sum(node.op == "call_function" for node in program.graph.nodes)
+        print(f"{args.program}: a {program.stage.value} program of {calls} calls, verified")
+    else:
+        print(show(program))
     return 0
+
+
+def _repro(folder: Path) -> int:
+    from kvc8.tools.repro import run  # recording needs more than texts do
+
+    problem = run(folder)
+    print(problem or f"{folder}: keeps its contract", file=sys.stderr if problem else sys.stdout)
+    return 1 if problem else 0
 
 
 def _text(name: str) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
-from kvc8.backends.npu.inputs import CPU, Rows, inputs
+from kvc8.backends.npu import inputs as batch
+from kvc8.backends.npu.inputs import CPU, Rows
 from kvc8.ir.errors import IRError
 from kvc8.ir.program import Program, recipe_of, substitute
 from kvc8.ir.recipe import Read, Recipe, make
@@ -33,7 +34,7 @@ class Feed:
     def inputs(self, program: Program) -> dict[str, Value]:
         """The inputs that a program takes."""
         names = [node.name for node in program.inputs()]
-        return dict(inputs([self.rows], BLOCK, CPU, False, names))
+        return dict(batch.inputs([self.rows], BLOCK, CPU, False, names))
 
 
 @dataclass
@@ -86,16 +87,16 @@ def empty(program: Program) -> State:
 def record(
     program: Program,
     parameters: Parameters,
-    given: Feed,
+    inputs: Mapping[str, Value],
     state: State,
     hook: Callable[["Recording"], Hook] | None = None,
 ) -> Recording:
     """Run a program once; what the hook gives for a node and its value takes the value's place."""
     made = Recording(Twins())
-    change, step = hook(made) if hook else None, given.inputs(program)
+    change = hook(made) if hook else None
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            made.values[node] = _given(node, parameters, step, state, made.twins)
+            made.values[node] = _given(node, parameters, inputs, state, made.twins)
         elif node.op == "output":
             made.results = list(node.args[0])
         else:

@@ -35,11 +35,13 @@ from rich.table import Table
 
 from kvc8.ir.capture import capture, config_dtype
 from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.new_directory import refuse_existing
 from kvc8.ir.program import Program
 from kvc8.ir.types import dtype_name
 from kvc8.ir.widen import widen
 from kvc8.passes import pipeline
 from kvc8.tools import dumps
+from kvc8.tools.bisection import Bisection
 from kvc8.tools.check_passes import Choices, check_passes, table
 from kvc8.tools.command import entry
 from kvc8.tools.compare import Row, compare
@@ -77,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--passes", action="store_true", help="instead, hold each pass to its numeric contract"
     )
+    found.add_argument(
+        "--bisect",
+        type=Path,
+        metavar="OUT",
+        help="with a directory for a repro of the first breach that --passes finds, if any",
+    )
     for name in ("prefill-kv", "fold", "fuse"):
         found.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0])
     found.add_argument("--phases", action="store_true", help="a prompt whole, in chunks, by tokens")
@@ -95,7 +103,7 @@ def work(args: argparse.Namespace) -> int:
     if args.dump:
         return dumps.work(args)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
-    if args.passes:
+    if args.passes or args.bisect:
         return _passes(args, checkpoint)
     text = args.text.read_text(encoding="utf-8") if args.text else TEXT
     prompt = read_tokenizer(args.directory).encode(text)[: args.tokens]
@@ -120,7 +128,10 @@ def work(args: argparse.Namespace) -> int:
 def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     """The table of contracts; gives 1 where a pass breaks its own."""
     choices = Choices(None, args.kv_scales, args.prefill_kv, args.fold, args.fuse)
-    verdicts = check_passes(checkpoint, choices)
+    if args.bisect:
+        refuse_existing(args.bisect)
+    repro = Bisection(args.bisect, checkpoint.read)
+    verdicts = check_passes(checkpoint, choices, repro.see)
     if args.json:
         print(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
     else:
