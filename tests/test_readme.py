@@ -16,7 +16,7 @@ NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?%?")
 def blocks() -> list[tuple[str, list[str]]]:
     """Each command of the README with the lines of output that follow it."""
     found = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    return [(command, [x for x in said.splitlines() if x.strip()]) for command, said in found]
+    return [(command, [x for x in said.splitlines() if x.strip(" .")]) for command, said in found]
 
 
 def shape(line: str) -> str:
