@@ -4,8 +4,8 @@ Anti-outlier methods of msModelSlim may give a norm a bias that its model does n
 after the norm. A bias of anything else that the model does not have would be lost, and is an error.
 
 Spare are: what describes a W8A8 weight twice (weight_scale, weight_offset of zeros, the bias inside
-quant_bias), offsets of zeros, biases of zeros, the second copies of norms, an lm_head that is the
-embedding, and buffers that transformers works out by itself.
+quant_bias), offsets of zeros, biases of zeros, the second copies of norms, the second copy of
+an embedding that is the lm_head too, and buffers that transformers works out by itself.
 """
 
 from collections.abc import Iterator
@@ -85,6 +85,8 @@ def _spare(checkpoint: Checkpoint, used: set[str]) -> Iterator[str]:
         yield from (name for name in vars(linear).values() if name)
     for side in (side for pair in checkpoint.kv.values() for side in pair):
         yield from (name for name in (side.scale, side.offset) if name)  # zeros are in no recipe
+    head_serves = any(tied_head(name, checkpoint.config) for name in used)
     for name in checkpoint.tensors:
-        if ".module." in name or tied_head(name, checkpoint.config):
+        table = head_serves and name.endswith("embed_tokens.weight")
+        if table or ".module." in name or tied_head(name, checkpoint.config):
             yield name
