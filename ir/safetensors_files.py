@@ -7,6 +7,7 @@ dtype ask for, without overlaps or holes. Only headers are read; weights stay on
 """
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from kvc8.ir.model_files import (
     shown,
 )
 
+SMALL = 1 << 20  # bytes; up to it a tensor is read and not mapped
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -169,6 +171,17 @@ def _by_shard(index: Path, weight_map: Mapping[str, object]) -> dict[str, set[st
     return shards
 
 
+def _read_small(tensor: StoredTensor) -> torch.Tensor:
+    held = bytearray(tensor.nbytes)
+    with tensor.file.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.seek(tensor.offset)
+        got = file.readinto(held)
+    if got != tensor.nbytes:
+        raise ModelError(f"{place(tensor.file)}: has become shorter; copy the file again")
+    return torch.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape)
+
+
 class TensorFiles:
     """Open safetensors files, each opened on its first use and kept."""
 
@@ -176,8 +189,14 @@ class TensorFiles:
         self._open: dict[Path, safe_open] = {}
 
     def read(self, tensor: StoredTensor) -> torch.Tensor:
-        """Map `tensor` into memory: nothing is copied, and pages are read when they are used."""
+        """Map `tensor` into memory: nothing is copied, and pages are read when they are used.
+
+        A small one is read instead. A page fault reads far ahead, which a compile that looks at
+        thousands of scales between gigabytes of weights would wait for.
+        """
         try:
+            if 0 < tensor.nbytes <= SMALL:
+                return _read_small(tensor)
             if tensor.file not in self._open:
                 self._open[tensor.file] = safe_open(tensor.file, framework="pt")
             file = self._open[tensor.file]

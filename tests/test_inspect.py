@@ -1,13 +1,12 @@
 """kvc8-inspect: the whole sentence of each finding, the memory plan, and one whole report."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from measured import measured
 from safetensors.torch import save_file
 from sparse import LLAMA_70B, write_sparse
 from torch import Tensor
@@ -35,12 +34,6 @@ LINEAR = {
     "quant_bias": torch.zeros(4, dtype=torch.int32),
     "deq_scale": torch.ones(4, dtype=torch.int64),
 }
-MEASURED = """
-import resource, sys
-from kvc8.tools import command, inspect
-command.entry(inspect.parser(), inspect.work, sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
 K0, V1 = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.v_proj"
 DESCRIPTION = "quant_model_description.json"
 
@@ -528,12 +521,12 @@ def test_an_error_is_exit_status_1_and_json_tells_the_same(
 def test_a_model_of_70b_is_inspected_without_reading_its_weights(tmp_path: Path) -> None:
     """85 GiB of holes: what reads a weight takes minutes and shows in the memory used."""
     directory = write_sparse(tmp_path / "model", LLAMA_70B)
-    command = [sys.executable, "-c", MEASURED, str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    *report, peak = done.stdout.splitlines()
+    done = measured(tmp_path, "kvc8.tools.inspect", directory)
+    report = done.output.splitlines()
+    assert done.status == 0
     assert "  C8 on 8 cards, each             20,480        1,118,976        2,796,672" in report
     assert "  warning  the directory: every KV scale is zero" in report
-    assert int(peak) < 1_000_000  # KiB, of which torch and transformers take half
+    assert done.peak < 1000  # of which torch and transformers take half
 
 
 @pytest.mark.slow

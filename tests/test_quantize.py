@@ -1,16 +1,14 @@
 """kvc8-quantize: what it writes, measured against the float model, and what it refuses."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+from measured import measured
 from safetensors.torch import load_file, save_file
 from steps import step, values
 from transformers import AutoModelForCausalLM
@@ -409,14 +407,12 @@ def test_the_real_model(smollm2, tmp_path):
     """Seconds, peak memory, and the KL divergence from the float model on a text not seen."""
     out = tmp_path / "out"
     texts = REPOSITORY / "tests" / "data" / "calibration.jsonl"
-    command_ = [sys.executable, "-m", "kvc8.tools.quantize", str(smollm2), "-o", str(out)]
     start = time.monotonic()
-    child = subprocess.Popen([*command_, "--calib-file", str(texts)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    assert child.returncode == 0
-    seconds, peak = time.monotonic() - start, usage.ru_maxrss * 1024 / 1e6
-    print(f"\nquantized in {seconds:.1f} s, CPU {usage.ru_utime:.1f} s, peak {peak:.0f} MB")
+    given = (smollm2, "-o", out, "--calib-file", texts)
+    done = measured(tmp_path, "kvc8.tools.quantize", *given)
+    assert done.status == 0
+    seconds = time.monotonic() - start
+    print(f"\nquantized in {seconds:.1f} s, CPU {done.cpu:.1f} s, peak {done.peak:.0f} MB")
     assert open_checkpoint(out).warnings == ()
     tokens = read_tokenizer(smollm2).encode(HELD_OUT)
     want = logits(smollm2, tokens, ())
@@ -424,7 +420,7 @@ def test_the_real_model(smollm2, tmp_path):
     both = divergence(want, logits(out, tokens, pipeline.QUANTIZE))
     print(f"mean KL over {len(tokens)} tokens: W8A8 {linear:.4f}, W8A8+C8 {both:.4f}")
     assert both < 0.02  # what the default recipe is held to
-    assert peak < 655  # MB, half of what msModelSlim takes
+    assert done.peak < 655  # MB, half of what msModelSlim takes
 
 
 def logits(directory: Path, tokens: list[int], passes) -> torch.Tensor:

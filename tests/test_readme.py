@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"```sh\n(.*?)```\n((?:\n(?:    .*\n)+)*)", re.DOTALL)
+BLOCK = re.compile(r"```sh\n(.*?)```\n((?:\n(?:    [^\n]*\n)+)*)", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?%?")
 
 

@@ -1,6 +1,7 @@
 """Weights files: where tensors lie, what an index says of them, and what reading them costs."""
 
 import json
+import os
 import time
 import tracemalloc
 from pathlib import Path
@@ -12,6 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.errors import ModelError
+from kvc8.ir.safetensors_files import SMALL
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 LINEAR = {  # of a W8A8 linear with `rows` outputs and 8192 inputs
@@ -73,10 +76,22 @@ def test_a_tensor_reads_as_safetensors_reads_it_and_lies_where_it_says() -> None
         assert data == bytes(value.contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def test_reading_maps_and_does_not_copy() -> None:
-    checkpoint = open_checkpoint(GOLDEN / "llama_fp16_m3" / "orig")
-    first, second = checkpoint.read("lm_head.weight"), checkpoint.read("lm_head.weight")
+def test_reading_maps_and_does_not_copy(tmp_path: Path) -> None:
+    shards(tmp_path, {"big": torch.zeros(SMALL // 4 + 1), "small": torch.zeros(SMALL // 4)})
+    checkpoint = open_checkpoint(tmp_path)
+    first, second = checkpoint.read("big"), checkpoint.read("big")
     assert first.data_ptr() == second.data_ptr()
+    assert checkpoint.read("small").data_ptr() != checkpoint.read("small").data_ptr()
+
+
+def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+    shards(tmp_path, {"a": torch.ones(4)})
+    checkpoint = open_checkpoint(tmp_path)
+    file = checkpoint.tensors["a"].file
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(ModelError) as caught:
+        checkpoint.read("a")
+    assert str(caught.value) == f"{file}: has become shorter; copy the file again"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -273,3 +273,7 @@ def _reason(remark: Remark) -> str:
 def main() -> int:
     """Run kvc8-compile."""
     return entry(parser(), work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -88,3 +88,7 @@ def _text(name: str) -> str:
 def main() -> int:
     """Run kvc8-opt."""
     return entry(parser(), work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Run a command in a process of its own and say what it took."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# A child inherits its parent's ru_maxrss, so what it took itself is read where Linux keeps that.
+CODE = """
+import runpy, sys
+from pathlib import Path
+report, module = sys.argv[1:3]
+sys.argv[1:] = sys.argv[3:]
+try:
+    runpy.run_module(module, run_name="__main__")
+finally:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    Path(report).write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command printed and took."""
+
+    status: int
+    output: str
+    cpu: float  # seconds, user and system
+    peak: float  # MB resident
+
+
+def measured(scratch: Path, module: str, *arguments: object) -> Measured:
+    """Run `python -m module arguments`; what it prints on stderr is shown if the test fails."""
+    report = scratch / "peak"
+    command = [sys.executable, "-c", CODE, str(report), module, *map(str, arguments)]
+    with (scratch / "output").open("w+") as output:
+        child = subprocess.Popen(command, stdout=output)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        peak = int(report.read_text()) * 1024 / 1e6
+        return Measured(child.returncode, output.read(), used.ru_utime + used.ru_stime, peak)
