@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from measured import measured
 from safetensors.torch import save_file
 from sparse import LLAMA_70B, write_sparse
 from torch import Tensor
@@ -15,6 +14,7 @@ from kvc8.tools import command
 from kvc8.tools import inspect as tool
 from kvc8.tools.inspector.plan import plan
 from kvc8.tools.inspector.seen import Seen, look
+from kvc8.tools.measured import measured
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = GOLDEN / "checkpoints"

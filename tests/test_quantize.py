@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from measured import measured
 from safetensors.torch import load_file, save_file
 from steps import step, values
 from transformers import AutoModelForCausalLM
@@ -22,6 +21,7 @@ from kvc8.ir.w8a8 import Range, input_params, kv_scale, quantize_linear
 from kvc8.passes import pipeline
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.tools import command, quantize
+from kvc8.tools.measured import measured
 from kvc8.tools.tokenize import read_tokenizer
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
@@ -412,7 +412,7 @@ def test_the_real_model(smollm2, tmp_path):
     done = measured(tmp_path, "kvc8.tools.quantize", *given)
     assert done.status == 0
     seconds = time.monotonic() - start
-    print(f"\nquantized in {seconds:.1f} s, CPU {done.cpu:.1f} s, peak {done.peak:.0f} MB")
+    print(f"\nquantized in {seconds:.1f} s, CPU {done.user:.1f} s, peak {done.peak:.0f} MB")
     assert open_checkpoint(out).warnings == ()
     tokens = read_tokenizer(smollm2).encode(HELD_OUT)
     want = logits(smollm2, tokens, ())

@@ -1,6 +1,7 @@
 """Measure what kvc8 makes against what else there is, side by side in one run.
 
     python -m kvc8.tools.bench decode C8_DIR FLOAT_DIR
+    python -m kvc8.tools.bench quantize FLOAT_DIR --calib-file TEXTS
 
 Candidates take turns, so that whatever else the machine does meets all of them alike; a figure is
 the median over all turns, a ratio the median of the turns' own ratios. Threads are always explicit.
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from kvc8.tools import bench_decode
+from kvc8.tools import bench_decode, bench_quantize
 from kvc8.tools.command import entry
 
 Clock = Callable[[], float]
@@ -44,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     each = found.add_subparsers(dest="what", required=True)
     decode = each.add_parser("decode", help=bench_decode.__doc__)
     bench_decode.arguments(decode)
-    for sub in (decode,):
+    quantize = each.add_parser("quantize", help=bench_quantize.__doc__)
+    bench_quantize.arguments(quantize)
+    for sub in (decode, quantize):
         sub.add_argument("--threads", type=int, default=2, help="of each candidate; default: 2")
         sub.add_argument("--turns", type=int, default=15, help="default: 15")
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -53,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Run one benchmark and print it."""
+    if args.what == "quantize":
+        _print_cost(bench_quantize.rows(args), args.json)
+        return 0
     rows = []
     for title, candidates in bench_decode.cases(args):
         taken = interleave(candidates, args.turns)
@@ -73,6 +79,15 @@ def _print(rows: list[dict[str, object]], as_json: bool) -> None:
     for row in rows:
         case, candidate, ms, times = (row[key] for key in ("case", "candidate", "ms", "ratio"))
         print(f"{case!s:>16}  {candidate!s:<26} {ms:>9} ms  {times:>7}x")
+
+
+def _print_cost(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        cpu, peak, times = (row[key] for key in ("cpu_s", "peak_mb", "ratio"))
+        print(f"{row['candidate']!s:<26} {cpu:>7} s of user CPU  {peak:>6} MB  {times:>7}x")
 
 
 def main() -> int:

@@ -26,18 +26,23 @@ class Measured:
 
     status: int
     output: str
-    cpu: float  # seconds, user and system
+    user: float  # seconds of processor time
+    system: float  # seconds of processor time that the kernel took for it
     peak: float  # MB resident
 
 
-def measured(scratch: Path, module: str, *arguments: object) -> Measured:
-    """Run `python -m module arguments`; what it prints on stderr is shown if the test fails."""
+def measured(scratch: Path, module: str, *arguments: object, threads: int = 1) -> Measured:
+    """Run `python -m module arguments` with so many threads; `scratch` is a directory for notes.
+
+    stderr is left where it goes.
+    """
     report = scratch / "peak"
     command = [sys.executable, "-c", CODE, str(report), module, *map(str, arguments)]
     with (scratch / "output").open("w+") as output:
-        child = subprocess.Popen(command, stdout=output)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        child = subprocess.Popen(command, stdout=output, env=environment)
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         peak = int(report.read_text()) * 1024 / 1e6
-        return Measured(child.returncode, output.read(), used.ru_utime + used.ru_stime, peak)
+        return Measured(child.returncode, output.read(), used.ru_utime, used.ru_stime, peak)
