@@ -25,6 +25,7 @@ from torch.fx.node import Argument
 from kvc8.ir.errors import IRError
 from kvc8.ir.program import Program, Stage, type_of
 from kvc8.ir.recipe import Arg, Recipe
+from kvc8.ir.shapes import Shapes
 from kvc8.ir.types import DTYPE_NAMES, DTYPES, Dim, IntsType, TensorType, Type, dim, show_type, size
 
 WIDTH = 100
@@ -72,8 +73,11 @@ def _show_arg(arg: Argument) -> str:
     return DTYPE_NAMES[arg] if isinstance(arg, torch.dtype) else repr(arg)
 
 
-def parse(text: str) -> Program:
-    """Read a program back. Raises IRError, with the line, where the text is not one."""
+def parse(text: str, shapes: Shapes | None = None) -> Program:
+    """Read a program back. Raises IRError, with the line, where the text is not one.
+
+    `shapes` of a program that makes the same calls saves inferring them again.
+    """
     text = dedent(text).strip()
     try:
         body = ast.parse(text).body
@@ -85,7 +89,7 @@ def parse(text: str) -> Program:
     if function.name not in [stage.value for stage in Stage]:
         stages = ", ".join(stage.value for stage in Stage)
         raise IRError(f"line 1: {function.name} is no stage; name the function one of {stages}")
-    program = Program(Graph(), Stage(function.name))
+    program = Program(Graph(), Stage(function.name), shapes or Shapes())
     return _Reader(program, text.splitlines()).read(function)
 
 

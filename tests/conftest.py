@@ -205,6 +205,12 @@ def _write_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
+@pytest.hookimpl(trylast=True)  # after the order was made random
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first, whatever the order: at the end one core would wait for them."""
+    items.sort(key=lambda item: "smollm2" not in getattr(item, "fixturenames", ()))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--bless` writes golden programs instead of comparing with them."""
     parser.addoption("--bless", action="store_true", help="write golden programs; review the diff")

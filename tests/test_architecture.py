@@ -22,6 +22,7 @@ THIRD_PARTIES = {
     "numpy": ["*"],
     "networkx": ["*"],
     "sympy": ["ir/*"],  # torch's symbolic dimensions are its expressions
+    "matplotlib": ["tools/evaluate_plot.py"],
     "rich": ["tools/*"],
     "transformers": [
         *("ir/capture.py", "tools/small_model.py", "tools/tokenize.py"),

@@ -17,6 +17,7 @@ from sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.npu.artifact import disk_use
 from kvc8.backends.npu.artifact_reader import read
+from kvc8.ir.shapes import Shapes
 from kvc8.ir.text import parse, show
 from kvc8.tools import command
 from kvc8.tools import compile as tool
@@ -71,8 +72,9 @@ def test_an_artifact_is_whole_and_reads_back(model, tmp_path):
     assert names[0] == "00-captured.py"
     assert names[-1].startswith("prefill/")
     assert any(re.fullmatch(r"decode/\d\d-remove_cache_copies\.py", name) for name in names)
+    shapes = Shapes()
     for path in dump.rglob("*.py"):
-        assert show(parse(path.read_text())) + "\n" == path.read_text()
+        assert show(parse(path.read_text(), shapes)) + "\n" == path.read_text()
 
 
 def test_a_report_as_json(model, tmp_path, capsys):
@@ -229,7 +231,7 @@ def test_a_refused_pass_gives_its_reasons(tiny_model, tmp_path, capsys):
 def test_a_killed_compile_leaves_nothing_or_all(model, tmp_path):
     """SIGKILL at moments spread over the whole run."""
     code = "import sys; from kvc8.tools.compile import main; sys.exit(main())"
-    for i, delay in enumerate((0.5, 3.0, 4.0, 4.5, 5.0)):
+    for i, delay in enumerate((0.5, 3.5, 4.5)):
         out = tmp_path / f"out{i}"
         run = [sys.executable, "-c", code, str(model), "--target", "npu", "-o", str(out)]
         child = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

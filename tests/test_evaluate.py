@@ -15,6 +15,7 @@ from kvc8.ir.run import run
 from kvc8.tools import command, compile, evaluate
 from kvc8.tools.divergence import ROWS, Figures
 from kvc8.tools.evaluate_forms import Options, open_float, open_form
+from kvc8.tools.evaluate_plot import AROUND, smoothed
 from kvc8.tools.tokenize import read_tokenizer
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
@@ -166,3 +167,22 @@ def test_another_models_vocabulary_is_refused(tiny_model, text, tmp_path, capsys
         f"error: {other}: gives logits for 192 tokens and {source} for 128; "
         "name the float model that it was made from\n",
     )
+
+
+def test_a_point_of_the_plot_is_the_mean_of_what_came_before_it():
+    found = smoothed(torch.arange(AROUND + 2.0))
+    want = [i / 2 for i in range(AROUND)] + [(AROUND - 1) / 2 + 1, (AROUND - 1) / 2 + 2]
+    assert found.tolist() == want
+
+
+@pytest.mark.slow
+def test_a_plot(text, tmp_path, capsys):
+    source = QUANTIZED.parent / "orig"
+    options = ("--against", source, "--text", text, "--windows", 1, "--window", 24)
+    picture = tmp_path / "kl.png"
+    assert ran(capsys, QUANTIZED, *options, "--plot", picture)[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    status, _, err = ran(capsys, QUANTIZED, *options, "--plot", tmp_path / "kl.what")
+    assert status == 1
+    assert err.startswith(f"error: {tmp_path}/kl.what: cannot be written (")
+    assert err.endswith("); name a .png file\n")

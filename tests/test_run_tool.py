@@ -253,22 +253,3 @@ def test_a_broken_chat_template(out, tmp_path) -> None:
     with pytest.raises(ModelError) as caught:
         read_tokenizer(tmp_path / "out").encode("x", chat=True)
     assert str(caught.value) == f"{tmp_path}/out: its chat template fails (no); give --no-chat"
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
-def test_a_real_model_answers(smollm2: Path, tmp_path: Path, capsys) -> None:
-    """Calibrated, compiled and run; what it says is what a model of this size says of the sky."""
-    calibration = Path(__file__).parent / "data" / "calibration.jsonl"
-    bits = ["--w-bit", "8", "--a-bit", "8", "--use-kvcache-quant", "--calib-file", calibration]
-    for tool, arguments in {
-        "quantize": [smollm2, "-o", tmp_path / "c8", *bits],
-        "compile": [tmp_path / "c8", "--target", "npu", "-o", tmp_path / "out"],
-    }.items():
-        script = f"import sys; from kvc8.tools.{tool} import main; sys.exit(main())"
-        subprocess.run([sys.executable, "-c", script, *arguments], check=True)
-    asked = ["--prompt", "Why is the sky blue?", "--max-new-tokens", 24]
-    status, text, errors = ran(capsys, tmp_path / "out", *asked)
-    assert status == 0, errors
-    assert "scattering" in text
-    assert "11,520 bytes, 50% of float16's 23,040" in errors

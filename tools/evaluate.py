@@ -26,6 +26,7 @@ from kvc8.tools.command import entry
 from kvc8.tools.compile import add_kv_calibrated
 from kvc8.tools.divergence import Figures
 from kvc8.tools.evaluate_forms import Form, Options, open_float, open_form
+from kvc8.tools.evaluate_plot import draw
 from kvc8.tools.tokenize import read_tokenizer
 
 DTYPES = {"config": None, "float32": torch.float32, "float16": torch.float16}
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
         help="what model directories compute in (float32)",
     )
     found.add_argument("--json", action="store_true", help="print the figures as JSON")
+    found.add_argument("--plot", type=Path, metavar="PNG", help="draw the KL by position")
     return found
 
 
@@ -70,6 +72,10 @@ def work(args: argparse.Namespace) -> int:
     with _progress(len(windows) * (1 + len(forms))) as step:
         figures = _evaluate(base, forms, windows, step)
     tokens = sum(len(window) - 1 for window in windows)
+    if args.plot:
+        title = f"against {base.name}, {len(windows)} windows"
+        curves = [(f.name, seen.kl_by_position) for f, seen in zip(forms, figures[1:], strict=True)]
+        draw(args.plot, title, curves)
     if args.json:
         print(json.dumps(_as_json(args, base, forms, figures, tokens), indent=1))
     else:
