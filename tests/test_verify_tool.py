@@ -132,6 +132,7 @@ def test_phases_are_compared_with_a_prompt_taken_whole(capsys):
     assert [row["form"] for row in rows] == [
         *("chunks of 64, int8 f32", "by tokens, int8 f32"),
         *("whole, float f32", "chunks of 64, float f32", "by tokens, float f32"),
+        *("chunks of 64, reference f64", "by tokens, reference f64"),
     ]
-    assert {row["against"] for row in rows} == {"whole, int8 f32"}
     assert {row["codes"]["same_inputs"] for row in rows} == {0}
+    assert {row["codes"]["differ"] for row in rows if row["form"].endswith("f64")} == {0}

@@ -17,9 +17,7 @@ bit ("same inputs"); and while all codes agree, logits agree within 1e-3.
 
 With --passes, each pass is run on recorded inputs and held to its contract: tools/contracts.py.
 
-With --phases the NPU programs are compared among themselves instead: a prompt taken whole, in
-chunks and token by token, where it sees what the cache gives back of it, and where it sees its own
-float K and V.
+With --phases one prompt is instead taken whole, in chunks and token by token: tools/phases.py.
 """
 
 import argparse
@@ -40,7 +38,7 @@ from kvc8.ir.program import Program
 from kvc8.ir.types import dtype_name
 from kvc8.ir.widen import widen
 from kvc8.passes import pipeline
-from kvc8.tools import dumps
+from kvc8.tools import dumps, phases
 from kvc8.tools.bisection import Bisection
 from kvc8.tools.check_passes import Choices, check_passes, table
 from kvc8.tools.command import entry
@@ -50,10 +48,10 @@ from kvc8.tools.forms import Run, Tokens, generate, in_onnxruntime, one_program,
 from kvc8.tools.tokenize import read_tokenizer
 
 F32, F64 = "reference f32", "reference f64"
-EXACT = ("ONNX Runtime f64",)  # forms that must agree with the reference, whatever the sums
+ONNX_F64 = "ONNX Runtime f64"
+EXACT = (ONNX_F64, *phases.EXACT)  # must agree with what they stand against, whatever the sums
 LOGITS = 1e-3
 CHOICES = {"prefill-kv": ("float", "int8"), "fold": ("offsets", "kv"), "fuse": ("on", "off")}
-WAYS = {"whole": 0, "chunks of 64": 64, "by tokens": 1}  # to take a prompt
 TEXT = """A paged cache keeps the keys and values of each sequence in blocks of a fixed size, and a
 table says which blocks belong to which sequence. When a sequence grows past the end of its last
 block, the table gets another one from a list of free blocks; when it ends, its blocks go back to
@@ -114,7 +112,7 @@ def work(args: argparse.Namespace) -> int:
     quantize(own, args.kv_scales)
     tokens = generate(reference, checkpoint, prompt, args.steps)
     if args.phases:
-        rows = _phases(checkpoint, reference, tokens)
+        rows = phases.phase_rows(checkpoint, reference, tokens)
     else:
         rows = _single(checkpoint, captured, reference, own, tokens)
         rows += _double(checkpoint, reference, tokens)
@@ -164,21 +162,7 @@ def _double(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[
     """What must agree, whatever the order of sums."""
     wide = widen(reference)
     base, made = (run(wide, checkpoint, tokens) for run in (one_program, in_onnxruntime))
-    return [compare(form, made, F64, base, tokens) for form in EXACT]
-
-
-def _phases(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
-    """Every way to take the prompt, against taking it whole with what the cache gives back."""
-    against, rows = "whole, int8 f32", list[Row]()
-    int8, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
-    base = replay(int8, checkpoint, tokens)
-    for prefill_kv in ("int8", "float"):
-        lowered, _ = pipeline.lower_for_npu(reference, prefill_kv, fuse="off")
-        for way, chunk in WAYS.items():
-            if (way, prefill_kv) != ("whole", "int8"):
-                made = replay(lowered, checkpoint, tokens, chunk)
-                rows.append(compare(f"{way}, {prefill_kv} f32", made, against, base, tokens))
-    return rows
+    return [compare(ONNX_F64, made, F64, base, tokens)]
 
 
 def broken_promises(row: Row) -> list[str]:
