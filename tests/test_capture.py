@@ -1,5 +1,7 @@
 """A captured program computes what transformers computes, however its layers were traced."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,35 @@ def reference(directory: Path, tokens: list[int]) -> torch.Tensor:
     return logits
 
 
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
+    """`model(kind, tied=False)`: a tiny model of three layers, or with layers of two kinds four."""
+
+    def model(kind: str, tied: bool = False) -> Path:
+        return tiny_model(kind, tied, **({} if kind == "gemma3" else {"num_hidden_layers": 3}))
+
+    return model
+
+
+@pytest.fixture(scope="session")
+def captured(model: Callable[..., Path]) -> Callable[..., Program]:
+    """`captured(kind, tied=False)`: the program of such a model, captured once."""
+
+    @functools.cache
+    def captured(kind: str, tied: bool = False) -> Program:
+        return capture(open_checkpoint(model(kind, tied)))
+
+    return captured
+
+
 def keep_caches(program: Program, made: dict[str, torch.Tensor], results: list[torch.Tensor]):
     made.update({c.name: r for c, r in zip(program.caches(), results[1:], strict=True)})
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_prefill_and_decode_agree_with_transformers(kind, tied, tiny_model):
-    directory = tiny_model(kind, tied=tied)
-    program = capture(open_checkpoint(directory))
+def test_prefill_and_decode_agree_with_transformers(kind, tied, captured, model):
+    directory, program = model(kind, tied), captured(kind, tied)
     made = values(program, directory)
     tokens = torch.randint(3, 128, (19,), generator=torch.Generator().manual_seed(1)).tolist()
     want = reference(directory, tokens)
@@ -45,21 +67,20 @@ def test_prefill_and_decode_agree_with_transformers(kind, tied, tiny_model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stamped_and_unstamped_programs_are_equal(kind, tiny_model):
-    checkpoint = open_checkpoint(tiny_model(kind))
-    assert show(capture(checkpoint)) == show(capture(checkpoint, stamped=False))
+def test_stamped_and_unstamped_programs_are_equal(kind, captured, model):
+    whole = capture(open_checkpoint(model(kind)), stamped=False)
+    assert show(captured(kind)) == show(whole)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_text_of_a_captured_program_reads_back(kind, tiny_model):
-    text = show(capture(open_checkpoint(tiny_model(kind))))
+def test_the_text_of_a_captured_program_reads_back(kind, captured):
+    text = show(captured(kind))
     assert show(parse(text)) == text
 
 
-def test_a_mixed_batch_gives_what_its_sequences_give_alone(tiny_model):
+def test_a_mixed_batch_gives_what_its_sequences_give_alone(captured, model):
     """A fresh prefill, a decode step and a padded slot in one batch, with shuffled blocks."""
-    directory = tiny_model("llama")
-    program = capture(open_checkpoint(directory))
+    directory, program = model("llama"), captured("llama")
     a = [5, 9, 17, 33, 65, 12]
     b = [40, 41, 42, 43, 44, 45, 46, 47, 48]
     made = values(program, directory)

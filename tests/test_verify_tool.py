@@ -1,5 +1,6 @@
 """kvc8-verify: what it promises, and what it says where a promise is broken."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ ROW = Row("ONNX Runtime f64", "reference f64", 1e-9, 0.0, 33, 33, AGREE)
 REPORT = "report it with the output of --json"
 
 
+@functools.cache
 def reference(directory: Path):
+    """A checkpoint and its QUANTIZED program, which no test changes."""
     checkpoint = open_checkpoint(directory)
     program = capture(checkpoint, torch.float32)
     pipeline.run(program, pipeline.QUANTIZE)
