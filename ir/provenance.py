@@ -6,6 +6,10 @@ node now reads N in the place where it read O, N took the place of O. A kept nod
 parameter or constant than before was changed; what it gives may differ until the changes of its
 layer have met again. That is a region: all nodes on paths between the changed nodes of one layer
 and the site its remark names.
+
+What a new node came from (`sources`) is read off in the same way: the nodes whose place it took;
+for a parameter, whatever was made of the same stored tensors; else what the nodes that it feeds
+came from.
 """
 
 import re
@@ -15,6 +19,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from kvc8.ir.program import Program, is_parameter, recipe_of
+from kvc8.ir.recipe import stored_names
 
 LAYER = re.compile(r"\.layers\.(\d+)\b|^layers\.(\d+)\b")
 
@@ -57,9 +62,52 @@ def provenance(before: Program, after: Program, sites: Iterable[str] = ()) -> Pr
     return found
 
 
+def sources(before: Program, after: Program) -> dict[Node, tuple[Node, ...]]:
+    """Of each node of `after` that is new, has another type or recipe, or took another's place:
+    the nodes of `before` it came from.
+
+    In the order of either program. A node that feeds nothing which was there before has none.
+    """
+    old = {node.name: node for node in before.graph.nodes}
+    here = {n: old[n.name] for n in after.graph.nodes if n.name in old and _calls(n, old[n.name])}
+    found = {n: {here[n]} if n in here else set() for n in after.graph.nodes}
+    for node, was in here.items():
+        for a, b in zip(_leaves(node), _leaves(was), strict=False):
+            if isinstance(a, Node) and isinstance(b, Node) and here.get(a) is not b:
+                found[a].add(b)
+    makers = _made_of(before)
+    for node in reversed([n for n in after.graph.nodes if n not in here]):
+        names = stored_names(recipe_of(node)) if is_parameter(node) else ()
+        alike = {maker for name in names for maker in makers.get(name, ())}
+        through = {n for user in node.users if user not in here for n in found[user]}
+        found[node] = found[node] or alike or through
+    order = {node: i for i, node in enumerate(before.graph.nodes)}
+    return {
+        n: tuple(sorted(olds, key=order.__getitem__))
+        for n, olds in found.items()
+        if n not in here or len(olds) > 1 or not _same(n, here[n])
+    }
+
+
+def _made_of(program: Program) -> dict[str, list[Node]]:
+    """The parameters and caches by the stored tensors they are made of."""
+    found: dict[str, list[Node]] = {}
+    for node in program.graph.nodes:
+        for name in stored_names(node.meta["recipe"]) if "recipe" in node.meta else ():
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _calls(node: Node, was: Node) -> bool:
+    """Whether two nodes of one name are one node, whatever its type."""
+    return (node.op, node.target) == (was.op, was.target) or node.op == was.op == "output"
+
+
 def _same(node: Node, was: Node) -> bool:
-    if (node.op, node.target) != (was.op, was.target):
-        return node.op == was.op == "output"
+    if node.op == was.op == "output":
+        return True
+    if not _calls(node, was):
+        return False
     if node.meta.get("type") != was.meta.get("type"):
         return False
     return not is_parameter(node) or recipe_of(node) == recipe_of(was)

@@ -1,12 +1,12 @@
 """The passes of each target, in the order they run."""
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from kvc8.ir.program import Program
 from kvc8.ir.recipe import Read
-from kvc8.ir.text import show
 from kvc8.passes.fold_k_offset import fold_k_offset
 from kvc8.passes.fold_k_scale import fold_k_scale
 from kvc8.passes.fold_kv_scales import fold_kv_scales
@@ -27,7 +27,7 @@ from kvc8.passes.lower_swiglu import lower_swiglu
 from kvc8.passes.remove_cache_copies import remove_cache_copies
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
-from kvc8.passes.rewrite import Remark, Step, name_of
+from kvc8.passes.rewrite import Pass, Remark, Step, name_of, pass_of
 
 log = logging.getLogger("kvc8")
 
@@ -89,54 +89,70 @@ def reading(passes: tuple[Step, ...], read: Read) -> tuple[Step, ...]:
     return tuple(partial(p, read=read) if p is repair_rope_scales else p for p in passes)
 
 
+@dataclass(frozen=True)
+class Ran:
+    """A pass that ran: the program before it, the program after it, and what it said of sites.
+
+    Both programs are copies, which may be kept; `after` is the `before` of the next one.
+    """
+
+    path: str  # "" up to QUANTIZED, "int8" for what phases share, or the phase
+    number: int  # of this pass among those that its program went through, from 1
+    step: Pass
+    before: Program
+    after: Program
+    remarks: Sequence[Remark]
+
+
+See = Callable[[Ran], None]
+
+
 def run(
-    program: Program, passes: tuple[Step, ...], dump: Path | None = None, first: int = 0
+    program: Program,
+    passes: tuple[Step, ...],
+    see: See | None = None,
+    path: str = "",
+    first: int = 0,
 ) -> list[tuple[str, Remark]]:
     """Run passes over a program; gives each remark with its pass.
 
-    With `dump`, a directory, the text before the first pass and after each is written there as
-    NN-pass.py, numbered from `first`, and the remarks as NN-pass.txt.
+    `see` is shown each pass once it ran, numbered from `first`; without it nothing is copied.
     """
     told: list[tuple[str, Remark]] = []
-    if dump and first == 0:
-        _dump(program, dump / f"00-{program.stage.value}.py")
-    for i, step in enumerate(passes, first + 1):
-        remarks = step(program)
-        name = name_of(step)
+    before = program.copy() if see else program
+    for number, step in enumerate(passes, first + 1):
+        remarks, name = step(program), name_of(step)
         told += [(name, remark) for remark in remarks]
         for remark in remarks:
             log.debug("%s: %s", name, remark)
-        if dump:
-            _dump(program, dump / f"{i:02}-{name}.py")
-            (dump / f"{i:02}-{name}.txt").write_text("".join(f"{r}\n" for r in remarks))
+        if see:
+            after = program.copy()
+            see(Ran(path, number, pass_of(step), before, after, remarks))
+            before = after
     return told
-
-
-def _dump(program: Program, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(show(program) + "\n")
 
 
 def lower_for_npu(
     program: Program,
     prefill_kv: str = "float",
-    dump: Path | None = None,
+    see: See | None = None,
     fold: str = "offsets",
     fuse: str = "on",
 ) -> tuple[dict[str, Program], list[tuple[str, Remark]]]:
     """The program of each phase of a QUANTIZED one, which stays as it is, and the remarks.
 
     `prefill_kv` is what a fresh prompt sees of itself, "float" or "int8"; `fold` is "offsets" or
-    "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays.
+    "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays. `see`
+    is that of `run`.
     """
     of_int8, told = program.copy(), list[tuple[str, Remark]]()
     plan = phases(prefill_kv, fold, fuse)
     shared, _ = plan["decode"]
-    told += run(of_int8, shared, dump and dump / "int8", first=len(QUANTIZE))
+    told += run(of_int8, shared, see, "int8", len(QUANTIZE))
     lowered = {}
     for phase, (before, passes) in plan.items():
         lowered[phase] = (of_int8 if before else program).copy()
-        told += run(lowered[phase], passes, dump and dump / phase, len(QUANTIZE) + len(before))
+        told += run(lowered[phase], passes, see, phase, len(QUANTIZE) + len(before))
     return lowered, told
 
 

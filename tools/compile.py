@@ -8,7 +8,6 @@ msModelSlim writes it. OUT is written whole or not at all.
 
 import argparse
 import json
-import re
 import sys
 import warnings
 from collections import Counter
@@ -27,8 +26,9 @@ from kvc8.ir.program import Program
 from kvc8.ir.recipe import Read
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Remark
-from kvc8.tools import costs
+from kvc8.tools import costs, pass_dump
 from kvc8.tools.command import entry
+from kvc8.tools.pass_facts import reason
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Told = list[tuple[str, Remark]]
@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
         default="on",
         help="do by one launch what one op does that takes several (default), or leave them apart",
     )
-    found.add_argument("--dump", type=Path, metavar="DIR", help="write the program after each pass")
+    found.add_argument("--dump", type=Path, metavar="DIR", help="write what each pass did")
     costs.add_arguments(found)
     return found
 
@@ -102,12 +102,13 @@ def work(args: argparse.Namespace) -> int:
     if args.check:
         _check_passes(args, checkpoint, dtype)
     program = capture(checkpoint, dtype)
-    told = quantize(program, args.kv_scales, args.dump, checkpoint.read)
+    see = pass_dump.writer(args.dump) if args.dump else None
+    told = quantize(program, args.kv_scales, see, checkpoint.read)
     if args.target == "onnx":
-        told += _onnx(args, checkpoint, program)
+        told += _onnx(args, checkpoint, program, see)
         _tell(args, sites_of(told), program)
     else:
-        lowered, more = _npu(args, checkpoint, program)
+        lowered, more = _npu(args, checkpoint, program, see)
         _tell_all(args, sites_of(told + more), program, lowered)
     return 0
 
@@ -169,18 +170,18 @@ def unsupported(checkpoint: Checkpoint) -> list[str]:
 
 
 def quantize(
-    program: Program, kv_scales: str, dump: Path | None = None, read: Read | None = None
+    program: Program, kv_scales: str, see: pipeline.See | None = None, read: Read | None = None
 ) -> Told:
     """Bring a captured program to QUANTIZED; with `read`, of stored tensors, remarks say more."""
     passes = pipeline.QUANTIZE if kv_scales == "repair" else pipeline.AS_IS
     passes = pipeline.reading(passes, read) if read else passes
-    return pipeline.run(program, passes, dump)
+    return pipeline.run(program, passes, see)
 
 
 def _npu(
-    args: argparse.Namespace, checkpoint: Checkpoint, program: Program
+    args: argparse.Namespace, checkpoint: Checkpoint, program: Program, see: pipeline.See | None
 ) -> tuple[dict[str, Program], Told]:
-    options = (args.prefill_kv, args.dump, args.fold, args.fuse)
+    options = (args.prefill_kv, see, args.fold, args.fuse)
     lowered, told = pipeline.lower_for_npu(program, *options)
     for phase in lowered.values():
         legality.check(phase, args.soc, args.block_size)
@@ -191,13 +192,15 @@ def _npu(
     return lowered, told
 
 
-def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) -> Told:
+def _onnx(
+    args: argparse.Namespace, checkpoint: Checkpoint, program: Program, see: pipeline.See | None
+) -> Told:
     from kvc8.backends.onnx import emitter, lowered  # onnx takes a second to import
 
     if args.flavor != "lowered":
         emitter.emit(program, checkpoint, args.output, args.flavor or "standard")
         return []
-    options = (args.prefill_kv, args.dump, args.fold, args.fuse)
+    options = (args.prefill_kv, see, args.fold, args.fuse)
     phases, told = pipeline.lower_for_npu(program, *options)
     lowered.emit_lowered(phases, checkpoint, args.output)
     return told
@@ -205,7 +208,7 @@ def _onnx(args: argparse.Namespace, checkpoint: Checkpoint, program: Program) ->
 
 def sites_of(told: Told) -> Counter[tuple[str, str]]:
     """Sites by pass and why they were left alone."""
-    return Counter((name, _reason(remark)) for name, remark in told)
+    return Counter((name, reason(remark)) for name, remark in told)
 
 
 def _tell_all(
@@ -263,11 +266,6 @@ def _tell(args: argparse.Namespace, sites: Counter[tuple[str, str]], program: Pr
         used = artifact.disk_use(args.output)
         links = f"{used.weights / 1e6:,.1f} MB of linked weights"
         print(f"{args.output}: {used.extra / 1e6:.2f} MB beside {links}")
-
-
-def _reason(remark: Remark) -> str:
-    """Why a site was left alone, without the names that differ from layer to layer."""
-    return re.sub(r"its weight \S+ is float", "its weight is float", remark.why_not)
 
 
 def main() -> int:
