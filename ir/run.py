@@ -24,7 +24,7 @@ def run(
     computed with its value. A value is let go after its last use, as a compiled graph would.
     """
     env: dict[Node, Value] = {}
-    last = _last_uses(program)
+    last = last_uses(program)
     for node in program.graph.nodes:
         if node.op == "output":
             return [env[item] for item in node.args[0]]  # type: ignore[misc]
@@ -47,7 +47,7 @@ def _given(node: Node, values: Mapping[str, Value]) -> Value:
     return values[node.name]
 
 
-def _last_uses(program: Program) -> dict[Node, list[Node]]:
+def last_uses(program: Program) -> dict[Node, list[Node]]:
     """The nodes whose value nobody needs after each node."""
     last: dict[Node, Node] = {}
     for node in program.graph.nodes:

@@ -45,6 +45,7 @@ from kvc8.tools.command import entry
 from kvc8.tools.compare import Row, compare
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
 from kvc8.tools.forms import Run, Tokens, generate, in_onnxruntime, one_program, replay
+from kvc8.tools.sensitivity import print_costs, sensitivity
 from kvc8.tools.tokenize import read_tokenizer
 
 F32, F64 = "reference f32", "reference f64"
@@ -86,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("prefill-kv", "fold", "fuse"):
         found.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0])
     found.add_argument("--phases", action="store_true", help="a prompt whole, in chunks, by tokens")
+    found.add_argument(
+        "--sensitivity", action="store_true", help="what quantizing K or V of each layer costs"
+    )
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     found.add_argument(
         "--dump",
@@ -105,6 +109,10 @@ def work(args: argparse.Namespace) -> int:
         return _passes(args, checkpoint)
     text = args.text.read_text(encoding="utf-8") if args.text else TEXT
     prompt = read_tokenizer(args.directory).encode(text)[: args.tokens]
+    if args.sensitivity:
+        costs = sensitivity(checkpoint, prompt, args.kv_scales)
+        print_costs(costs, len(prompt), args.json)
+        return 0
     captured = capture(checkpoint, torch.float32)
     reference = captured.copy()
     quantize(reference, args.kv_scales)
