@@ -6,8 +6,9 @@ Beside fx's own fields a node carries, in its meta:
     origin   the module of the model it came from, "model.layers.3.self_attn"; "" where none
     recipe   parameters and caches only: what it is made of (ir/recipe.py)
 
-A placeholder with a recipe `cache(...)` is a KV cache, with any other recipe a parameter, and
-without one an input of each step. The output lists the logits and then each cache as it now is.
+A placeholder with a recipe `cache(...)` or `cache_nz(heads)` is a KV cache, with any other recipe a
+parameter, and without one an input of each step. The output lists the logits and then each cache
+as it now is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from kvc8.ir.errors import IRError
 from kvc8.ir.recipe import Recipe
 from kvc8.ir.shapes import Shapes, Target
 from kvc8.ir.types import TensorType, Type
+
+CACHES = ("cache", "cache_nz")  # recipes
 
 
 class Stage(Enum):
@@ -135,12 +138,23 @@ def is_call(node: object, *ops: Target) -> bool:
 
 def is_cache(node: Node) -> bool:
     """Whether a node is a KV cache as a step finds it."""
-    return node.op == "placeholder" and "recipe" in node.meta and node.meta["recipe"].op == "cache"
+    return _made_by(node) in CACHES
+
+
+def is_nz(node: Node) -> bool:
+    """Whether a node is a KV cache in NZ format (ir/nz.py)."""
+    return _made_by(node) == "cache_nz"
 
 
 def is_parameter(node: Node) -> bool:
     """Whether a node is made from the checkpoint."""
-    return node.op == "placeholder" and "recipe" in node.meta and node.meta["recipe"].op != "cache"
+    return _made_by(node) not in (None, *CACHES)
+
+
+def _made_by(node: Node) -> str | None:
+    """The name of a placeholder's recipe; None where it has none."""
+    found = node.op == "placeholder" and "recipe" in node.meta
+    return recipe_of(node).op if found else None
 
 
 def op_name(op: Target) -> str:

@@ -24,6 +24,7 @@ A recipe is an expression; in a program's text it stands as the parameter's defa
 | `masked_above(n)` | bool [n, n], True above the diagonal: the NPU's compressed causal mask |
 | `derived(name)` | what the compiler made of a recipe like these; an artifact holds it |
 | `cache(scale, zero, calibrated)` | a KV cache: what the runtime allocates, not a tensor on disk |
+| `cache_nz(heads)` | the same of int8 in NZ format (ir/nz.py) |
 """
 
 from collections.abc import Callable, Iterator, Mapping

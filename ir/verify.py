@@ -15,12 +15,14 @@ from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
 from kvc8.ir.errors import IRError
+from kvc8.ir.nz import nz_row
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
     is_cache,
     is_call,
+    is_nz,
     tensor_type,
     type_of,
 )
@@ -105,6 +107,11 @@ def _check_output(program: Program) -> None:
 
 def _check_cache(stage: Stage, cache: Node) -> None:
     dtype = tensor_type(cache).dtype
+    if is_nz(cache):
+        nz_row(cache)
+        if stage is not Stage.LOWERED or dtype is not torch.int8:
+            what = f"an NZ cache of {dtype} in a {stage.value} program"
+            raise IRError(f"{cache.name}: {what}; only int8 ones are, in a lowered program")
     if stage is Stage.CAPTURED and not dtype.is_floating_point:
         raise IRError(f"{cache.name}: an {dtype} cache in a captured program; capture a float one")
     if stage is Stage.QUANTIZED and dtype is torch.int8:

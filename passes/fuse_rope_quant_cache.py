@@ -147,6 +147,8 @@ def _site(write: Node) -> Site | str:
     codes = [unshaped(argument(write, i)) for i in (0, 1)]
     if not all(is_call(node, npu.npu_quantize) for node in codes):
         return "its rows are not quantized, for its cache is float"
+    if write.kwargs.get("cache_mode") != "Norm":
+        return "its cache is in NZ format, which the op does not write"
     if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
         return "it writes to what is no input of the step"
     if any(_readers(node) != {write} for node in codes):

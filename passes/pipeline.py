@@ -19,6 +19,7 @@ from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.fuse_swiglu_quant import fuse_swiglu_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.passes.lower_linear import lower_linear
 from kvc8.passes.lower_norms import lower_norms
 from kvc8.passes.lower_paged_attention import lower_paged_attention
@@ -42,6 +43,8 @@ AS_IS: tuple[Step, ...] = (remove_identities, insert_linear_quant, insert_kv_qua
 
 # What reads the int8 cache: exact, and free of offsets wherever that costs nothing.
 FOLD_OFFSETS: tuple[Step, ...] = (fold_kv_scales, fold_k_offset, fold_v_offset)
+# Attention over NZ pages takes no offset at all.
+FOLD_ALL_OFFSETS: tuple[Step, ...] = (*FOLD_OFFSETS, fold_v_offset_into_codes)
 # `--fold kv`: every offset and scale into what stands either side of the attention. A prefill that
 # sees its own float K and V uses float weights as they are.
 FOLD_KV: tuple[Step, ...] = (
@@ -79,6 +82,9 @@ NPU_DECODE: tuple[Step, ...] = (
     partial(lower_paged_attention, phase="decode"),
     remove_cache_copies,
 )
+
+# `--kv-format nz`: after each of the three above.
+NZ: tuple[Step, ...] = (lower_caches_to_nz,)
 
 # What several launches do by one that does them all; `--fuse off` leaves it out.
 FUSE: tuple[Step, ...] = (fuse_rope_quant_cache, fuse_norm_quant, fuse_swiglu_quant)
@@ -138,15 +144,16 @@ def lower_for_npu(
     see: See | None = None,
     fold: str = "offsets",
     fuse: str = "on",
+    kv_format: str = "nd",
 ) -> tuple[dict[str, Program], list[tuple[str, Remark]]]:
     """The program of each phase of a QUANTIZED one, which stays as it is, and the remarks.
 
     `prefill_kv` is what a fresh prompt sees of itself, "float" or "int8"; `fold` is "offsets" or
-    "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays. `see`
-    is that of `run`.
+    "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays;
+    `kv_format` is that of int8 caches, "nd" or "nz". `see` is that of `run`.
     """
     of_int8, told = program.copy(), list[tuple[str, Remark]]()
-    plan = phases(prefill_kv, fold, fuse)
+    plan = phases(prefill_kv, fold, fuse, kv_format)
     shared, _ = plan["decode"]
     told += run(of_int8, shared, see, "int8", len(QUANTIZE))
     lowered = {}
@@ -157,13 +164,14 @@ def lower_for_npu(
 
 
 def phases(
-    prefill_kv: str = "float", fold: str = "offsets", fuse: str = "on"
+    prefill_kv: str = "float", fold: str = "offsets", fuse: str = "on", kv_format: str = "nd"
 ) -> dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]:
     """The passes of each phase, for the options of `lower_for_npu`: the shared, then its own."""
     int8 = prefill_kv == "int8"
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
-    shared = (*(every if fold == "kv" else FOLD_OFFSETS), *LAYER)
-    last = FUSE if fuse == "on" else ()
+    offsets = FOLD_ALL_OFFSETS if kv_format == "nz" else FOLD_OFFSETS
+    shared = (*(every if fold == "kv" else offsets), *LAYER)
+    last = (*(NZ if kv_format == "nz" else ()), *(FUSE if fuse == "on" else ()))
     return {
         "prefill": (shared, (*NPU_PREFILL_INT8, *last)) if int8 else ((), (*NPU_PREFILL, *last)),
         "chunk": (shared, (*NPU_CHUNK, *last)),

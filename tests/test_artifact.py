@@ -286,8 +286,8 @@ DAMAGED = {
         "{out}: has no manifest.json; name what kvc8-compile wrote for npu",
     ),
     "format": (
-        edited("manifest.json", '"format": 2', '"format": 1'),
-        "{out}/manifest.json: has format 1 and this kvc8 reads 2; compile the model again",
+        edited("manifest.json", '"format": 3', '"format": 2'),
+        "{out}/manifest.json: has format 2 and this kvc8 reads 3; compile the model again",
     ),
     "soc": (
         edited("manifest.json", '"ascend910b"', "[]"),

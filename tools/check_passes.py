@@ -26,6 +26,7 @@ class Choices:
     prefill_kv: str = "float"
     fold: str = "offsets"
     fuse: str = "on"
+    kv_format: str = "nd"
     npu: bool = True  # or stop at QUANTIZED, where ONNX does
 
     @property
@@ -36,7 +37,11 @@ class Choices:
     @property
     def phases(self) -> Phases:
         """The passes of each phase after that."""
-        return pipeline.phases(self.prefill_kv, self.fold, self.fuse) if self.npu else {}
+        return (
+            pipeline.phases(self.prefill_kv, self.fold, self.fuse, self.kv_format)
+            if self.npu
+            else {}
+        )
 
 
 def check_passes(

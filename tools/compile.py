@@ -85,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
         default="on",
         help="do by one launch what one op does that takes several (default), or leave them apart",
     )
+    found.add_argument(
+        "--kv-format",
+        choices=("nd", "nz"),
+        default="nd",
+        help="how int8 caches lie in memory; nz fits few models (docs/phases.md)",
+    )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write what each pass did")
     costs.add_arguments(found)
     return found
@@ -118,6 +124,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
     if args.flavor and args.target != "onnx":
         raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
+    if args.kv_format == "nz" and args.target != "npu":
+        raise TargetError("--kv-format: nz is of --target npu; leave it out, or compile for npu")
     for option in ("report", "explain", "json"):
         if getattr(args, option) and args.target != "npu":
             raise TargetError(f"--{option}: is of --target npu; leave it out, or compile for npu")
@@ -129,7 +137,7 @@ def _check_passes(
     from kvc8.tools.check_passes import Choices, check_passes  # it takes all of the emulation
 
     on_npu = args.target == "npu" or args.flavor == "lowered"
-    choices = Choices(dtype, args.kv_scales, args.prefill_kv, args.fold, args.fuse, on_npu)
+    choices = Choices(dtype, args.kv_scales, **_choices(args), npu=on_npu)
     verdicts = check_passes(checkpoint, choices)
     first, *others = [v.sentence for v in verdicts if v.sentence] or [""]
     if first:
@@ -178,15 +186,24 @@ def quantize(
     return pipeline.run(program, passes, see)
 
 
+def _lower(
+    args: argparse.Namespace, program: Program, see: pipeline.See | None = None, **others: str
+) -> tuple[dict[str, Program], Told]:
+    """The programs that the arguments ask for, but for `others`."""
+    return pipeline.lower_for_npu(program, see=see, **{**_choices(args), **others})
+
+
+def _choices(args: argparse.Namespace) -> dict[str, str]:
+    return {name: getattr(args, name) for name in ("prefill_kv", "fold", "fuse", "kv_format")}
+
+
 def _npu(
     args: argparse.Namespace, checkpoint: Checkpoint, program: Program, see: pipeline.See | None
 ) -> tuple[dict[str, Program], Told]:
-    options = (args.prefill_kv, see, args.fold, args.fuse)
-    lowered, told = pipeline.lower_for_npu(program, *options)
+    lowered, told = _lower(args, program, see)
     for phase in lowered.values():
         legality.check(phase, args.soc, args.block_size)
-    choices = ("prefill_kv", "kv_scales", "fold", "fuse")
-    notes = {name: getattr(args, name) for name in choices}
+    notes = {"kv_scales": args.kv_scales, **_choices(args)}
     target = artifact.Target(args.soc, args.block_size, notes)
     artifact.write(args.output, checkpoint, lowered, target)
     return lowered, told
@@ -200,8 +217,7 @@ def _onnx(
     if args.flavor != "lowered":
         emitter.emit(program, checkpoint, args.output, args.flavor or "standard")
         return []
-    options = (args.prefill_kv, see, args.fold, args.fuse)
-    phases, told = pipeline.lower_for_npu(program, *options)
+    phases, told = _lower(args, program, see)
     lowered.emit_lowered(phases, checkpoint, args.output)
     return told
 
@@ -230,7 +246,7 @@ def _tell_all(
 def _report(
     args: argparse.Namespace, program: Program, lowered: dict[str, Program]
 ) -> costs.Report:
-    unfused, _ = pipeline.lower_for_npu(program, args.prefill_kv, None, args.fold, fuse="off")
+    unfused, _ = _lower(args, program, fuse="off")
     return costs.report(lowered, unfused, costs.workload(args), costs.device(args))
 
 

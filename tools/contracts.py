@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir.errors import IRError
+from kvc8.ir.nz import from_nz, is_nz_type, to_nz
 from kvc8.ir.program import Program, type_of
 from kvc8.ir.provenance import Provenance, layer_of, provenance
 from kvc8.ir.run import Value
@@ -163,8 +164,12 @@ def _run(program: Program, calls: Sequence[Call], parameters: Parameters) -> lis
 
 
 def _same_types(given: State, wanted: State) -> State:
-    """Of caches given, those of the dtype that is wanted."""
-    return {n: c for n, c in given.items() if n in wanted and wanted[n][0].dtype is c[0].dtype}
+    """Of caches given, those of the dtype that is wanted, in the format that is wanted."""
+    return {
+        name: (a, b) if a.shape == wanted[name][0].shape else (to_nz(a), to_nz(b))
+        for name, (a, b) in given.items()
+        if name in wanted and wanted[name][0].dtype is a.dtype
+    }
 
 
 def _moved(old: Recording, program: Program, copy: Program) -> Recording:
@@ -290,6 +295,8 @@ class Comparison:
         type_ = type_of(node)
         if isinstance(type_, TensorType) and type_.shape[:2] == (size("N"), size("S")):
             return value.flatten(0, 1)[self.feed.written] if value.dim() > 1 else value
+        if isinstance(type_, TensorType) and is_nz_type(type_):
+            return from_nz(value, 1).flatten(0, 1)[self.feed.written]
         return value
 
 

@@ -24,6 +24,7 @@ STEPS: tuple[Step, ...] = (
     *pipeline.FOLD_KV_AND_WEIGHTS,
     *pipeline.LAYER,
     *pipeline.NPU_DECODE,
+    *pipeline.NZ,
     *pipeline.FUSE,
 )
 

@@ -52,7 +52,12 @@ F32, F64 = "reference f32", "reference f64"
 ONNX_F64 = "ONNX Runtime f64"
 EXACT = (ONNX_F64, *phases.EXACT)  # must agree with what they stand against, whatever the sums
 LOGITS = 1e-3
-CHOICES = {"prefill-kv": ("float", "int8"), "fold": ("offsets", "kv"), "fuse": ("on", "off")}
+CHOICES = {
+    "prefill-kv": ("float", "int8"),
+    "fold": ("offsets", "kv"),
+    "fuse": ("on", "off"),
+    "kv-format": ("nd", "nz"),
+}
 TEXT = """A paged cache keeps the keys and values of each sequence in blocks of a fixed size, and a
 table says which blocks belong to which sequence. When a sequence grows past the end of its last
 block, the table gets another one from a list of free blocks; when it ends, its blocks go back to
@@ -84,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="with a directory for a repro of the first breach that --passes finds, if any",
     )
-    for name in ("prefill-kv", "fold", "fuse"):
-        found.add_argument(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0])
+    for name, choices in CHOICES.items():
+        found.add_argument(f"--{name}", choices=choices, default=choices[0])
     found.add_argument("--phases", action="store_true", help="a prompt whole, in chunks, by tokens")
     found.add_argument(
         "--sensitivity", action="store_true", help="what quantizing K or V of each layer costs"
@@ -133,7 +138,7 @@ def work(args: argparse.Namespace) -> int:
 
 def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     """The table of contracts; gives 1 where a pass breaks its own."""
-    choices = Choices(None, args.kv_scales, args.prefill_kv, args.fold, args.fuse)
+    choices = Choices(None, args.kv_scales, args.prefill_kv, args.fold, args.fuse, args.kv_format)
     if args.bisect:
         refuse_existing(args.bisect)
     repro = Bisection(args.bisect, checkpoint.read)

@@ -34,7 +34,7 @@ from kvc8.ir.safetensors_files import StoredTensor
 from kvc8.ir.text import show
 from kvc8.ir.types import TensorType, dtype_name
 
-FORMAT = 2
+FORMAT = 3
 PHASES = ("prefill", "chunk", "decode")
 MANIFEST, DERIVED, WEIGHTS, INDEX = (
     "manifest.json",

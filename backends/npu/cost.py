@@ -127,8 +127,9 @@ class Sizes:
 
 
 def is_cache_type(type_: Type) -> bool:
-    """Whether a tensor is a cache: it has a dimension of blocks."""
-    return isinstance(type_, TensorType) and BLOCKS in type_.shape
+    """Whether a tensor is a cache, or a view of one: a dimension counts blocks."""
+    dims = type_.shape if isinstance(type_, TensorType) else ()
+    return any(BLOCKS in d.free_symbols for d in dims if not isinstance(d, int))
 
 
 def costs(

@@ -1,7 +1,7 @@
 """A compiled model inside of another engine: one function of inputs and caches.
 
     steps = load_steps(path, torch.device("npu", 0))
-    caches = [torch.zeros(...) for cache in steps.layout.caches]   # the engine's own
+    caches = [torch.zeros(cache.shape(...), ...) for cache in steps.layout.caches]   # its own
     logits = steps.decode(inputs, caches)
 
 The engine owns the blocks of the cache and says which token goes where; see `Steps`.
@@ -39,8 +39,8 @@ class Step:
     def __call__(self, inputs: Mapping[str, Value], caches: Sequence[Tensor]) -> Tensor:
         """Run a step: logits [R, vocabulary]; the caches are written in place.
 
-        `caches` are [N, S, heads, head_dim], of each layer K, then V. Raises TargetError where they
-        are not as many as the program has, IRError where an input is missing.
+        `caches` are of the shapes that `layout` gives, of each layer K, then V. Raises TargetError
+        where they are not as many as the program has, IRError where an input is missing.
         """
         names = [node.name for node in self.program.caches()]
         if len(caches) != len(names):

@@ -184,6 +184,12 @@ def _scatter(made: Call) -> Facts:
     return _known(**{"row width": wide})
 
 
+def _qkv_cache(made: Call) -> Facts:
+    """Of npu_qkv_rms_norm_rope_cache: caches [blocks, pieces, size, 32]."""
+    cache = made.shape("k_cache")
+    return _known(**{"block size": cache[2] if len(cache) == 4 else None})
+
+
 def _swiglu(made: Call) -> Facts:
     shape = made.shape("x" if "x" in made.arguments else "input")
     return _known(**{"gate and up width": shape[-1]})
@@ -199,6 +205,7 @@ DERIVED: Mapping[str, Callable[[Call], Facts]] = MappingProxyType(
         "npu_scatter_pa_kv_cache": _scatter,
         "npu_scatter_pa_kv_cache_functional": _scatter,
         "_npu_reshape_and_cache": _scatter,
+        "npu_qkv_rms_norm_rope_cache": _qkv_cache,
         "npu_swiglu": _swiglu,
         "npu_swiglu_quant": _swiglu,
         "npu_dequant_swiglu_quant": _swiglu,

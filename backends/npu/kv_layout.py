@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from kvc8.ir.errors import IRError
-from kvc8.ir.program import Program, tensor_type
+from kvc8.ir.nz import PIECE, nz_row
+from kvc8.ir.program import Program, is_nz, tensor_type
 from kvc8.ir.types import dtype_name, size
 
 BLOCKS, BLOCK_SIZE = size("N"), size("S")
@@ -14,17 +15,24 @@ FLOAT16_BYTES = 2
 
 @dataclass(frozen=True)
 class Cache:
-    """One cache, [blocks, block_size, heads, head_dim]: the K or the V of a layer."""
+    """One cache: the K or the V of a layer."""
 
     name: str
     heads: int
     head_dim: int
     dtype: torch.dtype
+    format: str = "nd"  # or "nz": see ir/nz.py
 
     @property
     def bytes_per_token(self) -> int:
         """What one token takes."""
         return self.heads * self.head_dim * self.dtype.itemsize
+
+    def shape(self, blocks: int, block_size: int) -> tuple[int, int, int, int]:
+        """The shape of its tensor: [blocks, block_size, heads, head_dim] in ND."""
+        if self.format == "nz":
+            return blocks, self.heads * self.head_dim // PIECE, block_size, PIECE
+        return blocks, block_size, self.heads, self.head_dim
 
     def as_json(self) -> dict[str, str | int]:
         """What the manifest of an artifact says of it."""
@@ -33,6 +41,7 @@ class Cache:
             "heads": self.heads,
             "head_dim": self.head_dim,
             "dtype": dtype_name(self.dtype),
+            "format": self.format,
         }
 
 
@@ -56,11 +65,14 @@ class KVLayout:
 def kv_layout(program: Program) -> KVLayout:
     """The layout that a program's cache placeholders ask for.
 
-    Raises IRError where one is not [N, S, heads, head_dim].
+    Raises IRError where one is neither [N, S, heads, head_dim] nor of NZ format.
     """
     caches = []
     for node in program.caches():
         type_ = tensor_type(node)
+        if is_nz(node):
+            caches.append(Cache(node.name, *nz_row(node), type_.dtype, "nz"))
+            continue
         if len(type_.shape) != 4 or type_.shape[:2] != (BLOCKS, BLOCK_SIZE):
             raise IRError(f"{node.name}: is {type_} and a cache is [N, S, heads, head_dim]")
         heads, head_dim = type_.shape[2:]

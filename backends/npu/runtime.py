@@ -29,7 +29,7 @@ class Model:
 
     programs: Mapping[str, Program]
     parameters: Mapping[str, Mapping[str, Tensor]]  # by phase and name
-    caches: dict[str, Tensor]  # by name, [blocks, block_size, heads, head_dim]
+    caches: dict[str, Tensor]  # by name, of the shapes in `layout`
     layout: KVLayout
     block_size: int
     device: torch.device
@@ -130,9 +130,7 @@ def load(
     parameters = {p: make_parameters(programs[p], make, device, made) for p in programs}
     layout = kv_layout(programs["decode"])
     caches = {
-        cache.name: torch.zeros(
-            (blocks, block_size, cache.heads, cache.head_dim), dtype=cache.dtype, device=device
-        )
+        cache.name: torch.zeros(cache.shape(blocks, block_size), dtype=cache.dtype, device=device)
         for cache in layout.caches
     }
     return Model(programs, parameters, caches, layout, block_size, device)

@@ -1,0 +1,239 @@
+"""Caches in NZ format: the codes of ND at other places, in every phase, and what may use them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fused_models import in_turn, lowered, quantized
+from onnx_models import BOUND
+
+from kvc8.backends.npu import artifact_reader, legality
+from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
+from kvc8.backends.npu.cost import Device, Workload, by_op, total
+from kvc8.backends.npu.generate import generate
+from kvc8.backends.npu.inputs import Rows
+from kvc8.backends.npu.kv_layout import kv_layout
+from kvc8.backends.npu.runtime import load
+from kvc8.ir import npu
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.errors import IRError
+from kvc8.ir.nz import from_nz, to_nz
+from kvc8.ir.recipe import make
+from kvc8.ir.text import parse
+from kvc8.ir.verify import verify
+from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
+from kvc8.tools import command, compile
+
+# The smallest model whose heads the NPU's attention takes with NZ pages: 10 and 1 of 128.
+SIZES = {
+    "hidden_size": 20,
+    "intermediate_size": 32,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "num_hidden_layers": 2,
+}
+KINDS = {"llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": None}}
+TOKENS = [(7 * i * i + 3 * i + 5) % 120 for i in range(45)]
+TABLE = [5, 2, 7]
+BLOCK = 32  # which the emulation takes, and a device only with ND pages
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[..., Path]) -> Callable[..., Path]:
+    return lambda kind, **more: tiny_model(kind, tied=True, **{**SIZES, **KINDS[kind], **more})
+
+
+def test_rows_written_to_nz_pages_lie_where_they_should():
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randint(-128, 128, (2, 50, 3, 64), generator=random).to(torch.int8)
+    slots = torch.randperm(4 * 32, generator=random)[:50].int()
+    nd = torch.zeros(2, 4, 32, 3, 64, dtype=torch.int8)
+    nz = torch.zeros(2, 4, 6, 32, 32, dtype=torch.int8)
+    npu.npu_scatter_pa_kv_cache(*rows, *nd, slots, cache_mode="Norm")
+    npu.npu_scatter_pa_kv_cache(*rows, *nz, slots, cache_mode="PA_NZ")
+    for a, b in zip(nd, nz, strict=True):
+        assert a.any()
+        assert torch.equal(to_nz(a), b)
+        assert torch.equal(from_nz(b, 3), a)
+
+
+CACHE = "def {}(c: {} = cache_nz({})):\n    return [c]"
+WRONG = [
+    (
+        ("lowered", "i8[N, 7, S, 32]", 2),
+        "c: 7 pieces of 32 are no 2 heads; write cache_nz(heads) with the number of heads",
+    ),
+    (
+        ("lowered", "i8[N, S, 2, 32]", 2),
+        "c: is i8[N, S, 2, 32] and an NZ cache is [N, pieces, S, 32]; make it so by nz_type",
+    ),
+    (
+        ("lowered", "f16[N, 8, S, 32]", 2),
+        "c: an NZ cache of torch.float16 in a lowered program; only int8 ones are, in a lowered "
+        "program",
+    ),
+    (
+        ("quantized", "i8[N, 8, S, 32]", 2),
+        "c: an NZ cache of torch.int8 in a quantized program; only int8 ones are, in a lowered "
+        "program",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cache", "says"), WRONG)
+def test_a_cache_whose_type_does_not_fit_its_recipe(cache, says):
+    with pytest.raises(IRError) as error:
+        verify(parse(CACHE.format(*cache)))
+    assert str(error.value) == says
+
+
+WRITE = """
+    def lowered(
+        k: {dtype}[T, 2, {dim}],
+        slots: i32[T],
+        k_cache_0: {dtype}[N, S, 2, {dim}] = cache(),
+        v_cache_0: {dtype}[N, S, 2, {dim}] = cache(),
+    ):
+        write: () = npu.{write}(k, k, k_cache_0, v_cache_0, slots, cache_mode='Norm')
+        more: {dtype}[N, S, 2, {dim}] = aten.{op}(v_cache_0)
+        return [more, k_cache_0, v_cache_0]
+"""
+ALONE = [
+    ({"dtype": "f16", "dim": 64, "op": "neg"}, "its cache is float"),
+    ({"dtype": "i8", "dim": 48, "op": "neg"}, "its heads of 48 are no multiple of 32"),
+    ({"dtype": "i8", "dim": 64, "op": "neg"}, "its cache is read by more"),
+]
+
+
+@pytest.mark.parametrize(("options", "why"), ALONE)
+def test_a_cache_that_stays_as_it_is(options, why):
+    with pytest.raises(IRError) as error:
+        lower_caches_to_nz(parse(WRITE.format(write="npu_scatter_pa_kv_cache", **options)))
+    assert str(error.value) == (
+        f"lower_caches_to_nz: rewrote nothing (write left as it was: {why}); "
+        "compile with --kv-format nd"
+    )
+
+
+# kind, W8A8, zero points in the cache
+SAME = [
+    *((kind, w8a8, not w8a8) for kind in KINDS for w8a8 in (False, True)),
+    *(("llama", True, True), ("qwen3", True, True), ("qwen2", False, False)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "w8a8", "zeros"), SAME)
+def test_nz_is_nd_at_other_places(model, kind, w8a8, zeros):
+    """The same passes but for the layout: codes and logits of ND and of QUANTIZED, bit for bit.
+
+    Attention over NZ pages takes no offset, so one of V goes into the codes of a W8A8 o_proj, which
+    is exact to half a step of its quantizer (tests/test_folds.py); ND does that by `fold="kv"`, and
+    QUANTIZED not at all.
+    """
+    directory = model(kind)
+    program = quantized(directory, torch.float32, w8a8=w8a8, zeros=zeros)
+    fold = "kv" if w8a8 and zeros else "offsets"
+    logits, codes = in_turn({"prefill": program, "decode": program}, directory)
+    for fuse in ("off", "on"):
+        of = {
+            kv_format: lowered(program, fuse, prefill_kv="int8", kv_format=kv_format, fold=fold)
+            for kv_format in ("nd", "nz")
+        }
+        nd, nz = (in_turn(programs, directory) for programs in of.values())
+        for a, b in zip(nd[0], nz[0], strict=True):
+            assert torch.equal(a, b)
+        for name, cache in nd[1].items():
+            assert cache.any()
+            assert torch.equal(to_nz(cache), nz[1][name])
+        if fold == "offsets":
+            for name, cache in codes.items():
+                assert torch.equal(from_nz(nz[1][name], 1), cache)
+            for a, b in zip(nz[0], logits, strict=True):
+                assert (a - b).abs().max() <= BOUND * b.abs().max()
+
+
+@pytest.mark.slow
+def test_every_phase_reads_nz_pages_as_it_reads_nd_pages(model):
+    """A prompt whole, in chunks and by tokens, in bfloat16: logits and codes are those of ND."""
+    directory = model("llama")
+    program = quantized(directory, torch.bfloat16, w8a8=False, zeros=True)
+    read = open_checkpoint(directory).read
+    found = {}
+    for kv_format in ("nd", "nz"):
+        programs = lowered(program, "off", prefill_kv="int8", kv_format=kv_format)
+        for phase in programs.values():
+            legality.check(phase, "ascend910b", 128)
+        made = load(programs, lambda r: make(r, read), blocks=8, block_size=BLOCK)
+        for ends in ((45,), (20, 38, 45), (3, *range(4, 46))):
+            for start, end in zip((0, *ends[:-1]), ends, strict=True):
+                logits = made.mixed([Rows(TOKENS[start:end], start, TABLE)])
+            found[kv_format, ends] = logits, [cache.clone() for cache in made.caches.values()]
+        sizes = [cache.shape for cache in made.caches.values()]
+        assert sizes == [cache.shape(8, BLOCK) for cache in made.layout.caches]
+    for (kv_format, ends), (logits, caches) in found.items():
+        nd_logits, nd_caches = found["nd", ends]
+        assert torch.equal(logits, nd_logits)
+        for cache, nd in zip(caches, nd_caches, strict=True):
+            assert torch.equal(from_nz(cache, 1) if kv_format == "nz" else cache, nd)
+
+
+@pytest.mark.slow
+def test_a_step_costs_what_it_costs_with_nd(model):
+    program = quantized(model("llama"), torch.bfloat16, w8a8=True, zeros=True)
+    costs = {}
+    for kv_format in ("nd", "nz"):
+        programs = lowered(program, "off", kv_format=kv_format, fold="kv")
+        for phase in ("chunk", "decode"):
+            cost = total(by_op(programs[phase], phase, Workload(), Device()))
+            costs[kv_format, phase] = cost
+            assert cost.cache_read == 2 * 2 * 128 * Workload().context
+    assert costs["nz", "decode"] == costs["nd", "decode"]
+    assert costs["nz", "chunk"].launches == costs["nd", "chunk"].launches + 5  # where pieces lie
+
+
+def compile_(directory: Path, out: Path, *options: str) -> int:
+    arguments = [str(directory), "--target", "npu", "-o", str(out), "--kv-format", "nz", *options]
+    return command.entry(compile.parser(), compile.work, arguments)
+
+
+@pytest.mark.slow
+def test_a_model_is_compiled_with_nz_caches_and_generates_the_same(
+    model, tmp_path, capsys, recwarn
+):
+    import c8
+
+    c8.quantize_model(model("llama", num_hidden_layers=1), tmp_path / "float", "float")
+    source = c8.with_offsets(tmp_path / "float", tmp_path / "model")
+    options = ("--dtype", "bfloat16", "--block-size", "256")
+    capsys.readouterr()
+    assert compile_(source, tmp_path / "no", *options) == 1
+    assert capsys.readouterr().err.endswith(
+        "error: model.layers.0.self_attn: npu_fused_infer_attention_score on ascend910b takes "
+        "block size 128 or 512 with cache format NZ, and this is 256 (op-plugin docs/zh/"
+        "custom_APIs/torch_npu/npu_fused_infer_attention_score.md, NZ caches; ops-transformer "
+        "incre_flash_attention_tiling_check.cpp:1868); compile with --block-size 128, or with "
+        "--kv-format nd\n"
+    )
+    assert compile_(source, tmp_path / "nz", "--dtype", "bfloat16") == 0
+    assert compile_(source, tmp_path / "nd", "--dtype", "bfloat16", "--kv-format", "nd") == 0
+    tokens = []
+    for name in ("nz", "nd"):
+        found = artifact_reader.read(tmp_path / name)
+        assert {cache.format for cache in found.layout.caches} == {name}
+        assert found.notes["kv_format"] == name
+        assert found.layout == kv_layout(found.programs["chunk"])
+        made = load(found.programs, found.make, blocks=6, block_size=found.block_size)
+        made = generate(made, [TOKENS, TOKENS[:7]], most=4, chunk=20)
+        tokens.append([sequence.generated for sequence in made.sequences])
+    assert tokens[0] == tokens[1]
+
+
+def test_nz_is_of_npu_alone(tmp_path, capsys):
+    arguments = [str(tmp_path), "--target", "onnx", "-o", "out", "--kv-format", "nz"]
+    assert command.entry(compile.parser(), compile.work, arguments) == 1
+    assert capsys.readouterr().err == (
+        "error: --kv-format: nz is of --target npu; leave it out, or compile for npu\n"
+    )
