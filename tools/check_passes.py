@@ -60,10 +60,7 @@ def check_steps(
     dtype: torch.dtype | None = None,
     see: Callable[[Checked], None] = lambda checked: None,
 ) -> list[Verdict]:
-    """The same for any passes: those up to QUANTIZED, and those of each phase after it.
-
-    What phases share is run once, on the inputs of the first of them.
-    """
+    """The same for any passes: those up to QUANTIZED, and those of each phase after it."""
     program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
     vocabulary = int(str(checkpoint.config["vocab_size"]))
     tokens = [(5 + 37 * i) % vocabulary for i in range(PROMPT + CHUNK)]
@@ -72,19 +69,12 @@ def check_steps(
     found = check(program, quantize, [Call(prompt), Call(step)], parameters, see)
     if found and found[-1].refused:
         return found
-    checked: list[tuple[Step, ...]] = []
     state = record(program, parameters, prompt.inputs(program), empty(program)).caches
     calls = {"prefill": Call(prompt), "chunk": Call(chunk, state), "decode": Call(step, state)}
     for phase, (shared, own) in phases.items():
-        start = program.copy()
-        if shared in checked:
-            pipeline.run(start, shared)
-        else:
-            found += check(start, shared, [calls[phase]], parameters, see)
-        checked.append(shared)
+        found += check(program.copy(), (*shared, *own), [calls[phase]], parameters, see)
         if found[-1].refused:
             return found
-        found += check(start, own, [calls[phase]], parameters, see)
     return found
 
 

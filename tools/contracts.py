@@ -110,6 +110,8 @@ class Checked:
     olds: list[Recording]
     found: Provenance
     verdict: Verdict
+    first: bool = False  # whether it is the first pass that was checked
+    news: list[Recording] = field(default_factory=list)  # the program after it, not isolated
     comparisons: list["Comparison"] = field(default_factory=list)  # one a call
 
 
@@ -139,9 +141,9 @@ def check(
             return verdicts
         hits = [remark.node for remark in remarks if not remark.why_not]
         found = provenance(before, program, hits)
-        checked = Checked(before, program, olds, found, verdict)
+        checked = Checked(before, program, olds, found, verdict, first=len(verdicts) == 1)
         _isolated(checked, pass_of(step), calls, parameters)
-        olds = _run(program, calls, parameters)
+        checked.news = olds = _run(program, calls, parameters)
         verdict.logits = max(map(_logits_gap, checked.olds, olds))
         see(checked)
     return verdicts
@@ -207,6 +209,7 @@ class Comparison:
         self.checked, self.pass_, self.feed, self.old = checked, pass_, feed, old
         found = checked.found
         self.stands_for: dict[Node, list[Node]] = {}
+        self.made: dict[Node, Value] = {}  # what was compared, before the old value took its place
         for new, was in found.took:
             self.stands_for.setdefault(new, []).append(was)
         hidden = found.inside.difference(found.exits)
@@ -221,6 +224,8 @@ class Comparison:
 
     def see(self, node: Node, value: Value) -> Value:
         """Compare a value with what it stands for, which takes its place where the types agree."""
+        if node in self.stands_for:
+            self.made[node] = value
         for was in self.stands_for.get(node, ()):
             self.compare(node, was)
         for was in self.stands_for.get(node, ()):
