@@ -1,91 +1,84 @@
-"""The figures of each pass: culprits and victims are told apart, and values found by provenance."""
+"""What kvc8-verify says of values: own errors beside those that came from upstream."""
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 
-import planted
 import pytest
 import torch
 
-from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.passes import pipeline
-from kvc8.tools.check_passes import check_steps
-from kvc8.tools.contracts import Call, check
-from kvc8.tools.recording import Parameters, empty, feed, record
-from kvc8.tools.values import Chain, decibels, largest_error, relative_rms
+from kvc8.tools import command, compile, verify
+from kvc8.tools.check_passes import check_steps, watch_values
+from kvc8.tools.gaps import Codes, Gap, codes, gap
+from kvc8.tools.pass_table import largest
 
-LLAMA = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"
-PROMPT = feed([5, 9, 17, 33, 65, 12, 101, 7])
-
-
-def test_relative_rms_is_of_the_error_to_the_signal():
-    old = torch.tensor([3.0, 4.0, float("-inf")])
-    assert relative_rms(old, old.clone()) == 0
-    new = torch.tensor([3.0, 4.5, float("-inf")])
-    assert relative_rms(old, new) == pytest.approx(0.5 / 5, rel=1e-15)
-    assert relative_rms(torch.zeros(2), torch.ones(2)) == 1
-    assert relative_rms(torch.zeros(2), torch.zeros(2)) == 0
-    assert relative_rms(torch.ones(2), torch.tensor([1.0, math.nan])) == math.inf
+CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"
 
 
-def test_the_largest_error_leaves_out_what_was_not_finite():
-    old = torch.tensor([1.0, float("-inf"), 2.0])
-    assert largest_error(old, torch.tensor([1.25, float("-inf"), 2.0])) == 0.25
-    assert largest_error(old, torch.tensor([math.nan, float("-inf"), 2.0])) == math.inf
+def test_a_gap_is_the_largest_difference_and_the_noise():
+    old, new = torch.tensor([3.0, -4.0, math.inf]), torch.tensor([3.0, -4.5, math.inf])
+    found = gap(old, new)
+    assert found.largest == 0.5
+    # sqrt(0.25 / 25): the mean squares are over as many elements, so their number cancels
+    assert found.relative == pytest.approx(0.1, rel=1e-12)
+    assert found.snr == pytest.approx(20, rel=1e-12)
+    assert gap(old, old) == Gap(0.0, 0.0)
+    assert gap(old, old).snr == math.inf
 
 
-def test_decibels_of_a_tenth_are_twenty_and_of_nothing_none():
-    assert decibels(0.1) == pytest.approx(20, rel=1e-15)
-    assert decibels(0.0) is None
-    assert decibels(math.inf) is None
+def test_codes_are_counted_by_how_far_they_are_off():
+    old = torch.tensor([1, 2, 3, 4, -128], dtype=torch.int8)
+    new = torch.tensor([1, 3, 1, 127, -128], dtype=torch.int8)
+    assert codes(old, new) == Codes(by=(1, 1, 1), of=5, saturated=0.4)
 
 
 @pytest.mark.slow
-def test_a_fault_is_the_culprit_of_its_layer_and_the_layers_after_it_are_victims():
+def test_a_victim_has_no_error_of_its_own():
+    """Quantizing the cache is the culprit; folding scales, which is exact, comes after it."""
     checkpoint = open_checkpoint(LLAMA)
-    program, parameters = capture(checkpoint, torch.float32), Parameters(checkpoint.read)
-    pipeline.run(program, pipeline.QUANTIZE)
-    start = record(program, parameters, PROMPT.inputs(program), empty(program)).caches
-    shared, _ = pipeline.phases()["decode"]
-    names = [step.name for step in shared]
-    broken = planted.plant(shared[names.index("fuse_linears")], planted.swapped_gate_and_up)
-    steps = (*shared[: names.index("fuse_linears")], broken)
-    chain = Chain()
-    check(program, steps, [Call(feed([7], 8), start)], parameters, chain.see)
-    found = [figure for figure in chain.figures if figure.step == "fuse_linears"]
-    assert {figure.layer for figure in found if figure.offends} == {"layer 1"}
-    worst = {layer: 0.0 for layer in ("layer 0", "layer 1", "layer 2", "layer 3")}
-    for figure in found:
-        if figure.layer in worst:
-            worst[figure.layer] = max(worst[figure.layer], figure.accumulated or 0.0)
-    assert worst["layer 0"] == 0
-    assert min(worst["layer 1"], worst["layer 2"], worst["layer 3"]) > 0.01
-    [logits] = [each for each in chain.logits if each.step == "fuse_linears"]
-    assert logits.kl > 0
-    assert logits.snr == decibels(logits.rms)
-    [before] = [each for each in chain.logits if each.step == "fold_v_offset"]
-    assert (before.max_abs, before.rms, before.snr, before.kl) == (0, 0, None, 0)
-    assert before.top1
+    values = watch_values(checkpoint, torch.float32)
+    phases = {"decode": (pipeline.FOLD_OFFSETS[:1], ())}
+    verdicts = check_steps(checkpoint, pipeline.AS_IS, phases, torch.float32, values.see)
+    assert [verdict.name for verdict in verdicts] == [measured.name for measured in values.passes]
+    quantized, folded = values.passes[-2:]
+    assert (quantized.name, folded.name) == ("insert_kv_quant", "fold_kv_scales")
+    for value in quantized.values:
+        assert isinstance(value.own, Gap)
+        assert value.own.relative > 0
+        assert value.total is not None
+        if value.layer != "layer 0":  # which W8A8 has not reached
+            assert value.total.relative > value.own.relative
+    read = [value for value in folded.values if isinstance(value.own, Gap)]
+    assert {value.own.relative for value in read} == {0.0}
+    assert all(value.total is not None and value.total.relative > 0 for value in read)
+    assert {name for name, _ in largest([quantized, folded], 100)} == {"insert_kv_quant"}
 
 
 @pytest.mark.slow
-def test_values_are_followed_through_all_passes_and_can_be_written_as_json():
-    chain = Chain()
-    check_steps(
-        open_checkpoint(LLAMA), pipeline.QUANTIZE, pipeline.phases(), torch.float32, chain.see
+def test_everything_in_one_command_and_what_was_compiled(tmp_path, capsys):
+    out = tmp_path / "out"
+    given = [str(LLAMA), "--target", "npu", "-o", str(out)]
+    assert command.entry(compile.parser(), compile.work, given) == 0
+    capsys.readouterr()
+    options = ["--tokens", "20", "--steps", "2", "--all", "--json"]
+    assert command.entry(verify.parser(), verify.work, [str(LLAMA), str(out), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["forms", "passes", "sensitivity"]
+    forms = {row.pop("form"): row for row in found["forms"]}
+    # the same programs, written and read back
+    assert forms[str(out)] == {**forms["NPU emulated f16"], "codes": forms[str(out)]["codes"]}
+    assert forms[str(out)]["codes"]["by"] == forms["NPU emulated f16"]["codes"]["by"]
+    assert all(each["values"] for each in found["passes"] if each["sites"])
+    assert found["sensitivity"][-1]["layer"] == "all"
+
+
+def test_a_compiled_model_alone_says_nothing_of_what_it_should_compute(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert command.entry(verify.parser(), verify.work, [str(tmp_path)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}: is a compiled model, which does not say what it should compute; "
+        "name the model that it was compiled from, and then this\n"
     )
-    told = json.loads(json.dumps([asdict(figure) for figure in chain.figures], allow_nan=False))
-    layers = {f"layer {i}" for i in range(4)}
-    for phase in ("prefill", "chunk", "decode"):
-        last = [f for f in told if (f["step"], f["phase"]) == ("fuse_swiglu_quant", phase)]
-        followed = {f["layer"] for f in last if f["accumulated"] is not None}
-        assert layers <= followed
-    # Isolated, no pass may move a code by more than one in float32: what fuse_norm_quant's module
-    # derives, the widest of the bounds that these passes declare.
-    codes = [figure.codes for figure in chain.figures if figure.codes]
-    assert codes
-    assert all(sum(counts[2:]) == 0 for counts in codes)
-    assert all(0 <= f.saturation <= 1 for f in chain.figures if f.saturation is not None)

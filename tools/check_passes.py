@@ -1,17 +1,19 @@
-"""Every pass that a compile runs, held to its contract: the table of kvc8-verify --passes."""
+"""Every pass that a compile runs, held to its contract on a recorded prompt."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.table import Table
 
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.program import Program
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Step
-from kvc8.tools.contracts import Call, Checked, Verdict, check
-from kvc8.tools.recording import Parameters, empty, feed, record
+from kvc8.tools.contracts import Call, Checked, check
+from kvc8.tools.recording import Feed, Parameters, empty, feed, record
+from kvc8.tools.values import Values, by_name
+from kvc8.tools.verdicts import Verdict
 
 Phases = dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]
 PROMPT, CHUNK = 13, 3  # tokens: more than a window of the tests, less than a block
@@ -60,44 +62,48 @@ def check_steps(
     dtype: torch.dtype | None = None,
     see: Callable[[Checked], None] = lambda checked: None,
 ) -> list[Verdict]:
-    """The same for any passes: those up to QUANTIZED, and those of each phase after it."""
+    """The same for any passes: those up to QUANTIZED, and those of each phase after it.
+
+    What phases share is run once, on the inputs of the first of them.
+    """
     program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
-    vocabulary = int(str(checkpoint.config["vocab_size"]))
-    tokens = [(5 + 37 * i) % vocabulary for i in range(PROMPT + CHUNK)]
-    prompt, chunk = feed(tokens[:PROMPT]), feed(tokens[PROMPT:], PROMPT)
-    step = feed(tokens[-1:], PROMPT)
-    found = check(program, quantize, [Call(prompt), Call(step)], parameters, see)
+    prompt, chunk, step = _feeds(checkpoint)
+    lineage = {node.name: node.name for node in program.graph.nodes}
+    calls = [Call(prompt), Call(step)]
+    found = check(program, quantize, calls, parameters, see, lineage)
     if found and found[-1].refused:
         return found
+    begun: dict[tuple[Step, ...], tuple[Program, dict[str, str]]] = {(): (program, lineage)}
     state = record(program, parameters, prompt.inputs(program), empty(program)).caches
-    calls = {"prefill": Call(prompt), "chunk": Call(chunk, state), "decode": Call(step, state)}
+    call = {"prefill": Call(prompt), "chunk": Call(chunk, state), "decode": Call(step, state)}
     for phase, (shared, own) in phases.items():
-        found += check(program.copy(), (*shared, *own), [calls[phase]], parameters, see)
+        if shared not in begun:
+            begun[shared] = program.copy(), dict(lineage)
+            started, line = begun[shared]
+            found += check(started, shared, [call[phase]], parameters, see, line)
+            if found[-1].refused:
+                return found
+        started, line = begun[shared]
+        found += check(started.copy(), own, [call[phase]], parameters, see, dict(line))
         if found[-1].refused:
             return found
     return found
 
 
-def table(verdicts: Iterable[Verdict]) -> Table:
-    """A line for each pass and phase."""
-    made = Table(box=None)
-    for name in ("pass", "contract"):
-        made.add_column(name, no_wrap=True)
-    for name in ("sites", "difference", "bound", "rounding", "logits"):
-        made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("nearest to its bound", no_wrap=True)
-    for verdict in verdicts:
-        made.add_row(verdict.name, verdict.contract, *_figures(verdict))
-    return made
+def _feeds(checkpoint: Checkpoint) -> tuple[Feed, Feed, Feed]:
+    """A prompt, a chunk of tokens after it, and one token after it."""
+    vocabulary = int(str(checkpoint.config["vocab_size"]))
+    tokens = [(5 + 37 * i) % vocabulary for i in range(PROMPT + CHUNK)]
+    return feed(tokens[:PROMPT]), feed(tokens[PROMPT:], PROMPT), feed(tokens[-1:], PROMPT)
 
 
-def _figures(verdict: Verdict) -> list[str]:
-    site = verdict.worst
-    if verdict.refused or site is None:
-        where = "refused by verify" if verdict.refused else "no site: nothing to compare"
-        return [str(len(verdict.sites)), "-", "-", "-", "-", where]
-    rounding = max(s.rounding for s in verdict.sites)
-    figures = (site.figure, site.bound, rounding, verdict.logits)
-    where = f"{site.phase}, {site.layer}, {site.node}"
-    told = where if site.holds else f"BREACH {where}"
-    return [str(len(verdict.sites)), *(f"{figure:.2g}" for figure in figures), told]
+def watch_values(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Values:
+    """What measures values against the CAPTURED program, on the tokens of `check_steps`."""
+    program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
+    prompt, chunk, step = _feeds(checkpoint)
+    first = record(program, parameters, prompt.inputs(program), empty(program))
+    captured = {prompt.phase: by_name(first)}
+    for each in (chunk, step):
+        made = record(program, parameters, each.inputs(program), first.caches)
+        captured[each.phase] = by_name(made)
+    return Values(captured, first.results[0].name)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvc8.tools.forms import Run, Tokens
+from kvc8.tools.gaps import Gap, codes, gap
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Codes:
 
     differ: int
     of: int
+    by: tuple[int, int, int]  # how many differ by one, by two, and by more
+    saturated: float  # the share of the form's codes at -128 or 127
     most: int  # the largest difference between two codes
     first: int | None  # the first layer with one; None where there is none
     # Those that differ though the floats they come from are equal bit for bit; None where an op
@@ -28,7 +31,7 @@ class Row:
 
     form: str
     against: str
-    logits: float  # largest absolute difference
+    logits: Gap
     kl: float  # mean Kullback-Leibler divergence of the next token, in nats
     greedy: int  # calls whose greedy token agrees
     calls: int
@@ -38,23 +41,29 @@ class Row:
 def compare(form: str, made: Run, against: str, base: Run, tokens: Tokens) -> Row:
     """Both ran the tokens; caches have the same names, and come in the order of the layers."""
     pairs = list(zip(made.logits, base.logits, strict=True))
-    gap = max(float((a.double() - b.double()).abs().max()) for a, b in pairs)
+    logits = gap(*(torch.cat([pair[i] for pair in pairs]) for i in (1, 0)))
     greedy = sum(bool(a[-1].argmax() == b[-1].argmax()) for a, b in pairs)
     quantized = all(cache.dtype is torch.int8 for cache in made.caches.values())
     codes = _codes(made, base, tokens) if quantized else None
-    return Row(form, against, gap, _kl(pairs), greedy, len(pairs), codes)
+    return Row(form, against, logits, _kl(pairs), greedy, len(pairs), codes)
 
 
 def _codes(made: Run, base: Run, tokens: Tokens) -> Codes:
-    gaps = {
-        name: _written(made.caches[name].int() - base.caches[name].int(), tokens).abs()
+    written = {
+        name: (_written(made.caches[name], tokens), _written(base.caches[name], tokens))
         for name in base.caches
     }
-    wrong = [i // 2 for i, gap in enumerate(gaps.values()) if gap.any()]  # K and V of each layer
+    each = [codes(old, new) for new, old in written.values()]
+    gaps = {name: (new.int() - old.int()).abs() for name, (new, old) in written.items()}
+    wrong = [i // 2 for i, off in enumerate(gaps.values()) if off.any()]  # K and V of each layer
+    one, two, more = (sum(found.by[i] for found in each) for i in range(3))
+    of = sum(found.of for found in each)
     return Codes(
-        differ=sum(int((gap > 0).sum()) for gap in gaps.values()),
-        of=sum(gap.numel() for gap in gaps.values()),
-        most=max(int(gap.max()) for gap in gaps.values()),
+        differ=one + two + more,
+        of=of,
+        by=(one, two, more),
+        saturated=sum(found.saturated * found.of for found in each) / of,
+        most=max(int(off.max()) for off in gaps.values()),
         first=wrong[0] if wrong else None,
         same_inputs=_on_same(made, base, gaps),
     )
@@ -67,11 +76,11 @@ def _written(cache: Tensor, tokens: Tokens) -> Tensor:
 
 def _on_same(made: Run, base: Run, gaps: Mapping[str, Tensor]) -> int | None:
     found = 0
-    for name, gap in gaps.items():
+    for name, off in gaps.items():
         a, b = (torch.cat(run.rows.get(name, [torch.empty(0)])) for run in (made, base))
         if a.shape != b.shape:
             return None
-        found += int(((a == b) & (gap > 0)).sum())
+        found += int(((a == b) & (off > 0)).sum())
     return found
 
 

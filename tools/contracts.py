@@ -19,78 +19,19 @@ For every contract: no value that was finite may cease to be.
 What rounding does in the program's own dtypes is shown and not judged: it has no bound here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
-from torch.fx import Node
 
 from kvc8.ir.errors import IRError
-from kvc8.ir.nz import from_nz, is_nz_type, to_nz
-from kvc8.ir.program import Program, type_of
+from kvc8.ir.nz import to_nz
+from kvc8.ir.program import Program
 from kvc8.ir.provenance import Provenance, layer_of, provenance
-from kvc8.ir.run import Value
-from kvc8.ir.types import TensorType, size
 from kvc8.passes.rewrite import Pass, Step, name_of, pass_of
-from kvc8.tools.recording import Feed, Hook, Parameters, Recording, State, empty, record
-
-EXACT = 1e-9  # see the module
-
-
-@dataclass(frozen=True)
-class Site:
-    """One value that was compared: the largest difference beyond its bound, or else the largest."""
-
-    phase: str
-    layer: str
-    node: str
-    old: str
-    figure: float
-    bound: float
-    call: int  # the number of its call
-    rounding: float  # how far it is from what it was in the program's own dtypes; not judged
-
-    @property
-    def holds(self) -> bool:
-        """Whether it is within its bound."""
-        return self.figure <= self.bound
-
-
-@dataclass
-class Verdict:
-    """What the check of one pass found. `refused` is why verify refused what it gave."""
-
-    name: str
-    contract: str
-    sites: list[Site] = field(default_factory=list)
-    kept: int = 0  # values that no pass touched, found equal to the last bit
-    refused: str = ""
-    node: str = ""  # that verify refused
-    logits: float = 0.0  # how far the logits move when nothing is isolated; not judged
-
-    @property
-    def breaches(self) -> list[Site]:
-        """Sites beyond their bound, the first offender first."""
-        return [site for site in self.sites if not site.holds]
-
-    @property
-    def worst(self) -> Site | None:
-        """The first breach, or the site that comes nearest to its bound."""
-        ranked = sorted(self.sites, key=lambda s: -(s.figure / s.bound if s.bound else s.figure))
-        return next(iter([*self.breaches, *ranked]), None)
-
-    @property
-    def sentence(self) -> str:
-        """What is wrong, or nothing."""
-        if self.refused:
-            return f"{self.name}: {self.refused}"
-        if not self.breaches:
-            return ""
-        site = self.breaches[0]
-        what = f"{site.node} differs from {site.old} by {site.figure:.3g}, bound {site.bound:.3g}"
-        told = f"{self.name}: breaks its contract {self.contract} in {site.layer}, {site.phase}"
-        return f"{told}: {what}; see its repro by kvc8-verify --bisect"
+from kvc8.tools.comparison import Comparison
+from kvc8.tools.recording import Feed, Parameters, Recording, State, empty, record
+from kvc8.tools.verdicts import Verdict
 
 
 @dataclass(frozen=True)
@@ -110,9 +51,9 @@ class Checked:
     olds: list[Recording]
     found: Provenance
     verdict: Verdict
-    first: bool = False  # whether it is the first pass that was checked
-    news: list[Recording] = field(default_factory=list)  # the program after it, not isolated
-    comparisons: list["Comparison"] = field(default_factory=list)  # one a call
+    lineage: Mapping[str, str]  # of nodes after, by name: what they stand for at the beginning
+    comparisons: list[Comparison] = field(default_factory=list)  # one a call
+    news: list[Recording] = field(default_factory=list)  # the program after, nothing isolated
 
 
 def check(
@@ -121,12 +62,15 @@ def check(
     calls: Sequence[Call],
     parameters: Parameters,
     see: Callable[[Checked], None] = lambda checked: None,
+    lineage: dict[str, str] | None = None,
 ) -> list[Verdict]:
     """Run passes over a program and hold each to its contract; stops where verify refuses one.
 
-    `see` is shown each pass that ran, with everything that was recorded.
+    `see` is shown each pass that ran, with everything that was recorded. `lineage`, of the nodes of
+    the program by name, is what they stand for, by default themselves; it follows the passes.
     """
     verdicts = []
+    lineage = {n.name: n.name for n in program.graph.nodes} if lineage is None else lineage
     olds = _run(program, calls, parameters)
     for step in steps:
         before = program.copy()
@@ -137,16 +81,44 @@ def check(
             remarks = step(program)
         except IRError as error:
             _refuse(verdict, program, str(error))
-            see(Checked(before, program, olds, Provenance(), verdict))
+            see(Checked(before, program, olds, Provenance(), verdict, dict(lineage)))
             return verdicts
         hits = [remark.node for remark in remarks if not remark.why_not]
         found = provenance(before, program, hits)
-        checked = Checked(before, program, olds, found, verdict, first=len(verdicts) == 1)
-        _isolated(checked, pass_of(step), calls, parameters)
-        checked.news = olds = _run(program, calls, parameters)
-        verdict.logits = max(map(_logits_gap, checked.olds, olds))
+        _follow(lineage, found)
+        checked = Checked(before, program, olds, found, verdict, dict(lineage))
+        if _is_unchanged(checked):
+            olds = checked.news = [_kept(old, checked) for old in olds]
+        else:
+            _isolated(checked, pass_of(step), calls, parameters)
+            olds = checked.news = _run(program, calls, parameters)
+            verdict.logits = max(map(_logits_gap, checked.olds, olds))
         see(checked)
     return verdicts
+
+
+def _follow(lineage: dict[str, str], found: Provenance) -> None:
+    """Say of the nodes after a pass what they stand for; nodes inside of a region for nothing."""
+    inside = found.inside.difference(found.exits)
+    pairs = [pair for pair in found.kept.items() if pair[0] not in inside] + found.took
+    after = {new.name: lineage[was.name] for new, was in pairs if was.name in lineage}
+    lineage.clear()
+    lineage.update(after)
+
+
+def _is_unchanged(checked: Checked) -> bool:
+    """Whether the pass rewrote nothing; it may still have dropped what nobody reads."""
+    found = checked.found
+    every = len(found.kept) == len(checked.after.graph.nodes)
+    return every and not found.took and not found.changed
+
+
+def _kept(old: Recording, checked: Checked) -> Recording:
+    """A recording of a program as one of what a pass left of it."""
+    kept = checked.found.kept
+    values = {node: old.values[was] for node, was in kept.items() if was in old.values}
+    [output] = checked.after.graph.find_nodes(op="output")
+    return Recording(old.twins, values, old.caches, list(output.args[0]))
 
 
 def _refuse(verdict: Verdict, program: Program, error: str) -> None:
@@ -194,143 +166,11 @@ def _isolated(checked: Checked, pass_: Pass, calls: Sequence[Call], parameters: 
     for i, call in enumerate(calls):
         before = checked.olds[i - 1].caches if i and call.state is None else call.state or {}
         state = {**state, **_same_types(before, state)}
-        comparison = Comparison(checked, pass_, call.feed, checked.olds[i])
+        comparison = Comparison(
+            checked.found, checked.verdict, pass_, call.feed, checked.olds[i], i
+        )
         checked.comparisons.append(comparison)
         inputs = call.feed.inputs(checked.after)
         new = record(checked.after, parameters, inputs, state, comparison.start)
         comparison.finish()
         state = new.caches
-
-
-class Comparison:
-    """Compares one call after a pass with the same call before it, node by node."""
-
-    def __init__(self, checked: Checked, pass_: Pass, feed: Feed, old: Recording) -> None:
-        self.checked, self.pass_, self.feed, self.old = checked, pass_, feed, old
-        found = checked.found
-        self.stands_for: dict[Node, list[Node]] = {}
-        self.made: dict[Node, Value] = {}  # what was compared, before the old value took its place
-        for new, was in found.took:
-            self.stands_for.setdefault(new, []).append(was)
-        hidden = found.inside.difference(found.exits)
-        for new, was in found.kept.items():
-            if new not in hidden and new.op == "call_function":
-                self.stands_for.setdefault(new, []).insert(0, was)
-
-    def start(self, new: Recording) -> Hook:
-        """The hook of a run after the pass."""
-        self.new = new
-        return self.see
-
-    def see(self, node: Node, value: Value) -> Value:
-        """Compare a value with what it stands for, which takes its place where the types agree."""
-        if node in self.stands_for:
-            self.made[node] = value
-        for was in self.stands_for.get(node, ()):
-            self.compare(node, was)
-        for was in self.stands_for.get(node, ()):
-            if isinstance(value, Tensor) and type_of(node) == type_of(was):
-                found = self.old.values[was]
-                assert isinstance(found, Tensor)
-                self.new.twins.pair(found, self.old.twins.twin(found))
-                return found
-        return value
-
-    def finish(self) -> None:
-        """Compare the caches that are written in place, which are whole only at the end."""
-        for node, was in self.checked.found.took:
-            if node.op == "placeholder":
-                self.compare(node, was)
-
-    def compare(self, node: Node, was: Node) -> None:
-        """Note how far a value is from what it stands for."""
-        value, old = self.new.values[node], self.old.values[was]
-        if not isinstance(value, Tensor) or not isinstance(old, Tensor):
-            return
-        if value.dtype.is_floating_point != old.dtype.is_floating_point:
-            return
-        if value is old or (self._is_only_kept(node, was) and self._is_equal(value, old)):
-            self.checked.verdict.kept += 1
-            return
-        a, b = (self._whole(n, v) for n, v in ((was, old), (node, value)))
-        rounding = _gap(a, b.reshape(a.shape)).amax() if a.numel() else torch.zeros(())
-        figure, bound = self._figure(node, was, a, b)
-        place = (self.feed.phase, layer_of(node), node.name, was.name)
-        call = self.checked.comparisons.index(self)
-        self.checked.verdict.sites.append(Site(*place, figure, bound, call, float(rounding)))
-
-    def _is_equal(self, value: Tensor, old: Tensor) -> bool:
-        twins = self.new.twins.twin(value), self.old.twins.twin(old)
-        return torch.equal(value, old) and torch.equal(*twins)
-
-    def _figure(self, node: Node, was: Node, old: Tensor, new: Tensor) -> tuple[float, float]:
-        exact = self._exact(was, self.old), self._exact(node, self.new)
-        bound = self._bound(node, was, exact[0])
-        return judge(self.pass_.contract, old, new, *exact, bound)
-
-    def bound_of(self, node: Node, was: Node) -> Tensor:
-        """By how much each element that counts may differ, or one number for all."""
-        return self._bound(node, was, self._exact(was, self.old))
-
-    def _bound(self, node: Node, was: Node, old: Tensor) -> Tensor:
-        slack = torch.zeros((), dtype=torch.float64)
-        if old.is_floating_point():
-            slack = EXACT * old.abs().masked_fill(~old.isfinite(), 0).max()
-        if self.pass_.bound is None or self._is_only_kept(node, was):
-            return slack
-        made = self._whole(was, self.pass_.bound(was, node, self._look))
-        return made.expand(old.shape) * (1 + EXACT) + slack
-
-    def _is_only_kept(self, node: Node, was: Node) -> bool:
-        found = self.checked.found
-        return found.kept.get(node) is was and node not in found.exits
-
-    def _look(self, node: Node) -> Tensor:
-        found = (self.new if node in self.new.values else self.old).twin(node)
-        assert isinstance(found, Tensor)
-        return found
-
-    def _exact(self, node: Node, recording: Recording) -> Tensor:
-        found = recording.twin(node)
-        assert isinstance(found, Tensor)
-        return self._whole(node, found)
-
-    def _whole(self, node: Node, value: Tensor) -> Tensor:
-        """What of a value counts: of pages, the slots that were written."""
-        type_ = type_of(node)
-        if isinstance(type_, TensorType) and type_.shape[:2] == (size("N"), size("S")):
-            return value.flatten(0, 1)[self.feed.written] if value.dim() > 1 else value
-        if isinstance(type_, TensorType) and is_nz_type(type_):
-            return from_nz(value, 1).flatten(0, 1)[self.feed.written]
-        return value
-
-
-def judge(
-    contract: str, old: Tensor, new: Tensor, exact_old: Tensor, exact_new: Tensor, bound: Tensor
-) -> tuple[float, float]:
-    """How far a value is from what it stands for, and how far it may be; see the module."""
-    new, exact_new = new.reshape(old.shape), exact_new.reshape(old.shape)
-    if not old.numel():
-        return 0.0, 0.0
-    if bool((old.isfinite() & ~new.isfinite()).any()):
-        return float("inf"), 0.0
-    if contract in ("bit_exact", "layout"):
-        return _worst(_gap(old, new), torch.zeros(()))
-    figures = [_worst(_gap(exact_old, exact_new), bound)]
-    if contract == "quantizing" and not old.dtype.is_floating_point:
-        figures.append(_worst(_gap(old, new), bound))
-    return max(figures, key=lambda figure: figure[0] - figure[1])
-
-
-def _gap(old: Tensor, new: Tensor) -> Tensor:
-    """The absolute difference in float64; equal values, NaN and infinities too, differ by 0."""
-    same = (old == new) | (old.isnan() & new.isnan())
-    gap = (old.double() - new.double()).abs()
-    return gap.masked_fill(same, 0).nan_to_num(float("inf"), float("inf"))
-
-
-def _worst(gap: Tensor, bound: Tensor) -> tuple[float, float]:
-    """The difference that exceeds its bound by most, or comes nearest to it, and that bound."""
-    wide = bound.to(torch.float64).expand(gap.shape)
-    at = int((gap - wide).argmax())
-    return float(gap.flatten()[at]), float(wide.reshape(-1)[at])

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu import runtime
+from kvc8.backends.npu.generate import Model
 from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.backends.onnx import emitter, runner
 from kvc8.ir import npu, ops
@@ -71,6 +72,16 @@ def replay(
     made.logits.append([model.mixed([rows], observe=watch(made)) for rows in parts][-1])
     for length, token in enumerate(tokens.steps, len(prompt) + 1):
         made.logits.append(model.decode([token], [length], [table], observe=watch(made)))
+    made.caches = dict(model.caches)
+    return made
+
+
+def feed_tokens(model: Model, tokens: Tokens) -> Run:
+    """Feed the tokens to a model that nobody watches: the prompt whole, then decode steps."""
+    made, table = Run(), tokens.table
+    made.logits.append(model.mixed([Rows(tokens.prompt, 0, table)]))
+    for length, token in enumerate(tokens.steps, len(tokens.prompt) + 1):
+        made.logits.append(model.decode([token], [length], [table]))
     made.caches = dict(model.caches)
     return made
 

@@ -26,9 +26,11 @@ from kvc8.ir.run import Value
 from kvc8.ir.safetensors_files import TensorFiles, read_header
 from kvc8.ir.text import parse, show
 from kvc8.ir.types import IntsType
-from kvc8.tools.contracts import Checked, Site, judge
+from kvc8.tools.comparison import judge
+from kvc8.tools.contracts import Checked
 from kvc8.tools.quantizer.writer import Entry, write_tensors
 from kvc8.tools.recording import Parameters, Recording, record
+from kvc8.tools.verdicts import Site
 
 BOUND, WRITTEN = "kvc8.bound", "kvc8.written"
 TENSORS, BREACH = "tensors.safetensors", "breach.json"

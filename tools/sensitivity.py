@@ -8,9 +8,8 @@ runs starts there, from the values that the first had. The last row puts all cac
 Divergences are of the next token after each token of the prompt: KL(float cache || that one).
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
@@ -172,11 +171,8 @@ def _called(node: Node, values: Values) -> Value:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def print_costs(costs: Sequence[Cost], tokens: int, as_json: bool) -> None:
-    """A line for each layer, K beside V; or all of it as JSON."""
-    if as_json:
-        print(json.dumps([asdict(cost) for cost in costs], indent=1))
-        return
+def print_costs(costs: Sequence[Cost], tokens: int) -> None:
+    """A line for each layer, K beside V."""
     each, every = costs[:-1], costs[-1]
     print(f"{tokens} tokens of prompt, against a float cache; KL in nats")
     Console(width=100).print(_table(each))

@@ -1,6 +1,8 @@
 """kvc8-verify: one prompt through every form of a compiled model, side by side.
 
-    kvc8-verify DIR
+    kvc8-verify DIR [OUT ...]
+
+What kvc8-compile made of DIR may be given too, and stands in the table as it is on disk.
 
 The reference is the QUANTIZED program. All forms are fed the tokens with which it continues the
 prompt greedily in float32.
@@ -15,43 +17,46 @@ them differ. How much that is shows where the reference in float64 stands beside
 float32. What must hold there all the same: no code differs whose float inputs are equal bit for
 bit ("same inputs"); and while all codes agree, logits agree within 1e-3.
 
-With --passes, each pass is run on recorded inputs and held to its contract: tools/contracts.py.
+Other parts, instead or, with --all, besides:
 
-With --phases one prompt is instead taken whole, in chunks and token by token: tools/phases.py.
+    --passes        each pass, run on recorded inputs and held to its contract: tools/contracts.py
+    --sensitivity   what quantizing K or V of each layer costs alone: tools/sensitivity.py
+    --phases        one prompt whole, in chunks and token by token: tools/phases.py
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kvc8.ir.capture import capture, config_dtype
 from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.errors import TargetError
 from kvc8.ir.new_directory import refuse_existing
-from kvc8.ir.program import Program
-from kvc8.ir.types import dtype_name
-from kvc8.ir.widen import widen
-from kvc8.passes import pipeline
-from kvc8.tools import dumps, phases
+from kvc8.tools import dumps
 from kvc8.tools.bisection import Bisection
-from kvc8.tools.check_passes import Choices, check_passes, table
+from kvc8.tools.check_passes import Choices, check_passes, watch_values
 from kvc8.tools.command import entry
-from kvc8.tools.compare import Row, compare
+from kvc8.tools.compare import Row
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
-from kvc8.tools.forms import Run, Tokens, generate, in_onnxruntime, one_program, replay
+from kvc8.tools.contracts import Checked
+from kvc8.tools.form_table import broken_promises, double_rows, print_rows, single_rows
+from kvc8.tools.forms import Tokens, generate
+from kvc8.tools.pass_table import passes_as_json, print_passes
+from kvc8.tools.phases import phase_rows
 from kvc8.tools.sensitivity import print_costs, sensitivity
 from kvc8.tools.tokenize import read_tokenizer
 
-F32, F64 = "reference f32", "reference f64"
-ONNX_F64 = "ONNX Runtime f64"
-EXACT = (ONNX_F64, *phases.EXACT)  # must agree with what they stand against, whatever the sums
-LOGITS = 1e-3
+PARTS = {
+    "passes": "hold each pass to its numeric contract",
+    "sensitivity": "tell what quantizing K or V of each layer costs",
+    "phases": "take a prompt whole, in chunks and by tokens",
+    "all": "all forms, all passes and the sensitivity of the layers",
+}
 CHOICES = {
     "prefill-kv": ("float", "int8"),
     "fold": ("offsets", "kv"),
@@ -75,14 +80,15 @@ def parser() -> argparse.ArgumentParser:
     """The arguments of kvc8-verify."""
     found = argparse.ArgumentParser(prog="kvc8-verify", description=__doc__.splitlines()[0])
     found.add_argument("directory", type=Path, help="the model, with scales for its KV cache")
+    found.add_argument(
+        "compiled", type=Path, nargs="*", metavar="OUT", help="what kvc8-compile made of it"
+    )
     found.add_argument("--text", type=Path, help="a file whose text is the prompt")
     found.add_argument("--tokens", type=int, default=200, help="of the prompt")
     found.add_argument("--steps", type=int, default=32, help="decode steps after it")
     found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
     add_kv_calibrated(found)
-    found.add_argument(
-        "--passes", action="store_true", help="instead, hold each pass to its numeric contract"
-    )
+    _add_parts(found.add_mutually_exclusive_group())
     found.add_argument(
         "--bisect",
         type=Path,
@@ -91,10 +97,6 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, choices in CHOICES.items():
         found.add_argument(f"--{name}", choices=choices, default=choices[0])
-    found.add_argument("--phases", action="store_true", help="a prompt whole, in chunks, by tokens")
-    found.add_argument(
-        "--sensitivity", action="store_true", help="what quantizing K or V of each layer costs"
-    )
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     found.add_argument(
         "--dump",
@@ -105,129 +107,110 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def _add_parts(to: argparse._MutuallyExclusiveGroup) -> None:
+    for name, what in PARTS.items():
+        to.add_argument(f"--{name}", action="store_true", help=f"instead, {what}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part found: for --json, and the sentences of what is broken."""
+
+    json: object
+    broken: list[str]
+
+
 def work(args: argparse.Namespace) -> int:
-    """Run all forms and compare; gives 1 where one breaks a promise."""
+    """Run what is asked for and print it; gives 1 where something breaks a promise."""
     if args.dump:
         return dumps.work(args)
+    _check_directory(args.directory)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
+    found = {part.__name__: part(args, checkpoint) for part in _parts(args)}
+    if args.json:
+        every = {name.strip("_"): part.json for name, part in found.items()}
+        print(json.dumps(every if args.all else next(iter(every.values())), indent=1))
+    broken = [problem for part in found.values() for problem in part.broken]
+    for problem in broken:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _check_directory(directory: Path) -> None:
+    if directory.is_dir() and (directory / "manifest.json").exists():
+        what = "is a compiled model, which does not say what it should compute"
+        raise TargetError(
+            f"{directory}: {what}; name the model that it was compiled from, and then this"
+        )
+
+
+def _parts(args: argparse.Namespace) -> list[Callable[[argparse.Namespace, Checkpoint], Part]]:
+    if args.all:
+        return [_forms, _passes, _sensitivity]
     if args.passes or args.bisect:
-        return _passes(args, checkpoint)
-    text = args.text.read_text(encoding="utf-8") if args.text else TEXT
-    prompt = read_tokenizer(args.directory).encode(text)[: args.tokens]
+        return [_passes]
     if args.sensitivity:
-        costs = sensitivity(checkpoint, prompt, args.kv_scales)
-        print_costs(costs, len(prompt), args.json)
-        return 0
+        return [_sensitivity]
+    return [_phases if args.phases else _forms]
+
+
+def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+    """Every form of the model beside the reference."""
     captured = capture(checkpoint, torch.float32)
     reference = captured.copy()
     quantize(reference, args.kv_scales)
     own = capture(checkpoint, config_dtype(checkpoint))
     quantize(own, args.kv_scales)
-    tokens = generate(reference, checkpoint, prompt, args.steps)
-    if args.phases:
-        rows = phases.phase_rows(checkpoint, reference, tokens)
-    else:
-        rows = _single(checkpoint, captured, reference, own, tokens)
-        rows += _double(checkpoint, reference, tokens)
-    _print(rows, args.json, tokens)
+    tokens = generate(reference, checkpoint, _prompt(args), args.steps)
+    rows = single_rows(checkpoint, captured, reference, own, tokens, args.compiled)
+    return _rows(args, [*rows, *double_rows(checkpoint, reference, tokens)], tokens)
+
+
+def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+    """A prompt taken whole, in chunks, and by tokens."""
+    reference = capture(checkpoint, torch.float32)
+    quantize(reference, args.kv_scales)
+    tokens = generate(reference, checkpoint, _prompt(args), args.steps)
+    return _rows(args, phase_rows(checkpoint, reference, tokens), tokens)
+
+
+def _rows(args: argparse.Namespace, rows: list[Row], tokens: Tokens) -> Part:
+    if not args.json:
+        print_rows(rows, tokens)
     broken = [problem for row in rows for problem in broken_promises(row)]
-    for problem in broken:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if broken else 0
+    return Part([asdict(row) for row in rows], broken)
 
 
-def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
-    """The table of contracts; gives 1 where a pass breaks its own."""
+def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+    """Each pass held to its contract."""
     choices = Choices(None, args.kv_scales, args.prefill_kv, args.fold, args.fuse, args.kv_format)
     if args.bisect:
         refuse_existing(args.bisect)
-    repro = Bisection(args.bisect, checkpoint.read)
-    verdicts = check_passes(checkpoint, choices, repro.see)
-    if args.json:
-        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
-    else:
-        Console(width=120).print(table(verdicts))
+    repro, values = Bisection(args.bisect, checkpoint.read), watch_values(checkpoint, choices.dtype)
+
+    def see(checked: Checked) -> None:
+        repro.see(checked)
+        values.see(checked)
+
+    verdicts = check_passes(checkpoint, choices, see)
+    if not args.json:
+        print_passes(verdicts, values.passes)
     broken = [verdict.sentence for verdict in verdicts if verdict.sentence]
-    for problem in broken:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if broken else 0
+    return Part(passes_as_json(verdicts, values.passes), broken)
 
 
-def _single(
-    checkpoint: Checkpoint, captured: Program, reference: Program, own: Program, tokens: Tokens
-) -> list[Row]:
-    """The forms as they run, each against the reference in float32."""
-    base = one_program(reference, checkpoint, tokens)
-    same, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
-    device, _ = pipeline.lower_for_npu(own, "float")
-    dtype = dtype_name(config_dtype(checkpoint))
-    forms: dict[str, Callable[[], Run]] = {
-        "float cache f32": lambda: one_program(captured, checkpoint, tokens),
-        F64: lambda: one_program(widen(reference), checkpoint, tokens),
-        "NPU emulated f32": lambda: replay(same, checkpoint, tokens),
-        "ONNX Runtime f32": lambda: in_onnxruntime(reference, checkpoint, tokens),
-        f"NPU emulated {dtype}": lambda: replay(device, checkpoint, tokens),
-    }
-    return [compare(form, run(), F32, base, tokens) for form, run in forms.items()]
+def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+    """What quantizing the K or the V of one layer costs."""
+    prompt = _prompt(args)
+    costs = sensitivity(checkpoint, prompt, args.kv_scales)
+    if not args.json:
+        print_costs(costs, len(prompt))
+    return Part([asdict(cost) for cost in costs], [])
 
 
-def _double(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
-    """What must agree, whatever the order of sums."""
-    wide = widen(reference)
-    base, made = (run(wide, checkpoint, tokens) for run in (one_program, in_onnxruntime))
-    return [compare(ONNX_F64, made, F64, base, tokens)]
-
-
-def broken_promises(row: Row) -> list[str]:
-    """What a form promised and did not keep, one sentence each."""
-    found = []
-    if row.codes and row.codes.same_inputs:
-        what = f"{row.codes.same_inputs} int8 codes differ though their inputs are equal"
-        found.append(f"{row.form}: {what}; report it with the output of --json")
-    exact = row.form in EXACT
-    if exact and row.codes and row.codes.differ:
-        what = f"{row.codes.differ} of {row.codes.of} int8 codes differ from {row.against}"
-        found.append(f"{row.form}: {what}; report it with the output of --json")
-    if exact and row.greedy < row.calls:
-        what = f"{row.calls - row.greedy} greedy tokens differ from {row.against}"
-        found.append(f"{row.form}: {what}; report it with the output of --json")
-    agree = row.codes is not None and row.codes.differ == 0
-    if (exact or (agree and row.form.endswith("f32"))) and not row.logits <= LOGITS:
-        what = f"logits differ by {row.logits:.2g} from {row.against}, more than {LOGITS}"
-        found.append(f"{row.form}: {what}; compile with --dump and compare the programs")
-    return found
-
-
-def _print(rows: list[Row], as_json: bool, tokens: Tokens) -> None:
-    if as_json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-        return
-    print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
-    for against in dict.fromkeys(row.against for row in rows):
-        Console(width=112).print(_table([row for row in rows if row.against == against], against))
-    print("NPU rows are emulated as the ops are documented; they were not verified on a device")
-
-
-def _table(rows: list[Row], against: str) -> Table:
-    table = Table(title=f"against {against}", title_justify="left", box=None)
-    table.add_column(no_wrap=True, min_width=18)
-    for name in ("logits, max", "KL, mean", "greedy", "codes differ", "by at most", "first"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("same inputs", justify="right", no_wrap=True)
-    for row in rows:
-        greedy = f"{row.greedy}/{row.calls}"
-        table.add_row(row.form, f"{row.logits:.2g}", f"{row.kl:.2g}", greedy, *_codes(row))
-    return table
-
-
-def _codes(row: Row) -> tuple[str, ...]:
-    if row.codes is None:
-        return ("float", "", "", "")
-    codes = row.codes
-    first = "-" if codes.first is None else f"layer {codes.first}"
-    share = f"{codes.differ / codes.of:.2%}" if codes.differ else "0"
-    same = "" if codes.same_inputs is None else str(codes.same_inputs)
-    return (share, str(codes.most), first, same)
+def _prompt(args: argparse.Namespace) -> list[int]:
+    text = args.text.read_text(encoding="utf-8") if args.text else TEXT
+    return read_tokenizer(args.directory).encode(text)[: args.tokens]
 
 
 def main() -> int:
