@@ -123,20 +123,30 @@ def _fixed(
     kwargs: dict[str, object],
     hint: Callable[[IntType], int],
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The arguments, with numbers in place of types wherever the op's schema has a plain int.
+    """The arguments, with numbers in place of types wherever the op's schema has plain ints.
 
     torch would make such a number of a symbolic size by fixing the size to its value.
     """
     if not isinstance(target, OpOverload):
         return args, kwargs
-    plain = {a.name for a in target._schema.arguments if str(a.real_type) == "int"}
+    plain = {a.name for a in target._schema.arguments if _takes_plain(a)}
     names = [a.name for a in target._schema.arguments]
 
     def fix(name: str, value: object) -> object:
+        if isinstance(value, tuple | list):
+            return type(value)(fix(name, item) for item in value)
         return hint(value) if name in plain and isinstance(value, IntType) else value
 
     fixed = tuple(fix(name, value) for name, value in zip(names, args, strict=False))
     return fixed, {name: fix(name, value) for name, value in kwargs.items()}
+
+
+def _takes_plain(argument: torch.Argument) -> bool:
+    """Whether an argument is a whole number, or a list of them that may not be symbolic."""
+    kind = argument.real_type
+    if kind.kind() == "ListType":
+        return str(kind.getElementType().kind()) == "IntType"
+    return str(kind) == "int"
 
 
 def _frozen(value: object) -> object:

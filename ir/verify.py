@@ -2,7 +2,8 @@
 
 At every stage: fx's own lint; only placeholders, calls and one output; each call's type is what
 its op infers from its arguments now; the output is the logits and each cache as it now is; and
-no op writes to its arguments, but that in a LOWERED program the NPU's cache writes may.
+no op writes to its arguments, but that in a LOWERED program the NPU's cache writes may, and to what
+aten.new_empty made for them, before anything else reads that.
 """
 
 from collections.abc import Mapping
@@ -65,8 +66,16 @@ def _check_op(stage: Stage, node: Node) -> None:
         where = f"{node.name}: {op} has no place in a {stage.value} program"
         raise IRError(f"{where}; run the pass that replaces it")
     for arg in _written(node):
-        if stage is not Stage.LOWERED or not isinstance(arg, Node) or not is_cache(arg):
+        if stage is not Stage.LOWERED or not _may_be_written(arg, node):
             raise IRError(f"{node.name}: {op} writes to {arg}; use its functional form")
+
+
+def _may_be_written(arg: Argument, by: Node) -> bool:
+    """Whether it is a cache, or a new tensor that nothing reads before it is written."""
+    if not isinstance(arg, Node):
+        return False
+    new = is_call(arg, torch.ops.aten.new_empty.default)
+    return is_cache(arg) or (new and not any(user < by for user in arg.users))
 
 
 def _npu_or_aten(stage: Stage, op: OpOverload) -> bool:

@@ -91,8 +91,13 @@ from kvc8.ir.program import (
     tensor_type,
     unshaped,
 )
-from kvc8.ir.recipe import Recipe, cast
-from kvc8.ir.types import TensorType
+from kvc8.passes.cache_site import (
+    flat_angle,
+    has_angles_of_tokens,
+    offset_of_heads,
+    readers,
+    scale_of_heads,
+)
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
@@ -151,7 +156,7 @@ def _site(write: Node) -> Site | str:
         return "its cache is in NZ format, which the op does not write"
     if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
         return "it writes to what is no input of the step"
-    if any(_readers(node) != {write} for node in codes):
+    if any(readers(node) != {write} for node in codes):
         return "what it quantizes is read beside the cache"
     turned, v = (unshaped(argument(node, 0)) for node in codes)
     if not is_call(turned, npu.npu_rotary_mul):
@@ -167,14 +172,13 @@ def _queries(write: Node, turned: Node, k: Node, v: Node, codes: list[Node]) -> 
     items = {item.args[1]: item for item in split.users}
     if [k, v] != [items.get(1), items.get(2)] or 0 not in items:
         return "its q, k and v are not made by one linear"
-    readers = _readers(items[0])
-    [q] = readers if len(readers) == 1 else [None]
+    of_q = readers(items[0])
+    [q] = of_q if len(of_q) == 1 else [None]
     if q is None or not is_call(q, npu.npu_rotary_mul) or q.args[1:] != turned.args[1:]:
         return "its queries are not rotated as its keys are"
-    if _readers(k) != {turned}:
+    if readers(k) != {turned}:
         return "its keys are read before they are rotated"
-    angles = [argument(turned, i) for i in (1, 2)]
-    if not all(is_call(angle, ATEN.unsqueeze.default) and angle.args[1] == 2 for angle in angles):
+    if not has_angles_of_tokens(turned):
         return "its cosines are not those of [1, T, 1, D]"
     if not is_call(argument(split, 0), *LINEARS) or not _fits_parts(split, turned, write):
         return "its q, k and v are not made by one linear"
@@ -189,15 +193,6 @@ def _fits_parts(split: Node, turned: Node, write: Node) -> bool:
     tensors = parameters(argument(split, 0))
     packed = all(len(parts(recipe_of(node))) == len(sizes) for node in tensors)
     return len(sizes) == 3 and shapes[0] == shapes[1] == tensor_type(turned).shape[2:] and packed
-
-
-def _readers(node: Node) -> set[Node]:
-    """What reads a value, through any number of reshapes."""
-    found = set[Node]()
-    for user in node.users:
-        through = is_call(user, ATEN.reshape.default)
-        found |= _readers(user) if through else {user}
-    return found
 
 
 def _called(node: Node) -> str:
@@ -221,10 +216,10 @@ def _fuse(program: Program, site: Site, most: int, flat: dict[Node, Node]) -> No
     heads, kv_heads, dim = site.heads
     first, rest = (site.linear, None) if most == heads else _divide(program, site, most)
     rows = program.call(site.split, ATEN.reshape.default, first, [-1, (most + 2 * kv_heads) * dim])
-    cos, sin = (_flat(program, flat, argument(argument(site.k, i), 0)) for i in (1, 2))
+    cos, sin = (flat_angle(program, flat, site.k, i) for i in (1, 2))
     caches = [argument(site.write, 2), argument(site.write, 3)]
-    scales = [_per_head(program, argument(q, 1), kv_heads, dim) for q in _quantizers(site)]
-    offsets = [_offset(program, q.args[2], kv_heads, dim) for q in _quantizers(site)]
+    scales = [scale_of_heads(program, q, kv_heads, dim) for q in _quantizers(site)]
+    offsets = [offset_of_heads(program, q, kv_heads, dim) for q in _quantizers(site)]
     sizes = [most * dim, kv_heads * dim, kv_heads * dim]
     floats = _float_readers(site)
     options: dict[str, Argument] = {"offset_k": offsets[0], "offset_v": offsets[1]}
@@ -265,30 +260,7 @@ def _quantizers(site: Site) -> tuple[Node, Node]:
 
 def _float_readers(site: Site) -> bool:
     """Whether something wants the float rows, as the attention of a fresh prompt does."""
-    return _readers(site.k) != {site.quantize_k} or _readers(site.v) != {site.quantize_v}
-
-
-def _flat(program: Program, flat: dict[Node, Node], angle: Node) -> Node:
-    """Cosines or sines as [T, D], once for all layers."""
-    if angle not in flat:
-        width = int(tensor_type(angle).shape[-1])
-        flat[angle] = program.call(angle.next, ATEN.reshape.default, angle, [-1, width])
-        flat[angle].meta["origin"] = angle.meta.get("origin", "")
-    return flat[angle]
-
-
-def _per_head(program: Program, scale: Node, kv_heads: int, dim: int) -> Node:
-    recipe = Recipe("reshape", (recipe_of(scale), (kv_heads, dim)))
-    type_ = TensorType(torch.float32, (kv_heads, dim))
-    return program.placeholder(f"{scale.name}_heads", type_, recipe)
-
-
-def _offset(program: Program, zero: Argument, kv_heads: int, dim: int) -> Node | None:
-    if not isinstance(zero, Node):
-        return None
-    made = _per_head(program, zero, kv_heads, dim)
-    made.meta["recipe"] = cast(recipe_of(made), torch.float32)
-    return made
+    return readers(site.k) != {site.quantize_k} or readers(site.v) != {site.quantize_v}
 
 
 def _divide(program: Program, site: Site, most: int) -> tuple[Node, Node]:

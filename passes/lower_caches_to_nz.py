@@ -69,6 +69,7 @@ from operator import mul
 
 import torch
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from kvc8.ir import npu
 from kvc8.ir.nz import PIECE, nz_type
@@ -168,16 +169,19 @@ def _gather(program: Program, select: Node, cache: Node, nd: TensorType, places:
 
 def _places(program: Program, select: Node, cache: Node, count: int) -> Node:
     """Where each piece of the rows that a call gathers lies, i32[L * count]: see the module."""
-    slots = argument(select, 2)
-    block = program.call(select, SIZE, cache, 2)
-    number = program.call(select, ATEN.floor_divide.default, slots, block)
-    step = program.call(select, mul, block, count - 1)
-    beyond = program.call(select, ATEN.mul.Tensor, number, step)
-    first = program.call(select, ATEN.add.Tensor, beyond, slots)
-    planes = TensorType(torch.int32, (count,))
+
+    def call(op: object, *args: Argument) -> Node:
+        made = program.call(select, op, *args)  # type: ignore[arg-type]
+        made.meta["origin"] = ""  # of no layer: all read it
+        return made
+
+    slots, block = argument(select, 2), call(SIZE, cache, 2)
+    beyond = call(
+        ATEN.mul.Tensor, call(ATEN.floor_divide.default, slots, block), call(mul, block, count - 1)
+    )
+    first = call(ATEN.add.Tensor, beyond, slots)
     recipe = Recipe("values", (tuple(range(count)), torch.int32))
-    each = program.placeholder(f"planes_{count}", planes, recipe)
-    offsets = program.call(select, ATEN.mul.Tensor, each, block)
-    column = program.call(select, ATEN.unsqueeze.default, first, 1)
-    every = program.call(select, ATEN.add.Tensor, column, offsets)
-    return program.call(select, ATEN.reshape.default, every, [-1])
+    planes = program.placeholder(f"planes_{count}", TensorType(torch.int32, (count,)), recipe)
+    offsets = call(ATEN.mul.Tensor, planes, block)
+    every = call(ATEN.add.Tensor, call(ATEN.unsqueeze.default, first, 1), offsets)
+    return call(ATEN.reshape.default, every, [-1])

@@ -15,6 +15,7 @@ from kvc8.passes.fold_v_offset_into_codes import fold_v_offset_into_codes
 from kvc8.passes.fold_v_scale import fold_v_scale
 from kvc8.passes.fuse_linears import fuse_linears
 from kvc8.passes.fuse_norm_quant import fuse_norm_quant
+from kvc8.passes.fuse_norm_rope_quant_cache import fuse_norm_rope_quant_cache
 from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.fuse_swiglu_quant import fuse_swiglu_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
@@ -88,6 +89,7 @@ NZ: tuple[Step, ...] = (lower_caches_to_nz,)
 
 # What several launches do by one that does them all; `--fuse off` leaves it out.
 FUSE: tuple[Step, ...] = (fuse_rope_quant_cache, fuse_norm_quant, fuse_swiglu_quant)
+FUSE_NZ: tuple[Step, ...] = (fuse_norm_rope_quant_cache, fuse_norm_quant, fuse_swiglu_quant)
 
 
 def reading(passes: tuple[Step, ...], read: Read) -> tuple[Step, ...]:
@@ -171,7 +173,8 @@ def phases(
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
     offsets = FOLD_ALL_OFFSETS if kv_format == "nz" else FOLD_OFFSETS
     shared = (*(every if fold == "kv" else offsets), *LAYER)
-    last = (*(NZ if kv_format == "nz" else ()), *(FUSE if fuse == "on" else ()))
+    fusing = FUSE_NZ if kv_format == "nz" else FUSE
+    last = (*(NZ if kv_format == "nz" else ()), *(fusing if fuse == "on" else ()))
     return {
         "prefill": (shared, (*NPU_PREFILL_INT8, *last)) if int8 else ((), (*NPU_PREFILL, *last)),
         "chunk": (shared, (*NPU_CHUNK, *last)),

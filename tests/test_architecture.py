@@ -47,7 +47,7 @@ TOP_LEVEL = {
 }
 LEFT_BY_BUILDS = ["build", "dist", "*.egg-info", "__pycache__"]
 NAMELESS = {"base", "common", "helpers", "misc", "util", "utils"}
-NOT_PASSES = {"__init__", "pipeline", "rewrite", "attention_site"}
+NOT_PASSES = {"__init__", "pipeline", "rewrite", "attention_site", "cache_site"}
 MOST_LINES = 400
 
 MUTATORS = {

@@ -8,6 +8,7 @@ import torch
 from test_pass_docs import PROGRAMS
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
+from kvc8.ir.nz import from_nz
 from kvc8.ir.program import Program
 from kvc8.ir.recipe import make
 from kvc8.ir.run import run
@@ -172,3 +173,44 @@ def test_fuse_rope_quant_cache(dtype, zero, k_zero):
     assert gap(got[2], want[2]) <= (1 if dtype is torch.bfloat16 else 0)
     assert torch.equal(got[1], -got[2])  # who reads the cache sees what was written
     assert (want[2] != caches[0]).any()
+
+
+@pytest.mark.parametrize("dtype", ALL)
+@pytest.mark.parametrize("zero", [-128, 0, 127])
+@pytest.mark.parametrize("k_zero", ["None", "vz"])
+def test_fuse_norm_rope_quant_cache(dtype, zero, k_zero):
+    """V's codes are the same; queries and K's codes as far as the pass's module says."""
+    angle = noise(1, ROWS, 128, seed=1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    stored = {name: noise(128, dtype=dtype, seed=i) for i, name in enumerate(("qw", "kw"))}
+    stored |= {name: noise(128, seed=5).abs() / 32 + 0.01 for name in ("ks", "vs")}
+    stored["vz"] = torch.full((128,), zero, dtype=torch.int32)
+    slots = torch.randperm(4 * 32, generator=torch.Generator().manual_seed(0))[:ROWS]
+    slots[7] = -1
+    caches = torch.randint(-128, 128, (2, 4, 4, 32, 32), dtype=torch.int8)
+    qkv = noise(1, ROWS, 512, dtype=dtype)
+    given = {"qkv": qkv, "slots": slots.int(), "cos": cos, "sin": sin}
+    given |= {"k_cache_0": caches[0], "v_cache_0": caches[1]}
+    change = "npu_quantize(k_flat, ks, None", f"npu_quantize(k_flat, ks, {k_zero}"
+    want, got = results("fuse_norm_rope_quant_cache", dtype, stored, given, *change)
+    assert torch.equal(got[2], want[2])  # V is neither normalized nor rotated
+    assert (want[1] != caches[0]).any()
+    roundings = {torch.float32: 0, torch.float16: 4, torch.bfloat16: 2}[dtype]
+    unit = roundings * UNITS[dtype] * 1.01
+
+    def sizes(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+        """|cos n| + |sin n'| of the normalized x, [ROWS, heads, 128]."""
+        heads = x.float().unflatten(-1, (-1, 128))[0]
+        normed = (heads / heads.square().mean(-1, keepdim=True).sqrt() * gamma.float()).abs()
+        turned = torch.cat([normed[..., 64:], normed[..., :64]], -1)
+        return (normed * cos[0, :, None].float().abs()) + (turned * sin[0, :, None].float().abs())
+
+    moved = (got[0].float() - want[0].float()).abs()[0]
+    last = UNITS[dtype] * 1.01 * want[0].float().abs()[0] if roundings else 0  # the op rounds too
+    assert (moved <= unit * sizes(qkv[..., :256], stored["qw"]) + last + LEAST[dtype] * 8).all()
+    most = unit * sizes(qkv[..., 256:384], stored["kw"])[:, 0] / stored["ks"]
+    codes = [
+        from_nz(cache, 1).flatten(0, 1)[slots[slots >= 0], 0].int() for cache in (got[1], want[1])
+    ]
+    limit = most[slots >= 0] + (1 if roundings else 0)
+    assert ((codes[0] - codes[1]).abs() <= limit).all()

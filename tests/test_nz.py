@@ -7,21 +7,28 @@ import pytest
 import torch
 from fused_models import in_turn, lowered, quantized
 from onnx_models import BOUND
+from test_device import FakeNpu
+from test_pass_docs import load as load_pass
 
 from kvc8.backends.npu import artifact_reader, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.cost import Device, Workload, by_op, total
+from kvc8.backends.npu.dumps import Recording, again, read_dump
 from kvc8.backends.npu.generate import generate
+from kvc8.backends.npu.graphs import Recorder
 from kvc8.backends.npu.inputs import Rows
 from kvc8.backends.npu.kv_layout import kv_layout
+from kvc8.backends.npu.launches import launches
 from kvc8.backends.npu.runtime import load
 from kvc8.ir import npu
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.errors import IRError
 from kvc8.ir.nz import from_nz, to_nz
 from kvc8.ir.recipe import make
+from kvc8.ir.run import run
 from kvc8.ir.text import parse
 from kvc8.ir.verify import verify
+from kvc8.passes.fuse_norm_rope_quant_cache import fuse_norm_rope_quant_cache
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.tools import command, compile
 
@@ -180,6 +187,88 @@ def test_every_phase_reads_nz_pages_as_it_reads_nd_pages(model):
             assert torch.equal(from_nz(cache, 1) if kv_format == "nz" else cache, nd)
 
 
+# Of a layer in decode, unfused and fused: kind, W8A8
+LAUNCHES = [
+    ("qwen3", True, 22, 10),
+    ("qwen3", False, 18, 9),
+    ("llama", True, 20, 15),  # the op that fuses its rope writes ND pages
+    ("llama", False, 16, 14),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "w8a8", "unfused", "fused"), LAUNCHES)
+def test_launches_of_a_layer_in_decode(model, kind, w8a8, unfused, fused):
+    program = quantized(model(kind), torch.bfloat16, w8a8=w8a8, zeros=True)
+    for fuse, count in (("off", unfused), ("on", fused)):
+        for phase, made in lowered(program, fuse, kv_format="nz").items():
+            legality.check(made, "ascend910b", 128)
+            if phase == "decode":
+                assert [each.total() for each in launches(made).values()] == [count] * 2
+
+
+BESIDE = "return [q_turned, k_cache_0, v_cache_0]"
+LEFT = [
+    ("'PA_NZ'", "'Norm'", "its cache is in ND format, and the op writes NZ"),
+    (BESIDE, BESIDE.replace("q_turned", "k8"), "what it quantizes is read beside the cache"),
+    (
+        BESIDE,
+        BESIDE.replace("q_turned", "k_turned"),
+        "its float rows are read beside the cache, and the op gives none",
+    ),
+    (
+        BESIDE,
+        BESIDE.replace("q_turned", "v"),
+        "its float rows are read beside the cache, and the op gives none",
+    ),
+    ("mul(k_normed,", "mul(k_heads,", "its keys are not normalized before they are rotated"),
+    (
+        BESIDE,
+        BESIDE.replace("q_turned", "k_normed"),
+        "its normalized keys are read beside their rotation",
+    ),
+    (
+        BESIDE,
+        BESIDE.replace("q_turned", "k"),
+        "its keys are read before they are normalized, or are not as wide as its values",
+    ),
+    (
+        "(q_heads, qw, 1e-06)",
+        "(q_heads, qw, 1e-05)",
+        "its queries are not normalized and rotated as its keys are",
+    ),
+    (
+        "(q_normed, c, s)",
+        "(q_normed, s, c)",
+        "its queries are not normalized and rotated as its keys are",
+    ),
+    ("= split[2]", "= split[1]", "its q, k and v are not made by one linear"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "why"), LEFT)
+def test_a_write_that_is_not_fused_says_why(old, new, why):
+    _, found = load_pass("fuse_norm_rope_quant_cache")
+    assert old in found[2]
+    text = found[2].replace(old, new)
+    if new == "'Norm'":
+        text = text.replace("i8[N, 4, S, 32] = cache_nz(1)", "i8[N, S, 1, 128] = cache()")
+    [remark] = fuse_norm_rope_quant_cache(parse(text))
+    assert remark.why_not == why
+
+
+def test_what_an_op_is_to_write_is_read_by_nobody_before():
+    _, found = load_pass("fuse_norm_rope_quant_cache")
+    early = "        early: f16[T, 256] = aten.neg(new_empty)\n        to: "
+    program = parse(found[4].replace("        to: ", early, 1))
+    with pytest.raises(IRError) as error:
+        verify(program)
+    assert str(error.value) == (
+        "npu_qkv_rms_norm_rope_cache: npu.npu_qkv_rms_norm_rope_cache.default writes to new_empty; "
+        "use its functional form"
+    )
+
+
 @pytest.mark.slow
 def test_a_step_costs_what_it_costs_with_nd(model):
     program = quantized(model("llama"), torch.bfloat16, w8a8=True, zeros=True)
@@ -192,6 +281,32 @@ def test_a_step_costs_what_it_costs_with_nd(model):
             assert cost.cache_read == 2 * 2 * 128 * Workload().context
     assert costs["nz", "decode"] == costs["nd", "decode"]
     assert costs["nz", "chunk"].launches == costs["nd", "chunk"].launches + 5  # where pieces lie
+
+
+@pytest.mark.slow
+def test_queries_that_an_op_writes_are_recorded_and_compared(model, tmp_path):
+    """In a graph, and in a dump, where they are seen at their first reader."""
+    directory = model("qwen3")
+    read = open_checkpoint(directory).read
+    program = quantized(directory, torch.bfloat16, w8a8=False, zeros=True)
+    programs = lowered(program, "on", kv_format="nz")
+    tokens = []
+    for runner in (run, Recorder(FakeNpu(), 8), Recording(programs)):
+        made = load(programs, lambda r: make(r, read), blocks=8, block_size=BLOCK)
+        made.runner = runner
+        [sequence] = generate(made, [TOKENS], most=4).sequences
+        tokens.append(sequence.generated)
+    assert tokens[0] == tokens[1] == tokens[2]
+    runner.write(tmp_path / "dump")
+    dump, parameters = read_dump(tmp_path / "dump"), made.parameters["decode"]
+    assert not any(each.differ for each in again("decode", programs["decode"], dump, parameters))
+    new_empty = torch.ops.aten.new_empty.default
+    [queries] = programs["decode"].calls(new_empty)[0].users.keys() - programs["decode"].calls(
+        npu.npu_qkv_rms_norm_rope_cache
+    )
+    dump[f"decode/{queries.name}"] += 1
+    found = [each for each in again("decode", programs["decode"], dump, parameters) if each.differ]
+    assert {each.origin for each in found} == {"model.layers.0.self_attn"}
 
 
 def compile_(directory: Path, out: Path, *options: str) -> int:

@@ -26,6 +26,7 @@ STEPS: tuple[Step, ...] = (
     *pipeline.NPU_DECODE,
     *pipeline.NZ,
     *pipeline.FUSE,
+    *pipeline.FUSE_NZ,
 )
 
 

@@ -22,13 +22,14 @@ from torch.fx import Node
 
 from kvc8.backends.npu.launches import is_launch
 from kvc8.ir import npu
-from kvc8.ir.program import Program, is_parameter, op_name, type_of
+from kvc8.ir.program import Program, is_call, is_parameter, op_name, type_of
 from kvc8.ir.types import Dim, TensorType, Type, size
 
 ATEN = torch.ops.aten
 # Each gives rows or a part of its first operand, or a copy, and reads no more than it gives.
 LOOKUPS = (ATEN.embedding.default, ATEN.index.Tensor, ATEN.index_select.default)
 PARTS = (ATEN.slice.Tensor, ATEN.select.int, ATEN.transpose.int, ATEN.split_with_sizes.default)
+NEW = ATEN.new_empty.default  # memory for the results of a call
 ATTENTION = (npu.npu_fused_infer_attention_score, npu.npu_incre_flash_attention)
 BLOCKS, TOKENS = size("N"), size("T")
 
@@ -162,9 +163,10 @@ def _launch(node: Node, sizes: Sizes) -> Cost:
     if node.target in (*LOOKUPS, *PARTS):
         return _some_rows(node, sizes)
     weights = sum(sizes.bytes(type_of(x)) for x in operands if _is_weight(x))
-    read = sum(sizes.bytes(type_of(x)) for x in operands if not _is_weight(x))
+    made = sum(sizes.bytes(type_of(x)) for x in operands if is_call(x, NEW))  # and not read
+    read = sum(sizes.bytes(type_of(x)) for x in operands if not _is_weight(x)) - made
     caches = [type_of(x) for x in operands if is_cache_type(type_of(x))]
-    cost = Cost(1, weights, read=read, written=_written(node, sizes))
+    cost = Cost(1, weights, read=read, written=_written(node, sizes) + made)
     if node.target in ATTENTION:
         return cost + _attention(node, caches, sizes)
     tokens = sizes.number(TOKENS)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir.errors import TargetError
-from kvc8.ir.program import Program, is_cache, op_name, substitute, type_of
+from kvc8.ir.program import Program, is_cache, is_call, op_name, substitute, type_of
 from kvc8.ir.run import Observe, Value, run
 from kvc8.ir.safetensors_files import TensorFiles, read_header
 from kvc8.ir.types import IntsType
@@ -100,20 +100,31 @@ def again(
     for node in program.graph.nodes:
         if node.op == "placeholder":
             values[node] = _given(phase, node, dump, parameters)
-        if node.op != "call_function":
-            continue
-        args = substitute(node.args, values.__getitem__)
-        kwargs = {name: substitute(x, values.__getitem__) for name, x in node.kwargs.items()}
-        found = node.target(*args, **kwargs)  # type: ignore[misc]
-        kept = _kept(f"{phase}/{node.name}", found, dump)
-        values[node] = _told(kept, found)
-        for theirs, ours in zip(_leaves(kept), _leaves(found), strict=True):
-            if theirs is not None and ours is not None:
-                yield _difference(phase, node, theirs, ours)
+        elif is_call(node, torch.ops.aten.new_empty.default):
+            values[node] = _tensor(dump, f"{phase}/{node.name}")  # an op will write to it
+        elif node.op == "call_function":
+            yield from _once_more(phase, node, dump, values)
     for node in program.caches():
         cache = values[node]
         assert isinstance(cache, Tensor)
         yield _difference(phase, node, _tensor(dump, f"{phase}/out/{node.name}"), cache)
+
+
+def _once_more(
+    phase: str, node: Node, dump: Mapping[str, Tensor], values: dict[Node, Value]
+) -> Iterator[Difference]:
+    """Compute a node and compare it; puts into `values` what later nodes take for it."""
+    args = substitute(node.args, values.__getitem__)
+    kwargs = {name: substitute(x, values.__getitem__) for name, x in node.kwargs.items()}
+    found = node.target(*args, **kwargs)  # type: ignore[misc, operator]
+    if not node.users:
+        return  # it wrote to its arguments; a device need not give what nobody reads
+    kept = _kept(f"{phase}/{node.name}", found, dump)
+    caches = [value for of, value in values.items() if is_cache(of)]
+    values[node] = _told(kept, found, caches)
+    for theirs, ours in zip(_leaves(kept), _leaves(found), strict=True):
+        if theirs is not None and ours is not None:
+            yield _difference(phase, node, theirs, ours)
 
 
 def _given(
@@ -140,12 +151,14 @@ def _kept(name: str, like: Value, dump: Mapping[str, Tensor]) -> Value:
     return _tensor(dump, name) if isinstance(like, Tensor) else None
 
 
-def _told(kept: Value, found: Value) -> Value:
+def _told(kept: Value, found: Value, caches: list[Value]) -> Value:
     """What later nodes take: the dump's values, but views of caches, which stay views."""
     if isinstance(found, tuple | list):
         assert isinstance(kept, tuple)
-        return tuple(map(_told, kept, found))
-    return kept if isinstance(found, Tensor) and not found._is_view() else found
+        return tuple(_told(a, b, caches) for a, b in zip(kept, found, strict=True))
+    if not isinstance(found, Tensor) or any(found._base is cache for cache in caches):
+        return found
+    return found if any(found is cache for cache in caches) else kept
 
 
 def _leaves(value: Value) -> list[Tensor | None]:
@@ -162,5 +175,5 @@ def _difference(phase: str, node: Node, theirs: Tensor, ours: Tensor) -> Differe
     gap = (theirs.double() - ours.double()).abs()
     gap = torch.where(theirs == ours, 0.0, gap.nan_to_num(nan=float("inf")))  # infinities agree
     return Difference(
-        *where, gap.numel(), int((gap > 0).sum()), float(gap.max()) if len(gap) else 0
+        *where, gap.numel(), int((gap > 0).sum()), float(gap.max()) if gap.numel() else 0
     )

@@ -61,10 +61,19 @@ ROLES = (
         ("npu_rope_quant_kvcache",),
         "one launch splits q, k and v, rotates, quantizes and writes to pages",
         {
-            "npu_qkv_rms_norm_rope_cache": "it normalizes q and k too, and its NZ cache limits the "
-            "attention to bfloat16",
+            "npu_qkv_rms_norm_rope_cache": "it normalizes q and k too, and writes NZ pages",
             "npu_dequant_rope_quant_kvcache": "it takes int32 sums, and npu_quant_matmul gives the "
             "dequantized ones in the same launch",
+        },
+    ),
+    Role(
+        "q and k norms, RoPE, quantization and cache write",
+        ("npu_qkv_rms_norm_rope_cache",),
+        "one launch splits q, k and v, normalizes, rotates, quantizes and writes to NZ pages",
+        {
+            "npu_rope_quant_kvcache": "it normalizes nothing, and writes ND pages",
+            "npu_scatter_pa_kv_cache": "a split, two norms, two rotations and two quantizations "
+            "would come before it",
         },
     ),
     Role(

@@ -18,6 +18,7 @@ ATEN = torch.ops.aten
 FREE = (
     *(ATEN.reshape.default, ATEN.flatten.using_ints, ATEN.unflatten.int, ATEN.view.default),
     *(ATEN.unsqueeze.default, ATEN.squeeze.dim, ATEN.expand.default, ATEN.sym_size.int),
+    ATEN.new_empty.default,  # memory, and nothing in it
     *(getitem, add, sub, mul, floordiv),
 )
 LAYER = re.compile(r"\blayers\.(\d+)\b")
