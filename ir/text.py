@@ -43,6 +43,11 @@ def show(program: Program) -> str:
     return "\n".join([line, *body])
 
 
+def show_node(node: Node) -> str:
+    """Write one node as the line that it is in a program's text."""
+    return _show_input(node) if node.op == "placeholder" else _show_line(node).strip()
+
+
 def _show_input(node: Node) -> str:
     text = f"{node.name}: {show_type(type_of(node))}"
     return f"{text} = {node.meta['recipe']}" if "recipe" in node.meta else text

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import process_time
 
 from kvc8.ir.program import Program
 from kvc8.ir.recipe import Read
@@ -110,6 +111,7 @@ class Ran:
     before: Program
     after: Program
     remarks: Sequence[Remark]
+    seconds: float = 0.0  # of processor time that it took, which differs from run to run
 
 
 See = Callable[[Ran], None]
@@ -129,13 +131,15 @@ def run(
     told: list[tuple[str, Remark]] = []
     before = program.copy() if see else program
     for number, step in enumerate(passes, first + 1):
+        start = process_time()
         remarks, name = step(program), name_of(step)
+        seconds = process_time() - start
         told += [(name, remark) for remark in remarks]
         for remark in remarks:
             log.debug("%s: %s", name, remark)
         if see:
             after = program.copy()
-            see(Ran(path, number, pass_of(step), before, after, remarks))
+            see(Ran(path, number, pass_of(step), before, after, remarks, seconds))
             before = after
     return told
 

@@ -24,6 +24,8 @@ THIRD_PARTIES = {
     "sympy": ["ir/*"],  # torch's symbolic dimensions are its expressions
     "matplotlib": ["tools/evaluate_plot.py"],
     "rich": ["tools/*"],
+    "jinja2": ["tools/reporter/*"],
+    "markupsafe": ["tools/reporter/*"],  # jinja2 is made on it
     "transformers": [
         *("ir/capture.py", "tools/small_model.py", "tools/tokenize.py"),
         "tools/bench_decode.py",  # measured against

@@ -24,10 +24,16 @@ def everything(model: str) -> None:
     Path("texts.txt").write_text("\n".join(TEXTS))
     given = [model, "-o", "c8", "--calib-file", "texts.txt", "--positions", "64"]
     assert command.entry(quantize.parser(), quantize.work, given) == 0
-    compile_("npu", "--target", "npu", "--dtype", "float16", "--dump", "npu-dump", "--json")
-    compile_("standard", "--target", "onnx")
+    compile_(
+        "npu", "--target", "npu", "--dtype", "float16", "--dump", "npu-dump", "--json", *page("npu")
+    )
+    compile_("standard", "--target", "onnx", *page("standard"))
     compile_("gqa", "--target", "onnx", "--flavor", "gqa")
     compile_("lowered", "--target", "onnx", "--flavor", "lowered")
+
+
+def page(out: str) -> list[str]:
+    return ["--report", f"{out}.html"]
 
 
 def compile_(out: str, *options: str) -> None:
@@ -60,6 +66,8 @@ def test_two_processes_write_the_same_bytes(tiny_model, tmp_path, monkeypatch):
         "c8/config.json",
         "npu/manifest.json",
         "npu.said",
+        "npu.html",
+        "standard.html",
         "npu-dump/decode/13-lower_paged",
     ):
         assert any(file.startswith(name) for file in first)

@@ -29,6 +29,9 @@ from kvc8.passes.rewrite import Remark
 from kvc8.tools import costs, pass_dump
 from kvc8.tools.command import entry
 from kvc8.tools.pass_facts import reason
+from kvc8.tools.reporter.compiled import write_page
+from kvc8.tools.reporter.heat import Heat
+from kvc8.tools.reporter.steps import Steps
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 Told = list[tuple[str, Remark]]
@@ -105,18 +108,34 @@ def work(args: argparse.Namespace) -> int:
     for_cpu = args.target == "onnx" and args.flavor != "lowered"
     unset = torch.float32 if for_cpu else None  # which a CPU computes fastest
     dtype = DTYPES[args.dtype] if args.dtype else unset
-    if args.check:
-        _check_passes(args, checkpoint, dtype)
+    heats = _check_passes(args, checkpoint, dtype) if args.check else []
     program = capture(checkpoint, dtype)
-    see = pass_dump.writer(args.dump) if args.dump else None
+    steps = Steps()
+    see = _watchers(args, steps)
     told = quantize(program, args.kv_scales, see, checkpoint.read)
     if args.target == "onnx":
         told += _onnx(args, checkpoint, program, see)
         _tell(args, sites_of(told), program)
     else:
         lowered, more = _npu(args, checkpoint, program, see)
-        _tell_all(args, sites_of(told + more), program, lowered)
+        told += more
+        _tell_all(args, sites_of(told), program, lowered)
+    if isinstance(args.report, Path):
+        npu = None if args.target == "onnx" else _of_npu(args, sites_of(told), program, lowered)
+        write_page(args, program, steps, heats, npu)
     return 0
+
+
+def _watchers(args: argparse.Namespace, steps: Steps) -> pipeline.See | None:
+    """What is shown each pass that ran: what writes a dump, and what keeps facts for a page."""
+    watching = [pass_dump.writer(args.dump)] if args.dump else []
+    watching += [steps.see] if isinstance(args.report, Path) else []
+
+    def see(ran: pipeline.Ran) -> None:
+        for watcher in watching:
+            watcher(ran)
+
+    return see if watching else None
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -127,18 +146,21 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.kv_format == "nz" and args.target != "npu":
         raise TargetError("--kv-format: nz is of --target npu; leave it out, or compile for npu")
     for option in ("report", "explain", "json"):
-        if getattr(args, option) and args.target != "npu":
+        if getattr(args, option) is True and args.target != "npu":
             raise TargetError(f"--{option}: is of --target npu; leave it out, or compile for npu")
 
 
 def _check_passes(
     args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype | None
-) -> None:
-    from kvc8.tools.check_passes import Choices, check_passes  # it takes all of the emulation
+) -> list[Heat]:
+    from kvc8.tools.check_passes import Choices, check_passes, watch_values
+    from kvc8.tools.reporter.figures import of_passes  # these take all of the emulation
 
     on_npu = args.target == "npu" or args.flavor == "lowered"
     choices = Choices(dtype, args.kv_scales, **_choices(args), npu=on_npu)
-    verdicts = check_passes(checkpoint, choices)
+    values = watch_values(checkpoint, dtype) if isinstance(args.report, Path) else None
+    watching = [values.see] if values else []
+    verdicts = check_passes(checkpoint, choices, *watching)
     first, *others = [v.sentence for v in verdicts if v.sentence] or [""]
     if first:
         error = IRError(first)
@@ -148,6 +170,7 @@ def _check_passes(
     sites = sum(len(verdict.sites) for verdict in verdicts)
     what = f"{len(verdicts)} runs of passes keep their contracts at {sites} sites"
     print(f"checked: {what}", file=sys.stderr)
+    return of_passes(verdicts, values.passes) if values else []
 
 
 def add_kv_calibrated(to: argparse.ArgumentParser) -> None:
@@ -239,7 +262,7 @@ def _tell_all(
     _tell(args, sites, program)
     if args.explain:
         print(*costs.explain_lines(lowered, sites, args.soc, args.block_size), sep="\n")
-    if args.report:
+    if args.report is True:
         print(*costs.report_lines(_report(args, program, lowered)), sep="\n")
 
 
@@ -248,6 +271,16 @@ def _report(
 ) -> costs.Report:
     unfused, _ = _lower(args, program, fuse="off")
     return costs.report(lowered, unfused, costs.workload(args), costs.device(args))
+
+
+def _of_npu(
+    args: argparse.Namespace,
+    sites: Counter[tuple[str, str]],
+    program: Program,
+    lowered: dict[str, Program],
+) -> tuple[costs.Report, costs.Report]:
+    explained = costs.explained(lowered, sites, args.soc, args.block_size)
+    return _report(args, program, lowered), explained
 
 
 def _as_json(

@@ -4,6 +4,7 @@ import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from kvc8.backends.npu.cost import Cost, Device, Workload, by_op, total
@@ -22,7 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ask for a report of an NPU program, and that say for what."""
     add = parser.add_argument
     device, work = Device(), Workload()
-    add("--report", action="store_true", help="print what a step costs: launches, bytes, time")
+    add(
+        "--report",
+        nargs="?",
+        const=True,
+        type=page_path,
+        metavar="R.html",
+        help="print what a step costs: launches, bytes, time; or write a page with this, what each "
+        "pass did and, with --check, what it does to the numbers",
+    )
+    add("--times", action="store_true", help="with how long each pass took, on the page")
     add("--explain", action="store_true", help="print why each op was chosen, and which were not")
     add("--json", action="store_true", help="print all of this as one JSON object, nothing else")
     for name, value, unit, what in (
@@ -34,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         kind = _count if isinstance(value, int) else _rate
         add(name, type=kind, default=value, metavar=unit, help=f"{what}; default: {value:g}")
+
+
+def page_path(text: str) -> Path:
+    """The file of a page, as an argument names it."""
+    if not text.endswith(".html"):
+        raise argparse.ArgumentTypeError(f"{text} is no .html file; to print, put --report last")
+    return Path(text)
 
 
 def _count(text: str) -> int:

@@ -42,7 +42,7 @@ def summary(ran: Ran) -> list[str]:
             reasons.setdefault(reason(remark), []).append(remark)
     first = f"{_sites(len(hits))} in {len(reached)} of {len(every)} layers"
     rest = [
-        f"{_places(map(_place, left))}: {_sites(len(left))} left because {why}"
+        f"{places(map(_place, left))}: {_sites(len(left))} left because {why}"
         for why, left in reasons.items()
     ]
     return [first, *rest]
@@ -113,7 +113,7 @@ def _sites(count: int) -> str:
     return f"{count:,} site{'s' * (count != 1)}"
 
 
-def _places(found: Iterable[int | str]) -> str:
+def places(found: Iterable[int | str]) -> str:
     """Layers as ranges, then what lies outside of layers."""
     every = list(found)
     layers = sorted({x for x in every if isinstance(x, int)})

@@ -27,7 +27,7 @@ Other parts, instead or, with --all, besides:
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,10 +44,14 @@ from kvc8.tools.command import entry
 from kvc8.tools.compare import Row
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
 from kvc8.tools.contracts import Checked
+from kvc8.tools.costs import page_path
 from kvc8.tools.form_table import broken_promises, double_rows, print_rows, single_rows
 from kvc8.tools.forms import Tokens, generate
 from kvc8.tools.pass_table import passes_as_json, print_passes
 from kvc8.tools.phases import phase_rows
+from kvc8.tools.reporter.figures import of_passes, of_sensitivity
+from kvc8.tools.reporter.heat import Heat
+from kvc8.tools.reporter.verified import write_page
 from kvc8.tools.sensitivity import print_costs, sensitivity
 from kvc8.tools.tokenize import read_tokenizer
 
@@ -99,6 +103,13 @@ def parser() -> argparse.ArgumentParser:
         found.add_argument(f"--{name}", choices=choices, default=choices[0])
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     found.add_argument(
+        "--report",
+        type=page_path,
+        metavar="R.html",
+        help="write a page of what each pass does, with the figures of --passes (default), "
+        "--sensitivity or --all along the layers",
+    )
+    found.add_argument(
         "--dump",
         type=Path,
         metavar="FILE",
@@ -118,6 +129,7 @@ class Part:
 
     json: object
     broken: list[str]
+    heats: Sequence[Heat] = ()  # for --report
 
 
 def work(args: argparse.Namespace) -> int:
@@ -133,6 +145,8 @@ def work(args: argparse.Namespace) -> int:
     broken = [problem for part in found.values() for problem in part.broken]
     for problem in broken:
         print(f"error: {problem}", file=sys.stderr)
+    if args.report:
+        write_page(args, checkpoint, [heat for part in found.values() for heat in part.heats])
     return 1 if broken else 0
 
 
@@ -147,7 +161,7 @@ def _check_directory(directory: Path) -> None:
 def _parts(args: argparse.Namespace) -> list[Callable[[argparse.Namespace, Checkpoint], Part]]:
     if args.all:
         return [_forms, _passes, _sensitivity]
-    if args.passes or args.bisect:
+    if args.passes or args.bisect or (args.report and not (args.sensitivity or args.phases)):
         return [_passes]
     if args.sensitivity:
         return [_sensitivity]
@@ -196,7 +210,8 @@ def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     if not args.json:
         print_passes(verdicts, values.passes)
     broken = [verdict.sentence for verdict in verdicts if verdict.sentence]
-    return Part(passes_as_json(verdicts, values.passes), broken)
+    heats = of_passes(verdicts, values.passes)
+    return Part(passes_as_json(verdicts, values.passes), broken, heats)
 
 
 def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
@@ -205,7 +220,7 @@ def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     costs = sensitivity(checkpoint, prompt, args.kv_scales)
     if not args.json:
         print_costs(costs, len(prompt))
-    return Part([asdict(cost) for cost in costs], [])
+    return Part([asdict(cost) for cost in costs], [], [of_sensitivity(costs)])
 
 
 def _prompt(args: argparse.Namespace) -> list[int]:
