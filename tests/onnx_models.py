@@ -1,5 +1,6 @@
 """What the tests of ONNX share: models that were emitted, and what they are compared by."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,17 +10,18 @@ from safetensors.torch import save_file
 
 from kvc8.backends.onnx.emitter import Flavor, emit
 from kvc8.backends.onnx.runner import Session, load
+from kvc8.ir import ops
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.parameters import constant_recipe
-from kvc8.ir.program import Program
+from kvc8.ir.program import Program, argument, is_call
 from kvc8.ir.recipe import Recipe, make
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
 from kvc8.passes.pipeline import QUANTIZE
 from kvc8.passes.pipeline import run as run_passes
 
-KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma3")
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 QUANTIZED = [
     CHECKPOINTS / "llama_fp16_m3" / "quant",  # symmetric
@@ -29,6 +31,9 @@ UNIT = 2.0**-24  # half of what float32 resolves at 1: one rounding is off by at
 # A sum of 128 products is off by at most 128 units of its size, in whatever order it is taken. A
 # token passes 3 of them a layer (projection, attention, MLP) and there are 4 layers.
 BOUND = 3 * 4 * 128 * UNIT
+# Rounding errors are of first order in the unit, so the same holds of doubles with theirs, 2**-53.
+# What quantizes and dequantizes rounds to float32 in both forms alike: equal codes, equal values.
+DOUBLE_BOUND = BOUND * 2.0**-29
 TABLE = [[7, 2, 11, 5, 9]]
 
 
@@ -48,9 +53,14 @@ class Emitted:
     out: Path
 
 
-def captured(directory: Path, dtype: torch.dtype = torch.float32) -> Program:
-    """The program of a model."""
+@functools.cache
+def _captured(directory: Path, dtype: torch.dtype) -> Program:
     return capture(open_checkpoint(directory), dtype=dtype)
+
+
+def captured(directory: Path, dtype: torch.dtype = torch.float32) -> Program:
+    """The program of a model, which the caller may change."""
+    return _captured(directory, dtype).copy()
 
 
 def quantized(directory: Path) -> Program:
@@ -111,6 +121,17 @@ def with_int8_cache(program: Program, zeros: bool = False) -> Program:
         cache.meta["recipe"] = Recipe("cache", (*recipes, "post-rope"))
     run_passes(program, QUANTIZE)
     return program
+
+
+def watching(program: Program) -> tuple[Program, list[str]]:
+    """A program that gives the float rows that go into each cache too, and the caches' names."""
+    probe = program.copy()
+    writes = [w for w in probe.calls(ops.cache_write) if is_call(w.args[1], ops.quantize)]
+    [output] = probe.graph.find_nodes(op="output")
+    logits, *caches = output.args[0]
+    rows = [argument(argument(write, 1), 0) for write in writes]
+    output.args = ([logits, *rows, *caches],)
+    return probe, [argument(write, 0).name for write in writes]
 
 
 def without_weights(out: Path, name: str = "model") -> onnx.ModelProto:

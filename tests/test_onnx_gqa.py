@@ -11,6 +11,7 @@ from onnx_models import (
     compiled,
     quantized,
     tokens,
+    watching,
     with_int8_cache,
     without_weights,
 )
@@ -95,6 +96,31 @@ def test_prompts_and_decoding_agree_bit_for_bit_in_their_codes(kind, tiny_model,
 
 def test_linears_of_int8_agree_too(tmp_path):
     agree(quantized(QUANTIZED[0]), QUANTIZED[0], tmp_path / "out")
+
+
+def test_a_code_differs_only_where_its_row_does(tmp_path):
+    """A prompt and 32 decode steps of int8 linears, in float32: the op knows no doubles.
+
+    Where a row that goes into the cache is equal bit for bit, its codes must be, and while all
+    codes were equal the logits must be.
+    """
+    program, directory = quantized(QUANTIZED[0]), QUANTIZED[0]
+    probe, names = watching(program)
+    session = compiled(probe, directory, tmp_path / "out", "gqa")
+    session.allocate(blocks=1, block_size=48)
+    made, text, agreed, equal = values(program, directory), tokens(41), True, 0
+    for start, end in ((0, 9), *((n, n + 1) for n in range(9, 41))):
+        given = step(text[start:end], [start], [end], [list(range(11, -1, -1))])
+        want, got = run(probe, {**made, **given}), session.run(dense([text], [(start, end)]))
+        for i in range(1, len(names) + 1):
+            cache = want[i + len(names)].flatten(0, 1)
+            codes = cache[given["slot_mapping"].long()], got[i + len(names)][0, :, start:end]
+            same, alike = want[i] == got[i], codes[0] == codes[1].transpose(0, 1)
+            assert alike[same].all()
+            agreed, equal = agreed and bool(alike.all()), equal + int(same.sum())
+        assert not agreed or (want[0] - got[0]).abs().max() <= BOUND * want[0].abs().max()
+        made.update({c.name: x for c, x in zip(program.caches(), want[-len(names) :], strict=True)})
+    assert equal > 41 * 64  # of the first layer's K and V at least
 
 
 def test_a_cache_without_scales_stays_float(tiny_model, tmp_path):

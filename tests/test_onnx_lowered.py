@@ -15,12 +15,14 @@ from onnx_models import (
 )
 
 from kvc8.backends.npu import runtime
-from kvc8.backends.npu.inputs import Rows
+from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.backends.onnx.lowered import emit_lowered
 from kvc8.backends.onnx.model import open_model
 from kvc8.backends.onnx.runner import load
+from kvc8.ir import npu
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.errors import TargetError
+from kvc8.ir.program import argument
 from kvc8.ir.recipe import make
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
@@ -74,6 +76,52 @@ def test_int8_linears_and_cache_agree_with_the_emulation(directory, prefill_kv, 
     agree(lower(quantized(directory), prefill_kv, fuse), directory, tmp_path / "out")
 
 
+@pytest.mark.parametrize("directory", QUANTIZED, ids=["symmetric", "zero points"])
+def test_a_code_differs_only_where_the_value_does_that_it_is_made_of(directory, tmp_path):
+    """Of every quantizer, those of linears too, in 32 decode steps that start from one cache.
+
+    There is no form in double precision to compare in, as the other flavors have: the NPU's ops
+    compute in float32 inside, whatever they are given, and their emulation and functions do so.
+    """
+    phases, checkpoint = lower(quantized(directory), fuse="off"), open_checkpoint(directory)
+    quantizers = phases["decode"].calls(npu.npu_quantize)
+    watched = list(dict.fromkeys(n for q in quantizers for n in (argument(q, 0), q)))
+    emit_lowered({"decode": showing(phases["decode"], watched)}, checkpoint, tmp_path / "out")
+    session = load(tmp_path / "out", 1, "decode")
+    emulated = runtime.load(
+        phases, lambda recipe: make(recipe, checkpoint.read), blocks=BLOCKS, block_size=BLOCK
+    )
+    logits, compared = emulated.prefill([tokens(9)], TABLES[:1]), dict.fromkeys(quantizers, 0)
+    for place in range(9, 9 + STEPS):
+        rows = Rows([int(logits.argmax())], place, TABLES[0])
+        given = inputs([rows], BLOCK, torch.device("cpu"), names=[p.name for p in session.inputs])
+        given = {name: torch.as_tensor(x) for name, x in given.items()}
+        _, *got = session.run({**given, **emulated.caches})
+        values: dict[str, torch.Tensor] = {}
+        logits = emulated.decode(
+            rows.tokens,
+            [place + 1],
+            TABLES[:1],
+            observe=lambda n, x, v=values: v.update({n.name: x}),
+        )
+        made = dict(zip([node.name for node in watched], got[: len(watched)], strict=True))
+        for q in quantizers:
+            same = values[argument(q, 0).name] == made[argument(q, 0).name]
+            assert torch.equal(values[q.name][same], made[q.name][same])
+            compared[q] += int(same.sum())
+    assert min(compared.values()) > 99
+
+
+def showing(program, nodes):
+    """A program that gives some of its values too, between the logits and the caches."""
+    probe = program.copy()
+    here = {node.name: node for node in probe.graph.nodes}
+    [output] = probe.graph.find_nodes(op="output")
+    logits, *caches = output.args[0]
+    output.args = ([logits, *(here[node.name] for node in nodes), *caches],)
+    return probe
+
+
 @pytest.mark.parametrize(("kind", "seed"), [("llama", 1), ("mistral", 1), ("qwen3", 2)])
 def test_float_linears_agree_too(kind, seed, tiny_model, tmp_path):
     directory = tiny_model(kind)
@@ -86,6 +134,15 @@ def test_prompts_end_to_end_agree_where_heads_are_wide(tiny_model, tmp_path):
     phases = lower(with_int8_cache(captured(directory)))
     assert any(node.kwargs.get("input_layout") == "TND" for node in phases["prefill"].graph.nodes)
     agree(phases, directory, tmp_path / "out", seed=7, steps=16)
+
+
+def test_phases_share_what_is_made_of_stored_tensors(tmp_path):
+    directory, sizes = QUANTIZED[1], []
+    phases = lower(quantized(directory))
+    for name, given in (("all", phases), ("one", {"decode": phases["decode"]})):
+        emit_lowered(given, open_checkpoint(directory), tmp_path / name)
+        sizes.append((tmp_path / name / "derived.bin").stat().st_size)
+    assert sizes[1] <= sizes[0] < 2 * sizes[1]
 
 
 def test_each_op_is_one_function_or_few_and_the_models_are_valid(tmp_path):

@@ -1,4 +1,4 @@
-"""kvc8-run on ONNX directories: what the NPU artifact generates, either flavor generates."""
+"""kvc8-run on ONNX directories: what the NPU artifact generates, every flavor generates."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from onnx_models import QUANTIZED, quantized
 
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.onnx.emitter import emit
+from kvc8.backends.onnx.lowered import emit_lowered
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.model_files import place
 from kvc8.passes import pipeline
@@ -18,19 +19,21 @@ from kvc8.tools import run
 pytestmark = pytest.mark.slow  # loads ONNX Runtime
 
 GOLDEN = QUANTIZED[0]
+FLAVORS = ("standard", "gqa", "lowered")
 PROMPTS = ["--prompt", "hello", "--prompt", "a b c", "--prompt", "quantized caches"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One program as an artifact and in both flavors, all in float32 and from the same int8 K."""
+    """One program as an artifact and in every flavor, all in float32 and from the same int8 K."""
     program, checkpoint = quantized(GOLDEN), open_checkpoint(GOLDEN)
     folder = tmp_path_factory.mktemp("run")
     lowered, _ = pipeline.lower_for_npu(program, "int8")
     write(folder / "npu", checkpoint, lowered, Target("ascend910b", 32))
     emit(program, checkpoint, folder / "standard")
     emit(program, checkpoint, folder / "gqa", "gqa")
-    return {name: folder / name for name in ("npu", "standard", "gqa")}
+    emit_lowered(lowered, checkpoint, folder / "lowered")
+    return {name: folder / name for name in ("npu", *FLAVORS)}
 
 
 def tokens(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[list[int]]:
@@ -38,7 +41,7 @@ def tokens(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[list[
     return [sequence["tokens"] for sequence in json.loads(capsys.readouterr()[0])["sequences"]]
 
 
-@pytest.mark.parametrize("flavor", ["standard", "gqa"])
+@pytest.mark.parametrize("flavor", FLAVORS)
 def test_it_generates_what_the_artifact_does_whatever_fits_the_cache(flavor, made, capsys):
     more = (*PROMPTS, "--max-new-tokens", 9)
     want = tokens(capsys, made["npu"], *more)
@@ -48,7 +51,7 @@ def test_it_generates_what_the_artifact_does_whatever_fits_the_cache(flavor, mad
         assert tokens(capsys, made[flavor], *more, "--blocks", blocks) == want
 
 
-@pytest.mark.parametrize("flavor", ["standard", "gqa"])
+@pytest.mark.parametrize("flavor", FLAVORS)
 def test_it_says_where_it_ran_and_what_a_token_costs(flavor, made, capsys):
     assert run.main([str(made[flavor]), "--prompt", "hey", "--max-new-tokens", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr()[0])

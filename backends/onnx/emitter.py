@@ -34,7 +34,7 @@ from torch.fx import Node
 from kvc8.backends.onnx import gqa
 from kvc8.backends.onnx.builder import DTYPES, Builder, Value, typed
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
-from kvc8.backends.onnx.weights import Weights
+from kvc8.backends.onnx.weights import Derived, Weights
 from kvc8.ir import ops
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
@@ -65,7 +65,7 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
         raise TargetError(f"{what}; emit before lowering for the NPU")
     check_caches(program, ops.cache_write)
     b = Builder()
-    weights = Weights(b, checkpoint)
+    weights = Weights(b, checkpoint, Derived())
     inputs = gqa.inputs(program, b) if flavor == "gqa" else _inputs(program, b)
     parameters(b, weights, program.parameters())
     lowerings = gqa.LOWERINGS if flavor == "gqa" else LOWERINGS

@@ -1,7 +1,7 @@
 """Emit what was lowered for the NPU as ONNX: a model a phase, each NPU op a function.
 
     prefill.onnx chunk.onnx decode.onnx   standard ops of opset 23, and functions (functions.py)
-    prefill.bin ...                       small tensors made from stored ones
+    derived.bin                           small tensors made from stored ones
     weights/                              the checkpoint's shards, hard-linked; all point into them
     manifest.json                         the inputs, caches and outputs of each
     config.json, ...                      as the model has them
@@ -23,7 +23,7 @@ from kvc8.backends.onnx.emitter import assemble, carry, check_caches, lower, par
 from kvc8.backends.onnx.functions import Body, Functions
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.npu_functions import BODIES, WRITES
-from kvc8.backends.onnx.weights import Weights
+from kvc8.backends.onnx.weights import Derived, Weights
 from kvc8.ir import npu
 from kvc8.ir.checkpoint import Checkpoint
 from kvc8.ir.errors import TargetError
@@ -39,7 +39,8 @@ def emit_lowered(programs: Mapping[str, Program], checkpoint: Checkpoint, out: P
     Raises TargetError where one is of another stage or calls an NPU op that has no function, or
     `out` exists already; then nothing is written.
     """
-    made = {phase: _model(phase, programs[phase], checkpoint) for phase in programs}
+    derived = Derived()
+    made = {phase: _model(phase, programs[phase], checkpoint, derived) for phase in programs}
     phases = {p: ports(programs[p], model) for p, (model, _) in made.items()}
     manifest = {"format": "kvc8-onnx", "version": 1, "flavor": "lowered", "phases": phases}
     with new_directory(out) as part:
@@ -50,13 +51,15 @@ def emit_lowered(programs: Mapping[str, Program], checkpoint: Checkpoint, out: P
         carry(part, checkpoint.path)
 
 
-def _model(phase: str, program: Program, checkpoint: Checkpoint) -> tuple[ir.Model, Weights]:
+def _model(
+    phase: str, program: Program, checkpoint: Checkpoint, derived: Derived
+) -> tuple[ir.Model, Weights]:
     if program.stage is not Stage.LOWERED:
         what = f"{phase}: is a {program.stage.value} program"
         raise TargetError(f"{what}; run the passes of the npu target, or choose another flavor")
     check_caches(program, npu.npu_scatter_pa_kv_cache_functional)
     b, functions = Builder(), Functions()
-    weights = Weights(b, checkpoint, f"{phase}.bin")
+    weights = Weights(b, checkpoint, derived)
     inputs = _inputs(program, b)
     # The mask of sparse modes 3 and 4 says what the mode does, and no function reads it.
     parameters(b, weights, [n for n in program.parameters() if recipe_of(n).op != "masked_above"])

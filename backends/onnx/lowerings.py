@@ -4,6 +4,7 @@ A lowering takes the builder, the node, and the node's arguments with each node 
 its ONNX value. Whole numbers that depend on a size arrive as expressions of it.
 """
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from torch.fx import Node
 
 from kvc8.backends.onnx.attention import cache_write, paged_attention
 from kvc8.backends.onnx.builder import END, Builder, Value
+from kvc8.backends.onnx.mixtures import MIXTURES
 from kvc8.backends.onnx.quantization import dequantize, quant_linear, quantize
 from kvc8.ir import ops
 from kvc8.ir.errors import TargetError
@@ -168,7 +170,15 @@ def _silu(b: Builder, node: Node, x: Value) -> Value:
 
 
 def _gelu(b: Builder, node: Node, x: Value, approximate: str = "none") -> Value:
-    return b.op("Gelu", x, approximate=approximate)
+    """Of doubles by tanh spelled out: ONNX defines Gelu by constants of float32's precision."""
+    dtype = tensor_type(node).dtype
+    if dtype is not torch.float64 or approximate != "tanh":
+        return b.op("Gelu", x, approximate=approximate)
+    cube = b.op("Mul", b.op("Mul", x, x), x)
+    bent = b.op("Add", x, b.op("Mul", cube, b.number(0.044715, dtype)))
+    curve = b.op("Tanh", b.op("Mul", bent, b.number(math.sqrt(2 / math.pi), dtype)))
+    half = b.op("Mul", x, b.number(0.5, dtype))
+    return b.op("Mul", half, b.op("Add", curve, b.number(1, dtype)))
 
 
 def _softmax(b: Builder, node: Node, x: Value, dim: int, *_: object) -> Value:
@@ -177,6 +187,7 @@ def _softmax(b: Builder, node: Node, x: Value, dim: int, *_: object) -> Value:
 
 LOWERINGS: Mapping[Target, Lowering] = MappingProxyType(
     {
+        **MIXTURES,
         ops.quantize: quantize,
         ops.dequantize: dequantize,
         ops.quant_linear: quant_linear,

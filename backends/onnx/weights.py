@@ -11,6 +11,7 @@ directory, since ONNX Runtime reads no data from outside of it. Of other recipes
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,13 +31,40 @@ ALIGNMENT = 64
 DERIVED, FOLDER = "derived.bin", "weights"
 
 
+@dataclass(frozen=True)
+class Made:
+    """A tensor that was made: where its bytes lie, its dtype and its shape."""
+
+    where: tuple[str, int, int]  # file, offset, length
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Derived:
+    """The bytes of derived.bin. Models that share one make each tensor once."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray()
+        self._made: dict[str, Made] = {}
+
+    def put(self, key: str, make: Callable[[], Tensor]) -> Made:
+        """What was made under a key before, a recipe's text for instance, or is made now."""
+        if key not in self._made:
+            tensor = make()
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            self.bytes += bytes(-len(self.bytes) % ALIGNMENT)
+            where = DERIVED, len(self.bytes), len(raw)
+            self.bytes += raw
+            self._made[key] = Made(where, tensor.dtype, tuple(tensor.shape))
+        return self._made[key]
+
+
 class Weights:
     """Makes the parameters of one model, and remembers what must be written beside it."""
 
-    def __init__(self, b: Builder, checkpoint: Checkpoint, file: str = DERIVED) -> None:
-        self.b, self.checkpoint, self.file = b, checkpoint, file
+    def __init__(self, b: Builder, checkpoint: Checkpoint, derived: Derived) -> None:
+        self.b, self.checkpoint, self.derived = b, checkpoint, derived
         self.shards: dict[str, Path] = {}
-        self.derived = bytearray()
         self._stored: dict[str, Value] = {}
 
     def parameter(self, node: Node) -> Value:
@@ -49,14 +77,15 @@ class Weights:
         for name, file in self.shards.items():
             if not (part.path / FOLDER / name).exists():
                 part.link(f"{FOLDER}/{name}", file)
-        part.write(self.file, bytes(self.derived))
+        if not (part.path / DERIVED).exists():
+            part.write(DERIVED, bytes(self.derived.bytes))
 
     def _value(self, recipe: Recipe, name: str) -> Value:
         if recipe.op == "stored":
             return self._external(str(recipe.args[0]))
         size = sum(self.checkpoint.tensors[s].nbytes for s in stored_names(recipe))
         if size < SMALL or recipe.op not in (*NODES, "w8a8"):
-            return self._put(make(recipe, self.checkpoint.read), name)
+            return self._put(str(recipe), lambda: make(recipe, self.checkpoint.read), name)
         if recipe.op == "w8a8":
             return self._w8a8(recipe, name)
         first, *rest = recipe.args
@@ -76,10 +105,15 @@ class Weights:
     def _w8a8(self, recipe: Recipe, name: str) -> Value:
         """The float weight, each output's codes times its scale."""
         w8, in_scale, _, deq_scale, _ = (arg for arg in recipe.args if isinstance(arg, Recipe))
-        read = self.checkpoint.read
-        scale = (make(deq_scale, read) / make(in_scale, read).float())[:, None]
         codes = self.b.cast(self._value(w8, name), torch.int8, torch.float32)
-        return self.b.op("Mul", codes, self._put(scale, f"{name}/scale"))
+        scale = self._put(
+            f"scale of {recipe}", lambda: self._output_scale(in_scale, deq_scale), f"{name}/scale"
+        )
+        return self.b.op("Mul", codes, scale)
+
+    def _output_scale(self, in_scale: Recipe, deq_scale: Recipe) -> Tensor:
+        read = self.checkpoint.read
+        return (make(deq_scale, read) / make(in_scale, read).float())[:, None]
 
     def _external(self, name: str) -> Value:
         if name not in self._stored:
@@ -89,12 +123,9 @@ class Weights:
             self._stored[name] = self._initializer(name, where, stored.dtype, stored.shape)
         return self._stored[name]
 
-    def _put(self, tensor: Tensor, name: str) -> Value:
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        self.derived += bytes(-len(self.derived) % ALIGNMENT)
-        where = self.file, len(self.derived), len(raw)
-        self.derived += raw
-        return self._initializer(f"{name}/derived", where, tensor.dtype, tuple(tensor.shape))
+    def _put(self, key: str, make: Callable[[], Tensor], name: str) -> Value:
+        made = self.derived.put(key, make)
+        return self._initializer(f"{name}/derived", made.where, made.dtype, made.shape)
 
     def _initializer(
         self, name: str, where: tuple[str, int, int], dtype: torch.dtype, shape: tuple[int, ...]
