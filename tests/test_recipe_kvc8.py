@@ -14,8 +14,9 @@ from kvc8.ir.program import argument
 from kvc8.ir.run import run
 from kvc8.ir.w8a8 import Range, nearest
 from kvc8.tools import command, quantize
+from kvc8.tools.quantizer.calibration_data import Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
-from kvc8.tools.quantizer.positions import find_turning, rows_at
+from kvc8.tools.quantizer.positions import find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.rounding import compensated
 
 TEXTS = [
@@ -103,16 +104,35 @@ def test_a_margin_is_what_texts_held_back_want():
     rows[0] = torch.tensor([1.0, -2.0])
     reach = Reach()
     reach.add(rows, held_back=True)  # nothing came before it that it could be measured against
-    assert (reach.margin(), reach.top.tolist()) == (1.0, [1.0, 2.0])
+    assert (reach.margin().tolist(), reach.top.tolist()) == ([1.0, 1.0], [1.0, 2.0])
     reach.add(rows * 1.2, held_back=True)
     # 1.2 holds it all with 1.2**2 of the rounding error; 1.15 clips 4 % of the rows by up to 4 %,
     # ten times as much as a step rounds.
-    assert reach.margin() == 1.2
+    assert reach.margin().tolist() == pytest.approx([1.2, 1.2])
+    floor = torch.tensor([1.1, 1.3])
+    assert reach.margin(floor=floor).tolist() == pytest.approx([1.2, 1.3])
     assert reach.top.tolist() == pytest.approx([1.2, 2.4])
     seen = Reach()
     seen.add(torch.tensor([[1.0, 1.0]]), held_back=False)
     seen.add(torch.tensor([[0.9, 1.5]]), held_back=True)
-    assert seen.margin(torch.tensor([1.0, 0.0])) < seen.margin(torch.tensor([0.0, 1.0])) == 1.5
+    first, second = (seen.margin(torch.tensor(w))[0] for w in ([1.0, 0.0], [0.0, 1.0]))
+    assert first < second == 1.5
+
+
+def test_channels_that_rope_hardly_turns_are_told_from_others():
+    angles = torch.tensor([0.0, 0.09, -0.09, 0.15, -0.15, 3.1])
+    later = torch.cat([angles.cos() - angles.sin(), angles.sin() + angles.cos()])
+    still = hardly_turned(torch.stack([torch.ones(12), later]))
+    assert still.tolist() == [True, True, True, False, False, False] * 2
+
+
+def test_a_text_of_one_line_is_broken_and_a_chat_is_not():
+    long, chat = "a few words " * 10, [{"role": "user", "content": "b " * 100}]
+    given = [Text("1", long), Text("2", "short\n\nlines"), Text("3", chat), Text("4", "", [5] * 99)]
+    (broken,) = with_lines(given)
+    assert broken.content == "\n".join(["a few words " * 4 + "a few words"] * 2)
+    (whole,) = with_lines([Text("1", f"one\n\n{'x' * 61}")])
+    assert whole.content == f"one\n\n{'x' * 60}\nx"
 
 
 def test_a_sample_is_even_over_texts():

@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from kvc8.ir.new_directory import kept_directory, refuse_existing
 from kvc8.ir.program import Program
 from kvc8.tools.command import INTERRUPTED, entry
 from kvc8.tools.quantizer import kvc8, minmax, msmodelslim
-from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts
+from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts, with_lines
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
 from kvc8.tools.quantizer.mixtures import choose_experts, experts
@@ -75,12 +76,16 @@ def work(args: argparse.Namespace) -> int:
     tokenizer = read_tokenizer(source)
     program = capture(checkpoint, run_dtype(args, checkpoint, recipe))
     most = args.max_tokens or (None if recipe == "msmodelslim" else MOST_TOKENS)
-    texts = encode_texts(
-        read, lambda text: tokenizer.encode_any(text.content), most, vocabulary(program)
+    tokens = partial(
+        encode_texts,
+        encode=lambda text: tokenizer.encode_any(text.content),
+        most=most,
+        vocabulary=vocabulary(program),
     )
+    texts, more = tokens(read), tokens(with_lines(read)) if recipe == "kvc8" else []
     cut = stages(program)
-    identity = _identity(checkpoint, texts)
-    space = room(args.memory, cut, max(map(len, texts)))
+    identity = _identity(checkpoint, [*texts, *more])
+    space = room(args.memory, cut, max(map(len, [*texts, *more])))
     try:
         with (
             kept_directory(args.output, args.resume) as (part, state),
@@ -90,7 +95,7 @@ def work(args: argparse.Namespace) -> int:
                 checkpoint, program = _rotated(args, checkpoint, program, state)
             run = Work(checkpoint, program, part.path, state, args.part_file_size, space, report)
             run.begin({**settings_of(args, recipe), **identity})
-            plan = _make(run, args, recipe, texts)
+            plan = _make(run, args, recipe, texts, more)
             plan.finish(part.path, plan.entries())
     except KeyboardInterrupt:
         print(f"{place(args.output)}: interrupted; --resume goes on", file=sys.stderr)
@@ -115,7 +120,7 @@ def _rotated(
     return found, capture(found, torch.float32)
 
 
-def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts) -> Plan:
+def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: Texts) -> Plan:
     if recipe == "msmodelslim":
         options = vendor_options(args, run_dtype(args, run.checkpoint, recipe))
         return msmodelslim.quantize(run, texts, options)
@@ -129,7 +134,7 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts) -> Pla
     if args.use_kvcache_quant:
         notes = {"kv_calibrated": "post-rope", **notes}
     if recipe == "kvc8":
-        return kvc8.quantize(run, texts, chosen, kvc8_options(args), notes)
+        return kvc8.quantize(run, texts, chosen, kvc8_options(args), notes, more)
     return minmax.quantize(run, texts, chosen, mixed, args.use_kvcache_quant, notes)
 
 

@@ -7,14 +7,16 @@ a blank line ends a text.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 
 from kvc8.ir.errors import ModelError
 from kvc8.ir.model_files import place, shown
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 KEYS = "inputs_pretokenized, text, prompt, messages or input_ids"
+COLUMNS = 60
 Encode = Callable[["Text"], list[int]]
 
 
@@ -104,6 +106,23 @@ def _paragraphs(path: Path, content: str) -> list[Text]:
         elif held:
             found.append(Text(f"{place(path)}: line {number - len(held)}", "\n".join(held)))
             held = []
+    return found
+
+
+def with_lines(texts: Sequence[Text]) -> list[Text]:
+    """Texts with lines of at most `COLUMNS` characters; chats, and those that have them, left out.
+
+    Texts of a data set tend to be one long line each, while other text is full of line breaks, at
+    which models have keys like nowhere else.
+    """
+    found = []
+    for text in texts:
+        if isinstance(text.content, str) and text.content:
+            lines = [
+                part for line in text.content.split("\n") for part in wrap(line, COLUMNS) or [""]
+            ]
+            broken = "\n".join(lines)
+            found += [replace(text, content=broken)] if broken != text.content else []
     return found
 
 

@@ -55,12 +55,18 @@ class Reach:
         top = rows.abs().amax(0).float()
         self.top = top if self.top is None else self.top.maximum(top)
 
-    def margin(self, weight: Tensor | None = None) -> float:
-        """The margin with the least error, channels weighted; 1 where nothing was held back."""
-        if self.errors is None:
-            return 1.0
-        cost = (self.errors if weight is None else self.errors * weight).sum(1)
-        return self.margins[int(cost.argmin())]
+    def margin(self, weight: Tensor | None = None, floor: Tensor | None = None) -> Tensor:
+        """The margin [C] with the least error, channels weighted, but each at least its `floor`.
+
+        1 where nothing was held back.
+        """
+        assert self.top is not None
+        best = 1.0
+        if self.errors is not None:
+            cost = (self.errors if weight is None else self.errors * weight).sum(1)
+            best = self.margins[int(cost.argmin())]
+        margin = torch.full_like(self.top, best)
+        return margin if floor is None else margin.maximum(floor)
 
 
 def _cache_error(top: Tensor, rows: Tensor) -> Tensor:

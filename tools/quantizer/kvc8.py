@@ -6,8 +6,11 @@
     activations  static per tensor; the range clipped to where the squared error is least
     weights      symmetric per output channel; rounding errors made up for (rounding.py)
 
-K and V reach further on other text than on what was seen. Tokens drawn at random widen what is
-seen, and a margin is chosen on texts that the ranges do not know. One sweep over the layers.
+K and V reach further on other text than on what was seen. Tokens drawn at random, and the texts
+once more with line breaks, widen what is seen, and a margin is chosen on texts that the ranges do
+not know. Few texts cannot tell how other kinds of text differ from them, so K's margin has a floor,
+a higher one for channels that RoPE hardly turns: those gain nothing from many places. One sweep
+over the layers.
 """
 
 import math
@@ -31,7 +34,7 @@ from kvc8.tools.quantizer.choices import Reach, Sample, clipped
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
 from kvc8.tools.quantizer.minmax import sound
 from kvc8.tools.quantizer.model import Plan, copy_rest
-from kvc8.tools.quantizer.positions import Turning, find_turning, rows_at
+from kvc8.tools.quantizer.positions import Turning, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.rotation import find_rotation, rotate
 from kvc8.tools.quantizer.rounding import compensated
 from kvc8.tools.quantizer.sites import Cached, Site, cached, sites, vocabulary
@@ -43,6 +46,8 @@ NAME = "kvc8: rotated, ranges by error, K after RoPE"
 RANDOM_TEXTS, RANDOM_TOKENS = 2, 256  # of tokens drawn at random
 PLACES = 32  # of the context where each text is put
 ROWS = 4096  # of K turned at a time
+K_MARGIN = 1.1  # at least, on the reach of K's channels
+STILL_MARGIN = 1.3  # and of those that RoPE hardly turns
 SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
 
 
@@ -75,8 +80,12 @@ def quantize(
     chosen: Sequence[Site],
     options: Options,
     notes: Mapping[str, object],
+    more: Texts = (),
 ) -> Plan:
-    """Make the model; gives what was written. `chosen` are the linears to quantize."""
+    """Make the model; gives what was written. `chosen` are the linears to quantize.
+
+    `more` are texts that only widen the reach of K and V.
+    """
     dtype = config_dtype(work.checkpoint)
     caches = cached(work.program, work.checkpoint)
     linears = {site.module: part_types(*site.shape, dtype) for site in chosen}
@@ -84,9 +93,9 @@ def quantize(
     plan = Plan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
     entries = plan.entries()
     writer = work.writer(entries)
-    random = random_texts(work, options.seed) if options.kv else []
-    recipe = _Recipe(work, plan, writer, chosen, caches, options, len(random))
-    work.sweep([*random, *texts], recipe.layer)
+    widening = [*random_texts(work, options.seed), *more] if options.kv else []
+    recipe = _Recipe(work, plan, writer, chosen, caches, options, len(widening))
+    work.sweep([*widening, *texts], recipe.layer)
     copy_rest(plan, writer, entries, {f"{site.module}.weight" for site in chosen})
     return plan
 
@@ -111,7 +120,7 @@ class _Recipe:
     chosen: Sequence[Site]
     caches: Sequence[Cached]
     options: Options
-    random: int  # the first so many texts are random
+    widening: int  # the first so many texts only widen the reach of K and V
 
     def layer(self, layer: Layer) -> Mapping[str, Tensor]:
         """Measure a layer on all texts, and write it."""
@@ -147,7 +156,7 @@ class _Recipe:
     def _write_cache(self, cache: Cached, seen: "_Seen") -> None:
         reach = seen.reaches[cache.rows]
         assert reach.top is not None
-        margin = reach.margin(seen.queries.get(cache.rows))
+        margin = reach.margin(seen.queries.get(cache.rows), seen.floors.get(cache.rows))
         name = f"{cache.name}.kv_cache_scale"
         scale = sound(name, kv_scale(reach.top * margin, self.plan.dtype))
         self.writer.put(name, scale)
@@ -168,6 +177,7 @@ class _Seen:
     hessians: dict[Node, Tensor] = field(default_factory=dict)
     reaches: dict[Node, Reach] = field(default_factory=dict)
     queries: dict[Node, Tensor] = field(default_factory=dict)  # squared, by rows of K
+    floors: dict[Node, Tensor] = field(default_factory=dict)  # of margins, by rows of K
     real: bool = False  # whether the text is one of the user's
     held_back: bool = False
 
@@ -183,9 +193,9 @@ class _Seen:
 
     def text(self, index: int) -> None:
         """Say which text comes next."""
-        real = index - self.recipe.random
+        real = index - self.recipe.widening
         self.real = real >= 0
-        self.held_back = real >= (len(self.layer.texts) - self.recipe.random) // 2 > 0
+        self.held_back = real >= (len(self.layer.texts) - self.recipe.widening) // 2 > 0
 
     def observe(self, call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
         """Evaluate a call, and look at what it gives."""
@@ -221,12 +231,16 @@ class _Seen:
         tokens, stored = output.shape[1], self.recipe.work.checkpoint.tensors
         last = max(self.recipe.options.positions - tokens, 0)
         starts = [round(last * i / (PLACES - 1)) for i in range(PLACES)]
-        step, weights = max(ROWS // tokens, 1), self.layer.weights
-        made = [
-            rows_at(turning, output, starts[at : at + step], weights, lambda n: load(stored[n]))
-            for at in range(0, PLACES, step)
-        ]
+        step = max(ROWS // tokens, 1)
+        place = partial(
+            rows_at, turning, weights=self.layer.weights, read=lambda n: load(stored[n])
+        )
+        made = [place(output, starts[at : at + step]) for at in range(0, PLACES, step)]
         self._rows(rows, torch.cat(made))
+        if rows not in self.floors:
+            ones = torch.ones(1, 1, output.shape[2])
+            still = hardly_turned(place(ones, (0, self.recipe.options.positions - 1)).flatten(1))
+            self.floors[rows] = torch.where(still, STILL_MARGIN, K_MARGIN)
 
     def _rows(self, rows: Node, value: Tensor) -> None:
         flat = value.flatten(1).float()

@@ -18,6 +18,8 @@ from kvc8.ir.recipe import make
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.sites import LINEAR
 
+STILL = 0.1  # radians
+
 
 @dataclass(frozen=True)
 class Turning:
@@ -78,3 +80,14 @@ def rows_at(
     rows = env[turning.calls[-1]]
     assert isinstance(rows, Tensor)
     return rows
+
+
+def hardly_turned(ends: Tensor) -> Tensor:
+    """Which of K's channels, bool [C], RoPE turns by less than `STILL` between two places.
+
+    `ends` [2, C] are the rows there of an output that is 1 in each channel. A pair (1, 1) turned by
+    a small angle a is (1 - a, 1 + a).
+    """
+    first, last = ends
+    still: Tensor = (last - first).abs() < STILL * first.abs()
+    return still
