@@ -312,6 +312,8 @@ def test_scales_for_the_cache_alone(tiny_model, texts, tmp_path):
          "out or use --recipe msmodelslim"),
         ("--recipe minmax --kv-asym", "--kv-asym: is not for --recipe minmax; leave it out or use "
          "--recipe msmodelslim"),
+        ("--recipe minmax --rollback 5", "--rollback: is not for --recipe minmax; leave it out or "
+         "use --recipe kvc8"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_refused_by_name(options, said, tiny_model, texts, tmp_path, capsys):

@@ -59,7 +59,7 @@ def finished(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("options", [VENDOR, ()], ids=["msmodelslim", "minmax"])
+@pytest.mark.parametrize("options", [VENDOR, ("--rollback", "30")], ids=["msmodelslim", "kvc8"])
 def test_killed_at_random_moments_and_resumed(options, tiny_model, texts, tmp_path, monkeypatch):
     """Killed by SIGKILL within the time a run takes, 20 times in all, until each run is through.
 

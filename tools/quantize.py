@@ -50,7 +50,8 @@ from kvc8.tools.quantizer.options import (
     vendor_options,
 )
 from kvc8.tools.quantizer.rotation import untied_bytes
-from kvc8.tools.quantizer.sites import choose, sites, vocabulary
+from kvc8.tools.quantizer.sensitivity import measure, roll_back, table
+from kvc8.tools.quantizer.sites import Site, choose, sites, vocabulary
 from kvc8.tools.quantizer.work import Report, Texts, Work
 from kvc8.tools.tokenize import read_tokenizer
 
@@ -89,7 +90,7 @@ def work(args: argparse.Namespace) -> int:
     try:
         with (
             kept_directory(args.output, args.resume) as (part, state),
-            _progress((len(cut) - 1) * SWEEPS[recipe]) as report,
+            _progress((len(cut) - 1) * (SWEEPS[recipe] + (args.rollback is not None))) as report,
         ):
             if recipe == "kvc8":
                 checkpoint, program = _rotated(args, checkpoint, program, state)
@@ -134,8 +135,23 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: 
     if args.use_kvcache_quant:
         notes = {"kv_calibrated": "post-rope", **notes}
     if recipe == "kvc8":
-        return kvc8.quantize(run, texts, chosen, kvc8_options(args), notes, more)
+        chosen, rolled_back = _rolled_back(run, args, texts, chosen)
+        return kvc8.quantize(run, texts, chosen, kvc8_options(args), {**notes, **rolled_back}, more)
     return minmax.quantize(run, texts, chosen, mixed, args.use_kvcache_quant, notes)
+
+
+def _rolled_back(
+    run: Work, args: argparse.Namespace, texts: Texts, chosen: list[Site]
+) -> tuple[list[Site], Mapping[str, object]]:
+    """The linears to quantize when the worst are left float, and what to note of that."""
+    if args.rollback is None or not chosen:
+        return chosen, {}
+    groups = roll_back(measure(run, texts, chosen), args.rollback / 100)
+    Console(width=100).print(table(groups))
+    left = [module for group in groups if group.rolled_back for module in group.modules]
+    errors = {module: group.error for group in groups for module in group.modules}
+    notes = {"rollback_percent": args.rollback, "rolled_back": left, "sensitivity": errors}
+    return [site for site in chosen if site.module not in left], notes
 
 
 def _summarize(args: argparse.Namespace, plan: Plan, recipe: str, texts: Texts) -> None:

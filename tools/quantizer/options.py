@@ -56,6 +56,11 @@ def _add_kvc8(found: argparse.ArgumentParser) -> None:
     what = "recipe kvc8: scales of K for a context of so many tokens (2048)"
     _option(found, "positions", type=_count, default=2048, metavar="N", help=what)
     _option(found, "seed", type=int, default=0, help="recipe kvc8: of its random numbers (0)")
+    what = (
+        "recipe kvc8: measure what each linear costs its layer, and leave the worst float, "
+        "up to so many percent of their weights"
+    )
+    _option(found, "rollback", type=_percent, metavar="PERCENT", help=what)
 
 
 def _add_vendor(found: argparse.ArgumentParser) -> None:
@@ -100,6 +105,12 @@ def _gigabytes(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d+)?", text) or float(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return float(text) * 1e9
+
+
+def _percent(text: str) -> float:
+    if not re.fullmatch(r"\d+(\.\d+)?%?", text) or float(text.rstrip("%")) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage; write 5 or 2.5")
+    return float(text.rstrip("%"))
 
 
 def _level(text: str) -> int:
@@ -151,6 +162,10 @@ def recipe_of(args: argparse.Namespace) -> str:
         raise ModelError(
             f"{given[0]}: is not for --recipe {recipe}; leave it out or use --recipe msmodelslim"
         )
+    if recipe != "kvc8" and args.rollback is not None:
+        raise ModelError(
+            f"--rollback: is not for --recipe {recipe}; leave it out or use --recipe kvc8"
+        )
     return recipe
 
 
@@ -185,6 +200,6 @@ def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:
     names = [
         *("act_method", "anti_method", "disable_level", "dtype", "save_type", "kv_asym"),
         *("use_kvcache_quant", "disable", "down_proj", "part_file_size"),
-        *("rotate", "positions", "seed"),
+        *("rotate", "positions", "seed", "rollback"),
     ]
     return {"recipe": recipe, **{name: getattr(args, name) for name in names}}
