@@ -176,6 +176,23 @@ def test_a_point_of_the_plot_is_the_mean_of_what_came_before_it():
 
 
 @pytest.mark.slow
+def test_a_plot_knows_what_each_cache_costs(text, tmp_path, capsys, monkeypatch):
+    source = QUANTIZED.parent / "orig"
+    options = ("--against", source, "--text", text, "--windows", 1, "--window", 24)
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw", lambda *given: drawn.append(given))
+    assert ran(capsys, QUANTIZED, source, *options, "--plot", tmp_path / "kl.png")[0] == 0
+    [(_, title, [ours, plain])] = drawn
+    assert (title, ours.name) == (f"against {source}, 1 windows", str(QUANTIZED))
+    layers = open_checkpoint(QUANTIZED).config["num_hidden_layers"]
+    assert [side for side, _ in ours.by_cache] == ["K", "V"] * layers + ["K and V"]
+    assert all(kl > 0 for _, kl in ours.by_cache)
+    assert plain.by_cache == []  # it has a float cache
+    assert ran(capsys, QUANTIZED, *options, "--plot", tmp_path / "a", "--float-cache")[0] == 0
+    assert drawn[1][2][0].by_cache == []
+
+
+@pytest.mark.slow
 def test_a_plot(text, tmp_path, capsys):
     source = QUANTIZED.parent / "orig"
     options = ("--against", source, "--text", text, "--windows", 1, "--window", 24)

@@ -25,11 +25,14 @@ from kvc8.ir.model_files import place, shown
 from kvc8.tools.command import entry
 from kvc8.tools.compile import add_kv_calibrated
 from kvc8.tools.divergence import Figures
-from kvc8.tools.evaluate_forms import Form, Options, open_float, open_form
-from kvc8.tools.evaluate_plot import draw
+from kvc8.tools.evaluate_forms import Form, Options, open_float, open_form, with_scales
+from kvc8.tools.evaluate_plot import Curve, draw
+from kvc8.tools.sensitivity import sensitivity
 from kvc8.tools.tokenize import read_tokenizer
 
 DTYPES = {"config": None, "float32": torch.float32, "float16": torch.float16}
+MAPPED = 256  # tokens of the first window, on which each layer's caches are judged alone
+PLOT = f"draw the KL by position, and by each layer's K and V alone ({MAPPED} tokens)"
 EMULATED = "NPU rows are emulated as the ops are documented; they were not verified on a device"
 
 
@@ -53,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         help="what model directories compute in (float32)",
     )
     found.add_argument("--json", action="store_true", help="print the figures as JSON")
-    found.add_argument("--plot", type=Path, metavar="PNG", help="draw the KL by position")
+    found.add_argument("--plot", type=Path, metavar="PNG", help=PLOT)
     return found
 
 
@@ -74,13 +77,25 @@ def work(args: argparse.Namespace) -> int:
     tokens = sum(len(window) - 1 for window in windows)
     if args.plot:
         title = f"against {base.name}, {len(windows)} windows"
-        curves = [(f.name, seen.kl_by_position) for f, seen in zip(forms, figures[1:], strict=True)]
-        draw(args.plot, title, curves)
+        draw(args.plot, title, _curves(args, options, windows[0], figures[1:]))
     if args.json:
         print(json.dumps(_as_json(args, base, forms, figures, tokens), indent=1))
     else:
         _print(base, forms, figures, tokens)
     return 0
+
+
+def _curves(
+    args: argparse.Namespace, options: Options, window: list[int], figures: Sequence[Figures]
+) -> list[Curve]:
+    """What --plot draws: each OUT by position, and model directories by cache too."""
+    curves = []
+    for path, seen in zip(args.out, figures, strict=True):
+        checkpoint = with_scales(path, options)
+        costs = sensitivity(checkpoint, window[:MAPPED], args.kv_scales) if checkpoint else []
+        by_cache = [(cost.cache, cost.kl) for cost in costs]
+        curves.append(Curve(str(path), seen.kl_by_position, by_cache))
+    return curves
 
 
 def _windows(args: argparse.Namespace) -> list[list[int]]:

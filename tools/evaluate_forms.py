@@ -68,6 +68,14 @@ def open_float(path: Path, window: int) -> Form:
     return Form(str(path), "float", _program(program, checkpoint, window))
 
 
+def with_scales(path: Path, options: Options) -> Checkpoint | None:
+    """The checkpoint at `path` if it is a model directory whose int8 cache was judged."""
+    if options.float_cache or "manifest.json" in file_names(path):
+        return None
+    checkpoint = open_calibrated(path, options.kv_calibrated)
+    return checkpoint if checkpoint.kv else None
+
+
 def _directory(path: Path, options: Options, window: int) -> Form:
     checkpoint = open_calibrated(path, options.kv_calibrated)
     program = capture(checkpoint, options.dtype)
