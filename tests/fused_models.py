@@ -32,12 +32,13 @@ def quantized(
     zeros: bool,
     keep_float: tuple[str, ...] = (),
     clipped: tuple[str, ...] = (),
+    ends: bool = False,
 ) -> Program:
     """The QUANTIZED program of a float model's directory.
 
     With `w8a8` all linears of the layers are, but those whose module ends as one of `keep_float`;
     inputs are quantized by their range in a prompt, halved for the modules of `clipped`. `zeros`
-    gives the cache zero points; inputs have them always.
+    gives the cache zero points, with `ends` up to both ends of int8; inputs have them always.
     """
     program = _captured(directory, dtype).copy()
     if w8a8:
@@ -48,7 +49,7 @@ def quantized(
                 part = 0.5 if origin.endswith(clipped or ("none",)) else 1.0
                 low, high = (end * part for end in seen[origin])
                 _make_w8a8(linear, directory, Range(low, high), dtype)
-    return with_int8_cache(program, zeros)
+    return with_int8_cache(program, zeros, ends)
 
 
 @functools.cache

@@ -106,17 +106,20 @@ def keep(program: Program, made: dict[str, torch.Tensor], results: list[torch.Te
     made.update({c.name: r for c, r in zip(program.caches(), results[1:], strict=True)})
 
 
-def with_int8_cache(program: Program, zeros: bool = False) -> Program:
+def with_int8_cache(program: Program, zeros: bool = False, ends: bool = False) -> Program:
     """A captured float model with scales for its cache; quantized.
 
     Scales of 1/32 and somewhat above hold what a normalized token gives, values of up to about 4,
-    without many at either end. Zero points are odd, where rounding before adding them would show.
+    without many at either end. Zero points are odd, where rounding before adding them would show;
+    with `ends` they go to both ends of int8, and many values saturate.
     """
+    reach = 64 if ends else 20
     for i, cache in enumerate(program.caches()):
         heads, dim = (int(d) for d in cache.meta["type"].shape[2:])
         random = torch.Generator().manual_seed(i)
         scale = torch.rand(heads, dim, generator=random) / 64 + 1 / 32
-        zero = torch.randint(-20, 20, (heads, dim), generator=random) * 2.0 + 1
+        zero = torch.randint(-reach, reach, (heads, dim), generator=random) * 2.0 + 1
+        zero[0, :2] = torch.tensor([-128.0, 127.0]) if ends else zero[0, :2]
         recipes = (constant_recipe(scale), constant_recipe(zero) if zeros else None)
         cache.meta["recipe"] = Recipe("cache", (*recipes, "post-rope"))
     run_passes(program, QUANTIZE)

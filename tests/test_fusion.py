@@ -136,6 +136,25 @@ def test_fused_is_unfused_is_the_reference_in_float32(model, kind, w8a8, zeros, 
             assert kind == "wide" or (a - b).abs().max() <= BOUND * b.abs().max()
 
 
+@pytest.mark.parametrize(("kind", "w8a8"), [("llama", True), ("qwen3", False)])
+def test_zero_points_at_both_ends_change_nothing_of_that(model, kind, w8a8):
+    program = quantized(model(kind), torch.float32, w8a8=w8a8, zeros=True, ends=True)
+    reference, unfused, fused = (
+        in_turn(programs, model(kind))
+        for programs in (
+            {"prefill": program, "decode": program},
+            *(lowered(program, fuse, prefill_kv="int8") for fuse in ("off", "on")),
+        )
+    )
+    for name, cache in fused[1].items():
+        assert torch.equal(cache, unfused[1][name])
+        assert torch.equal(cache, reference[1][name])
+        assert {-128, 127} <= set(cache.unique().tolist())
+    for a, b, c in zip(fused[0], unfused[0], reference[0], strict=True):
+        assert torch.equal(a, b)
+        assert (a - c).abs().max() <= BOUND * c.abs().max()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_float_model_is_the_same_bit_for_bit_in_float16(model, kind):
     """add+norm and rope+quant+cache round where their parts do, and swiglu is not fused."""

@@ -5,6 +5,7 @@ the order of sums, so two promises can be held: a code whose float input is equa
 equal, and the greedy tokens are.
 """
 
+import c8
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +16,7 @@ from kvc8.backends.npu.inputs import Batch, Rows
 from kvc8.backends.npu.runtime import load
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.nz import from_nz
 from kvc8.ir.recipe import make
 from kvc8.passes import pipeline
 from kvc8.tools.forms import Run
@@ -24,6 +26,14 @@ BLOCK = 32
 PROMPT = [(7 * i * i + 3 * i + 5) % 120 for i in range(75)]  # over two blocks, and into a third
 TABLE = [5, 2, 7, 1]
 STEPS = 6
+# Heads that the NPU's attention takes with NZ pages.
+NZ = {
+    "hidden_size": 40,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "num_hidden_layers": 2,
+}
 
 
 def split(sizes: list[int]) -> list[Rows]:
@@ -47,12 +57,12 @@ WAYS = {
 class Model:
     """The lowered programs of a checkpoint, unfused, so that what is quantized can be seen."""
 
-    def __init__(self, directory, fold="offsets", prefill_kv="int8"):
+    def __init__(self, directory, fold="offsets", prefill_kv="int8", fuse="off", kv_format="nd"):
         self.checkpoint = open_checkpoint(directory)
         program = capture(self.checkpoint, torch.float32)
         pipeline.run(program, pipeline.QUANTIZE)
         self.reference = {phase: program for phase in ("prefill", "chunk", "decode")}
-        self.lowered, _ = pipeline.lower_for_npu(program, prefill_kv, None, fold, "off")
+        self.lowered, _ = pipeline.lower_for_npu(program, prefill_kv, None, fold, fuse, kv_format)
 
     def load(self, programs=None):
         read = self.checkpoint.read
@@ -68,7 +78,12 @@ class Model:
             tokens.append(int(logits[0].argmax()))
             rows = Rows(tokens[-1:], length - 1, TABLE)
             logits = model.mixed([rows], observe=watch_rows(seen))
-        seen.caches = dict(model.caches)
+        seen.caches = {
+            cache.name: from_nz(model.caches[cache.name], cache.heads)
+            if cache.format == "nz"
+            else model.caches[cache.name]
+            for cache in model.layout.caches
+        }
         return [*tokens, int(logits[0].argmax())], seen
 
 
@@ -117,6 +132,29 @@ def test_all_phases_agree_where_a_prompt_sees_its_codes(kind, linears, variant, 
     assert check_codes(seen, other) <= of / 1000
 
 
+# Float linears: where W8A8 ones quantize too, a code that moves by rounding moves others.
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kv_format"), [("llama", "nd"), ("qwen3", "nz")])
+def test_all_phases_of_fused_programs_agree(kind, kv_format, tiny_c8, tiny_model, tmp_path):
+    """What a fused op quantizes nobody sees, so codes are compared, and the greedy tokens."""
+    directory = tiny_c8(kind, "float", "offsets") if kv_format == "nd" else tmp_path / "offsets"
+    if kv_format == "nz":
+        c8.quantize_model(tiny_model(kind, **NZ), tmp_path / "symmetric", "float")
+        c8.with_offsets(tmp_path / "symmetric", directory)
+    model = Model(directory, fuse="on", kv_format=kv_format)
+    whole, seen = model.run(split([]))
+    of = sum(written(cache).numel() for cache in seen.caches.values())
+    for parts, programs in ((WAYS["chunks"], None), (split([]), model.reference)):
+        tokens, other = model.run(parts, programs)
+        assert tokens == whole
+        gaps = [
+            (written(cache).int() - written(other.caches[name]).int()).abs()
+            for name, cache in seen.caches.items()
+        ]
+        assert max(int(gap.max()) for gap in gaps) <= 1
+        assert sum(int(gap.sum()) for gap in gaps) <= of / 1000
+
+
 @pytest.mark.slow
 def test_a_mixed_batch_gives_what_each_sequence_gets_alone(tiny_c8):
     model = Model(tiny_c8("llama", "float", "offsets"))
@@ -141,8 +179,6 @@ def test_a_mixed_batch_gives_what_each_sequence_gets_alone(tiny_c8):
 @pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 128])  # one sequence a call, and end to end
 def test_chunks_and_shared_blocks_generate_the_same(head_dim, tiny_c8, tiny_model, tmp_path):
-    import c8
-
     c8.quantize_model(tiny_model("llama", head_dim=head_dim), tmp_path / "model", "float")
     model = Model(tmp_path / "model")
     prompts = [PROMPT, [*PROMPT[:70], 3, 4], [1, 2, 3], [*PROMPT[:64], 9]]

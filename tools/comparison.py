@@ -14,6 +14,7 @@ from kvc8.tools.gaps import measure
 from kvc8.tools.recording import Feed, Hook, Recording
 from kvc8.tools.verdicts import Site, Verdict
 
+NEW = torch.ops.aten.new_empty.default  # holds nothing until an op writes to it
 EXACT = 1e-9  # of the largest value; see tools/contracts.py
 
 
@@ -36,7 +37,7 @@ class Comparison:
             self.stands_for.setdefault(new, []).append(was)
         hidden = found.inside.difference(found.exits)
         for new, was in found.kept.items():
-            if new not in hidden and new.op == "call_function":
+            if new not in hidden and new.op == "call_function" and new.target is not NEW:
                 self.stands_for.setdefault(new, []).insert(0, was)
 
     def start(self, new: Recording) -> Hook:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,16 @@ from kvc8.passes import pipeline
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 # Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
 KINDS = ("llama", "qwen2", "qwen3", "mistral")
+# Of heads that it takes with NZ pages: both ways to write to them.
+NZ_KINDS = ("llama", "qwen3")
+NZ = {
+    "tie_word_embeddings": False,
+    "num_hidden_layers": 2,
+    "hidden_size": 80,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+}
 TINY = {"tie_word_embeddings": False, "num_hidden_layers": 2, "head_dim": 32}
 # Symmetric; with zero points and biases; msModelSlim's newer format.
 VENDOR = ("llama_fp16_m3", "qwen2_fp16_none_asym", "v1_qwen2_fp16_w8a8c8")
@@ -50,16 +61,19 @@ def models(scratch: Path) -> Iterator[tuple[str, Path]]:
     for name in VENDOR:
         yield name, CHECKPOINTS / name / "quant"
     for kind in KINDS:
-        model, symmetric, offsets = (
-            scratch / f"{kind}-{part}" for part in ("float", "sym", "asym")
-        )
-        model.mkdir()
-        conftest._write_model(model, kind, 0, TINY)
-        conftest._write_tokenizer(model)
-        c8.quantize_model(model, symmetric, "all")
-        yield f"tiny-{kind}", symmetric
-        c8.with_offsets(symmetric, offsets)
-        yield f"tiny-{kind}-offsets", offsets
+        yield from tiny(scratch, f"tiny-{kind}", kind, TINY)
+
+
+def tiny(scratch: Path, name: str, kind: str, sizes: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """A model with a symmetric cache, and with one of zero points to both ends."""
+    model, symmetric, offsets = (scratch / f"{name}-{part}" for part in ("float", "sym", "asym"))
+    model.mkdir()
+    conftest._write_model(model, kind, 0, sizes)
+    conftest._write_tokenizer(model)
+    c8.quantize_model(model, symmetric, "all")
+    yield name, symmetric
+    c8.with_offsets(symmetric, offsets)
+    yield f"{name}-offsets", offsets
 
 
 def main(out: str) -> None:
@@ -73,13 +87,19 @@ def main(out: str) -> None:
                     continue  # the same calls again
                 program = capture(open_checkpoint(directory), dtype)
                 pipeline.run(program, pipeline.QUANTIZE)
-                write(folder, f"{name}-{dtype_name}", program)
+                write(folder, f"{name}-{dtype_name}", program, "nd")
+        for kind in NZ_KINDS:
+            *_, (name, directory) = tiny(Path(scratch), f"nz-{kind}", kind, NZ)
+            program = capture(open_checkpoint(directory), torch.bfloat16)
+            pipeline.run(program, pipeline.QUANTIZE)
+            write(folder, f"{name}-bfloat16", program, "nz")
 
 
-def write(folder: Path, name: str, program: Program) -> None:
+def write(folder: Path, name: str, program: Program, kv_format: str) -> None:
     """Write the fused and the unfused program of each phase."""
     for fuse, mark in (("on", ""), ("off", "-unfused")):
-        for phase, lowered in pipeline.lower_for_npu(program, fuse=fuse)[0].items():
+        phases, _ = pipeline.lower_for_npu(program, fuse=fuse, kv_format=kv_format)
+        for phase, lowered in phases.items():
             legality.check(lowered, SOC, BLOCK_SIZE)
             (folder / f"{name}{mark}-{phase}.py").write_text(show(lowered) + "\n")
 

@@ -87,11 +87,25 @@ def module(program: Program) -> tuple[GraphModule, list[Node]]:
     return GraphModule({}, program.graph), inputs
 
 
+def plain_sizes(program: Program) -> set[str]:
+    """The sizes that are part of a number which an op's schema does not take as a symbol."""
+    found = {"S"}
+    for node in filter(is_npu, program.graph.nodes):
+        names = [argument.name for argument in node.target._schema.arguments]
+        given = dict(zip(names, node.args, strict=False)) | node.kwargs
+        for of in given.get("qkv_size", ()):
+            if isinstance(of, Node):
+                found |= {str(size) for size in type_of(of).value.free_symbols}
+    return found
+
+
 def export(program: Program) -> str:
     """Export with dynamic sizes; gives what became a number, "" where nothing did.
 
-    The size of a block may: it is one number for the life of a cache.
+    Those may that an op's schema takes as plain numbers: the size of a block, which is one number
+    for the life of a cache, and the tokens where npu_qkv_rms_norm_rope_cache is called.
     """
+    plain = plain_sizes(program)
     graph_module, inputs = module(program)
     with FakeTensorMode(shape_env=ShapeEnv()):
         args = tuple(example(type_of(node), "npu") for node in inputs)
@@ -105,6 +119,6 @@ def export(program: Program) -> str:
         f"{d} of {node.name}"
         for node, each, value in zip(inputs, sizes, made, strict=True)
         for i, d in each.items()
-        if not isinstance(value.shape[i], torch.SymInt) and str(d) != "S"
+        if not isinstance(value.shape[i], torch.SymInt) and str(d) not in plain
     ]
     return ", ".join(fixed)
