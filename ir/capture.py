@@ -188,7 +188,9 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
     )
     sizes = tuple({0: Dim.DYNAMIC} for _ in example)
     try:
-        with torch.no_grad(), _quiet():
+        # torch keeps a table of calls already seen. Where sizes are symbolic, looking a call up
+        # and making its result again takes longer than the call: a quarter of a capture's time.
+        with torch.no_grad(), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             exported = torch.export.export(
                 _Flat(model), example, dynamic_shapes=sizes, strict=False
             )

@@ -30,6 +30,7 @@ class Shapes:
     def __init__(self) -> None:
         self._env = ShapeEnv()
         self._fake = FakeTensorMode(shape_env=self._env)
+        self._fake.cache_enabled = False  # no call comes here twice, so it would only take time
         self._symbols: dict[sympy.Symbol, SymInt] = {}
         self._seen: dict[object, Type] = {}
 

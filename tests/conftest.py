@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch is imported
 
 import functools
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -209,6 +210,11 @@ def _write_tokenizer(directory: Path) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest tests first, whatever the order: at the end one core would wait for them."""
     items.sort(key=lambda item: "smollm2" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish() -> None:
+    """Let no collection of garbage go over what torch and transformers made when imported."""
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
