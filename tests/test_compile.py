@@ -19,7 +19,7 @@ from kvc8.backends.npu.artifact import disk_use
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.ir.shapes import Shapes
 from kvc8.ir.text import parse, show
-from kvc8.tools import command
+from kvc8.tools import command, opt
 from kvc8.tools import compile as tool
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
@@ -62,7 +62,7 @@ def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({k: v for k, v in {**found, **changes}.items() if v is not None}))
 
 
-def test_an_artifact_is_whole_and_reads_back(model, tmp_path):
+def test_an_artifact_is_whole_and_its_dump_reads_back(model, tmp_path, capsys):
     out, dump = tmp_path / "out", tmp_path / "dump"
     assert compile_(model, out, "--dump", str(dump)) == 0
     artifact = read(out)
@@ -75,6 +75,18 @@ def test_an_artifact_is_whole_and_reads_back(model, tmp_path):
     shapes = Shapes()
     for path in dump.rglob("*.py"):
         assert show(parse(path.read_text(), shapes)) + "\n" == path.read_text()
+    replayed(dump, capsys)
+
+
+def replayed(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A dumped program and the next pass give the next program: what a bug report holds."""
+    name = "lower_paged_attention"
+    [after] = dump.glob(f"chunk/*-{name}.py")
+    [before] = dump.glob(f"int8/{int(after.name[:2]) - 1:02}-*.py")
+    capsys.readouterr()
+    given = [str(before), "--passes", name, "--phase", "chunk"]
+    assert command.entry(opt.parser(), opt.work, given) == 0
+    assert capsys.readouterr().out == after.read_text()
 
 
 def test_a_report_as_json(model, tmp_path, capsys):
