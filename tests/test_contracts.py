@@ -108,9 +108,16 @@ def test_a_repro_of_a_sound_site_keeps_its_contract(models, tmp_path, model, nam
     [(QWEN2, []), (LLAMA, ["--fold", "kv", "--prefill-kv", "int8"])],
     ids=["asymmetric", "symmetric"],
 )
-def test_every_pass_keeps_its_contract_in_the_dtype_of_the_model(directory, options, capsys):
-    given = [str(directory), "--passes", *options]
+def test_every_pass_keeps_its_contract_in_the_dtype_of_the_model(
+    directory, options, tmp_path, capsys
+):
+    page = tmp_path / "r.html"
+    given = [str(directory), "--passes", "--report", str(page), *options]
     assert command.entry(verify.parser(), verify.work, given) == 0
     said = capsys.readouterr().out
     assert "BREACH" not in said
     assert said.count("fuse_norm_quant") == 3
+    told = page.read_text()
+    for heat in ("Contracts: percent of the bound", "Isolated: relative RMS", "Accumulated: "):
+        assert f"<h3>{heat}" in told
+    assert 'class="breach"' not in told

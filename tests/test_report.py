@@ -243,7 +243,7 @@ def test_rows_of_one_name_are_told_apart_and_rows_without_a_difference_are_named
 def test_heat_grows_with_the_logarithm():
     made = heat("t", "m", {"row": {"0": (1e-4, ""), "1": (1e-2, ""), "2": (1.0, ""), "3": (0, "")}})
     cells = made.rows["row"]
-    assert [round(cells[n].heat, 9) for n in "0123"] == [0.1, 0.55, 1.0, 0]
+    assert [round(cells[n].heat, 9) for n in "0123"] == [0.1, 0.4, 1.0, 0]
     assert [cells[n].text for n in "0123"] == ["1e-4", "1e-2", "1e+0", "0"]
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from kvc8.tools.gaps import Gap
-from kvc8.tools.reporter.heat import REST, Cell, Heat, columns, heat
+from kvc8.tools.reporter.heat import REST, Cell, Heat, heat
 from kvc8.tools.sensitivity import ALL, Cost
 from kvc8.tools.values import Measured, Value
 from kvc8.tools.verdicts import Site, Verdict
 
 At = TypeVar("At", Site, Value)
-LOGARITHM = "Colored by the logarithm."
+LOGARITHM = "Colored by the logarithm, over three decades."
 
 
 def of_passes(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> list[Heat]:
@@ -33,7 +33,7 @@ def of_contracts(verdicts: Iterable[Verdict]) -> Heat:
         "and without rounding, in percent of the bound that its contract allows: 100 is all of it, "
         "more is a breach; = is equal to the last bit; 0 is less than half a percent."
     )
-    return Heat("Contracts: percent of the bound", meaning, columns(rows), rows)
+    return Heat("Contracts: percent of the bound", meaning, rows)
 
 
 def _share(site: Site) -> Cell:

@@ -4,10 +4,11 @@ Whoever measured something per layer makes a `Heat` of it; the page draws them a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 REST = "rest"  # the column of what lies outside of the layers
+DECADES = 3  # smaller figures are all as cold
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,13 @@ class Heat:
 
     title: str
     meaning: str  # a sentence: what a figure is, its unit, and what the colors stand for
-    columns: Sequence[str]  # "0", "1", ...
     rows: Mapping[str, Mapping[str, Cell]]
+
+    @property
+    def columns(self) -> list[str]:
+        """The layers of the hot rows, in their order, and what lies outside of them last."""
+        names = dict.fromkeys(layer for row in self.hot.values() for layer in row)
+        return sorted(names, key=lambda name: (not name.isdecimal(), name.zfill(9)))
 
     @property
     def hot(self) -> dict[str, Mapping[str, Cell]]:
@@ -46,9 +52,10 @@ def heat(
     meaning: str,
     figures: Mapping[str, Mapping[str, tuple[float, str]]],
 ) -> Heat:
-    """Figures with notes by row and layer, colored by the logarithm from the least to the most."""
+    """Figures with notes by row and layer, colored by the logarithm over DECADES up to the most."""
     found = [f for row in figures.values() for f, _ in row.values() if 0 < f < math.inf]
-    low, high = (math.log(f) for f in (min(found, default=1), max(found, default=1)))
+    low, high = (math.log10(f) for f in (min(found, default=1), max(found, default=1)))
+    low = max(low, high - DECADES)
     rows = {
         name: {
             layer: Cell(figure, _number(figure), _log(figure, low, high), note)
@@ -56,7 +63,7 @@ def heat(
         }
         for name, row in figures.items()
     }
-    return Heat(title, meaning, columns(rows), rows)
+    return Heat(title, meaning, rows)
 
 
 def _log(figure: float, low: float, high: float) -> float:
@@ -64,14 +71,8 @@ def _log(figure: float, low: float, high: float) -> float:
         return 0.0
     if not math.isfinite(figure):
         return 1.0
-    return 0.1 + 0.9 * (math.log(figure) - low) / (high - low) if high > low else 1.0
+    return 0.1 + 0.9 * max(0.0, math.log10(figure) - low) / (high - low) if high > low else 1.0
 
 
 def _number(figure: float) -> str:
     return "0" if figure == 0 else f"{figure:.0e}".replace("e-0", "e-").replace("e+0", "e+")
-
-
-def columns(rows: Mapping[str, Mapping[str, Cell]]) -> list[str]:
-    """The layers that any row has, in their order, and what lies outside of them last."""
-    names = dict.fromkeys(layer for row in rows.values() for layer in row)
-    return sorted(names, key=lambda name: (not name.isdecimal(), name.zfill(9)))

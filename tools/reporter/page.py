@@ -39,6 +39,7 @@ class Page:
     choices: Mapping[str, Sequence[Table]] = field(default_factory=dict)  # costs.explained
     left_alone: Sequence[Table] = ()
     cost: Table | None = None  # costs.report
+    absent: str = "This was not compiled for an NPU."  # why there are no choices and no cost
 
 
 def write(page: Page, path: Path) -> int:

@@ -25,6 +25,7 @@ def write_page(args: argparse.Namespace, checkpoint: Checkpoint, heats: Sequence
     options = {name: getattr(args, name) for name in ("prefill_kv", "fold", "fuse", "kv_format")}
     pipeline.lower_for_npu(program, see=steps.see, **options)
     page = Page(args.directory.resolve().name, facts(args, program), steps)
+    page.absent = "This page is of kvc8-verify; kvc8-compile --report R.html tells of these."
     page.heats, page.measured = heats, MEASURED if heats else UNMEASURED
     size = write(page, args.report)
     if not args.json:
