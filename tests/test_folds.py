@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from onnx_models import captured
 from steps import step, values
 from test_pass_docs import load
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir import ops
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.program import Program, argument, is_call
 from kvc8.ir.recipe import make
 from kvc8.ir.run import run
@@ -73,7 +72,7 @@ class Seen:
 
 
 def lowering(directory):
-    program = capture(open_checkpoint(directory), dtype=torch.float32)
+    program = captured(directory)
     run_passes(program, QUANTIZE)
     fold_kv_scales(program)
     return program

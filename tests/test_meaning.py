@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_models import captured
 from steps import step, values
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir import npu, ops
-from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.program import Program
 from kvc8.ir.recipe import make
@@ -34,10 +34,6 @@ UNIT = 2.0**-24  # half of what float32 resolves at 1: one rounding is off by at
 TOKENS = [5, 9, 17, 33, 65, 12, 101, 7, 44, 3, 250, 18, 90]
 TABLE = [[7, 2, 11, 5]]
 PAGE = 32  # the smallest block that the NPU's attention takes with an int8 cache
-
-
-def captured(directory: Path, dtype: torch.dtype = torch.float32) -> Program:
-    return capture(open_checkpoint(directory), dtype=dtype)
 
 
 def prefill(program: Program, directory: Path, observe=None) -> list[torch.Tensor]:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnx_models import captured
 from torch.fx import Node
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.npu import SCHEMAS
 from kvc8.ir.program import Program, type_of
 from kvc8.ir.text import parse
@@ -92,10 +91,9 @@ def test_a_call_that_does_not_fit_is_noticed() -> None:
 @pytest.mark.parametrize("fuse", ["on", "off"])
 @pytest.mark.parametrize("model", MODELS)
 def test_every_call_fits_its_recorded_schema(model: str, fuse: str) -> None:
-    checkpoint = open_checkpoint(CHECKPOINTS / model / "quant")
     seen: Counter[str] = Counter()
     for dtype in DTYPES:
-        program = capture(checkpoint, dtype)
+        program = captured(CHECKPOINTS / model / "quant", dtype)
         pipeline.run(program, pipeline.QUANTIZE)
         for phase, lowered in pipeline.lower_for_npu(program, fuse=fuse)[0].items():
             for node in npu_calls(lowered):

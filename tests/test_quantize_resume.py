@@ -105,8 +105,8 @@ def interrupted(monkeypatch, *given: str) -> int:
 def test_what_is_unfinished_is_kept_and_asked_about(
     tiny_model, texts, tmp_path, monkeypatch, capsys
 ):
-    out = tmp_path / "out"
-    given = arguments(tiny_model("llama"), out, texts, "--down-proj")
+    model, out = tiny_model("llama", num_hidden_layers=2), tmp_path / "out"
+    given = arguments(model, out, texts, "--down-proj")
     capsys.readouterr()  # a tiny model's making shows progress
     assert interrupted(monkeypatch, *given) == 130
     assert capsys.readouterr().err == f"{out}: interrupted; --resume goes on\n"
@@ -121,7 +121,7 @@ def test_what_is_unfinished_is_kept_and_asked_about(
         "give the same options, or leave --resume out and remove its directory\n"
     )
     assert quantize_(*given, "--resume") == 0
-    assert quantize_(*arguments(tiny_model("llama"), tmp_path / "b", texts, "--down-proj")) == 0
+    assert quantize_(*arguments(model, tmp_path / "b", texts, "--down-proj")) == 0
     assert (out / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
     assert not (tmp_path / ".out.part").exists()
 

@@ -9,6 +9,7 @@ import torch
 from kvc8.backends.npu import runtime
 from kvc8.ir.capture import capture
 from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.program import Program
 from kvc8.ir.recipe import Recipe, make
 from kvc8.passes import pipeline
 from kvc8.passes.insert_kv_quant import insert_kv_quant
@@ -23,9 +24,9 @@ FLOAT = CHECKPOINTS / "llama_fp16_m3" / "orig"
 PROMPT = [5 + 7 * i % 90 for i in range(24)]
 
 
-def logits(checkpoint: Checkpoint, quantized: list[int]) -> torch.Tensor:
+def logits(checkpoint: Checkpoint, captured: Program, quantized: list[int]) -> torch.Tensor:
     """What the program gives whose caches of those numbers are int8, by its own pass."""
-    program = capture(checkpoint, torch.float32)
+    program = captured.copy()
     pipeline.run(program, tuple(p for p in pipeline.QUANTIZE if p is not insert_kv_quant))
     for i, cache in enumerate(program.caches()):
         if i not in quantized:
@@ -46,11 +47,12 @@ def logits(checkpoint: Checkpoint, quantized: list[int]) -> torch.Tensor:
 def test_each_figure_is_that_of_a_program_with_only_that_cache_in_int8(directory):
     checkpoint = open_checkpoint(directory)
     costs = sensitivity(checkpoint, PROMPT, "repair")
-    base = logits(checkpoint, [])
+    captured = capture(checkpoint, torch.float32)
+    base = logits(checkpoint, captured, [])
     count = len(costs) - 1
     for i, quantized in {0: [0], 3: [3], count: list(range(count))}.items():
         wanted = Figures()
-        wanted.add(logits(checkpoint, quantized), base, torch.tensor(PROMPT))
+        wanted.add(logits(checkpoint, captured, quantized), base, torch.tensor(PROMPT))
         assert wanted.kl_mean > 0
         # The same ops on the same values, in the same order: equal to the last bit.
         assert (costs[i].kl, costs[i].kl_p99) == (wanted.kl_mean, wanted.kl_p99)

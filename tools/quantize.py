@@ -118,6 +118,8 @@ def _rotated(
     if more := untied_bytes(checkpoint, found):
         what = f"its lm_head is rotated apart from the embedding, {more / 1e6:.1f} MB more"
         print(f"note: {place(checkpoint.path)}: {what}", file=sys.stderr)
+    if found.config == checkpoint.config:  # its tensors have the names and shapes they had
+        return found, program
     return found, capture(found, torch.float32)
 
 
