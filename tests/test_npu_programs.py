@@ -58,7 +58,7 @@ def fits(value: object, type_: str) -> bool:
         case "bool" | "str":
             return type(value).__name__ == type_
         case "List[int]":
-            return isinstance(value, list | tuple) and all(type(x) is int for x in value)
+            return isinstance(value, list | tuple) and all(fits(x, "int") for x in value)
     return False
 
 

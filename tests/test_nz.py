@@ -8,12 +8,14 @@ import torch
 from fused_models import in_turn, lowered, quantized
 from onnx_models import BOUND
 from test_device import FakeNpu
+from test_npu_programs import misfits, npu_calls
 from test_pass_docs import load as load_pass
 
 from kvc8.backends.npu import artifact_reader, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.cost import Device, Workload, by_op, total
 from kvc8.backends.npu.dumps import Recording, again, read_dump
+from kvc8.backends.npu.explain import explain
 from kvc8.backends.npu.generate import generate
 from kvc8.backends.npu.graphs import Recorder
 from kvc8.backends.npu.inputs import Rows
@@ -207,7 +209,11 @@ def test_launches_of_a_layer_in_decode(model, kind, w8a8, unfused, fused):
     for fuse, count in (("off", unfused), ("on", fused)):
         for phase, made in lowered(program, fuse, kv_format="nz").items():
             legality.check(made, "ascend910b", 128)
+            assert [misfits(node) for node in npu_calls(made) if misfits(node)] == []
             if phase == "decode":
+                roles = {choice.role for choice in explain(made, "ascend910b", 128)}
+                whole = "q and k norms, RoPE, quantization and cache write"
+                assert (whole in roles) == (kind == "qwen3" and fuse == "on")
                 assert [each.total() for each in launches(made).values()] == [count] * 2
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch_npu
 from converters import Exporter, alone, answer_for_cann, convert, has_converter
-from propagate import export, is_npu, module, propagate
+from propagate import export, is_npu, module, plain_sizes, propagate
 from torch.fx import Node
 
 from kvc8.ir.program import Program, substitute, type_of
@@ -40,7 +40,9 @@ class Tally:
             "no whole graph" if gaps else f"{convert(*module(program), exporter).total():,} GE ops"
         )
         nodes = len(program.graph.nodes)
-        print(f"{name}: {nodes:,} nodes, exported with dynamic sizes, {made}", flush=True)
+        but = ", ".join(sorted(plain_sizes(program) - {"S"}))
+        sizes = f"dynamic sizes{f' but {but}' if but else ''}"
+        print(f"{name}: {nodes:,} nodes, exported with {sizes}, {made}", flush=True)
 
     def convert_each(self, exporter: Exporter) -> None:
         """Convert each distinct call by itself, where there is a converter."""
