@@ -1,9 +1,13 @@
 """`kvc8-verify --sensitivity`: what quantizing the K or the V of one layer costs, by itself.
 
-The prompt runs once with a float cache, in float32, linears as the checkpoint has them. Then, for
-each cache, it runs again with only that cache's rows put through their int8 codes and back, by the
-same ops and scales as in the QUANTIZED program. Up to that cache nothing changes, so each of these
-runs starts there, from the values that the first had. The last row puts all caches through.
+The prompt runs once with a float cache, in float32. Then, for each cache, it runs again with only
+that cache's rows put through their int8 codes and back, by the same ops and scales as in the
+QUANTIZED program. Up to that cache nothing changes, so each of these runs starts there, from the
+values that the first had. The last row puts all caches through.
+
+W8A8 linears compute with the weights that their codes stand for, and with float activations: each
+activation quantizer would amplify whatever reaches it, so that any disturbance at all, however
+small, cost the same, and more the more layers follow it.
 
 Divergences are of the next token after each token of the prompt: KL(float cache || that one).
 """
@@ -29,6 +33,7 @@ from kvc8.ir.recipe import Recipe, make
 from kvc8.ir.run import Value, last_uses
 from kvc8.passes import pipeline
 from kvc8.passes.insert_kv_quant import insert_kv_quant
+from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.tools.divergence import Figures
 from kvc8.tools.forms import BLOCK
 
@@ -76,7 +81,8 @@ def sensitivity(checkpoint: Checkpoint, prompt: Sequence[int], kv_scales: str) -
         raise ModelError("the prompt: has fewer than 2 tokens; give a longer one, by --text")
     program = capture(checkpoint, torch.float32)
     steps = pipeline.QUANTIZE if kv_scales == "repair" else pipeline.AS_IS
-    pipeline.run(program, tuple(step for step in steps if step is not insert_kv_quant))
+    left_out = insert_linear_quant, insert_kv_quant
+    pipeline.run(program, tuple(step for step in steps if step not in left_out))
     sites = list(_sites(program, checkpoint))
     if not sites:
         what = "has no scales for its KV cache"
@@ -174,7 +180,7 @@ def _called(node: Node, values: Values) -> Value:
 def print_costs(costs: Sequence[Cost], tokens: int) -> None:
     """A line for each layer, K beside V."""
     each, every = costs[:-1], costs[-1]
-    print(f"{tokens} tokens of prompt, against a float cache; KL in nats")
+    print(f"{tokens} tokens of prompt, float linears, against a float cache; KL in nats")
     Console(width=100).print(_table(each))
     figures = f"KL {every.kl:.2g}, 99 % {every.kl_p99:.2g}, same top token {every.top1:.1%}"
     print(f"all at once: {figures}; the sum of the KLs above is {sum(c.kl for c in each):.2g}")

@@ -111,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--dump",
+        "--device-dump",
         type=Path,
         metavar="FILE",
         help="written by `kvc8-run --dump`; DIR is what it ran: compare it with the emulation",
