@@ -35,12 +35,12 @@ class Model:
         start, inputs = empty(self.program), PROMPT.inputs(self.program)
         self.state = record(self.program, self.parameters, inputs, start).caches
 
-    def check(self, phase, passes, see=lambda checked: None):
-        """Run passes up to the last, and check that."""
+    def check(self, phase, passes, see=lambda checked: None, last=1):
+        """Run passes, and check the last of them."""
         program = self.program.copy()
-        pipeline.run(program, passes[:-1])
+        pipeline.run(program, passes[:-last])
         call = Call(PROMPT) if phase == "prefill" else Call(STEP, self.state)
-        return check(program, passes[-1:], [call], self.parameters, see)
+        return check(program, passes[-last:], [call], self.parameters, see)
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +75,24 @@ each_fault = pytest.mark.parametrize(
 
 @each_fault
 def test_a_planted_fault_is_found_in_its_pass_and_layer(
-    models, tmp_path, model, name, phase, options, fault
+    models, tmp_path, capsys, model, name, phase, options, fault
 ):
+    """All passes of the phase up to it are checked; those before it keep their contracts."""
     sound = passes(name, phase, **options)
     broken = (*sound[:-1], planted.plant(sound[-1], fault))
     found = Bisection(tmp_path / "repro", models[model].parameters.read)
-    [verdict] = models[model].check(phase, broken, found.see)
-    assert verdict.name == name
+    verdicts = models[model].check(phase, broken, found.see, len(broken))
+    assert [verdict.name for verdict in verdicts if verdict.sentence] == [name]
+    verdict = verdicts[-1]
+    assert found.found == verdict.sentence
     assert sum(file.stat().st_size for file in found.folder.iterdir()) < 2_000_000
     assert command.entry(opt.parser(), opt.work, ["--run", str(found.folder)]) == 1
+    said = capsys.readouterr().err
     if verdict.refused:
         assert verdict.sentence.startswith(f"{name}: layer 1: ")
+        assert said.startswith(f"error: {verdict.node}: written as ")
         return
+    assert said.startswith(f"{name}: breaks its contract {verdict.contract}: ")
     assert {site.layer for site in verdict.breaches} == {"layer 1"}
     assert verdict.sentence.startswith(
         f"{name}: breaks its contract {verdict.contract} in layer 1, {phase}: "
