@@ -141,6 +141,8 @@ def _site(write: Node) -> Site | str:
         return "its cache is in ND format, and the op writes NZ"
     if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
         return "it writes to what is no input of the step"
+    if argument(write, 4).op != "placeholder":  # it may come after the split, where the op goes
+        return "its slots are no input of the step"
     if any(readers(node) != {write} for node in codes):
         return "what it quantizes is read beside the cache"
     rows = [unshaped(argument(node, 0)) for node in codes]

@@ -32,6 +32,7 @@ from kvc8.ir.text import parse
 from kvc8.ir.verify import verify
 from kvc8.passes import pipeline
 from kvc8.passes.fuse_norm_rope_quant_cache import fuse_norm_rope_quant_cache
+from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.tools import command, compile
 from kvc8.tools.contracts import Call, check
@@ -218,6 +219,8 @@ def test_launches_of_a_layer_in_decode(model, kind, w8a8, unfused, fused):
 
 
 BESIDE = "return [q_turned, k_cache_0, v_cache_0]"
+SCATTER = "    write: () = npu.npu_scatter_pa_kv_cache(k_rows, v_rows, k_cache_0, v_cache_0, slots,"
+LATE_SLOTS = "    late: i32[T] = aten.add.Tensor(slots, 1)\n    " + SCATTER.replace("slots", "late")
 LEFT = [
     ("'PA_NZ'", "'Norm'", "its cache is in ND format, and the op writes NZ"),
     (BESIDE, BESIDE.replace("q_turned", "k8"), "what it quantizes is read beside the cache"),
@@ -253,6 +256,7 @@ LEFT = [
         "its queries are not normalized and rotated as its keys are",
     ),
     ("= split[2]", "= split[1]", "its q, k and v are not made by one linear"),
+    (SCATTER, LATE_SLOTS, "its slots are no input of the step"),
 ]
 
 
@@ -265,6 +269,13 @@ def test_a_write_that_is_not_fused_says_why(old, new, why):
         text = text.replace("i8[N, 4, S, 32] = cache_nz(1)", "i8[N, S, 1, 128] = cache()")
     [remark] = fuse_norm_rope_quant_cache(parse(text))
     assert remark.why_not == why
+
+
+def test_slots_that_are_computed_late_are_left_to_the_write():
+    _, found = load_pass("fuse_rope_quant_cache")
+    assert SCATTER in found[2]
+    [remark] = fuse_rope_quant_cache(parse(found[2].replace(SCATTER, LATE_SLOTS)))
+    assert remark.why_not == "its slots are no input of the step"
 
 
 def test_what_an_op_is_to_write_is_read_by_nobody_before():
