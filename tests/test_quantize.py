@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -406,21 +405,15 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_the_real_model(smollm2, tmp_path):
-    """Seconds, peak memory, and the KL divergence from the float model on a text not seen."""
-    out = tmp_path / "out"
-    texts = REPOSITORY / "tests" / "data" / "calibration.jsonl"
-    start = time.monotonic()
-    given = (smollm2, "-o", out, "--calib-file", texts)
+    """Peak memory, and the KL divergence from the float model on a text not seen."""
+    out, texts = tmp_path / "out", REPOSITORY / "tests" / "data" / "calibration.jsonl"
+    given = (smollm2, "-o", out, "--calib-file", texts, "--samples", "8")
     done = measured(tmp_path, "kvc8.tools.quantize", *given)
     assert done.status == 0
-    seconds = time.monotonic() - start
-    print(f"\nquantized in {seconds:.1f} s, CPU {done.user:.1f} s, peak {done.peak:.0f} MB")
     assert open_checkpoint(out).warnings == ()
     tokens = read_tokenizer(smollm2).encode(HELD_OUT)
-    want = logits(smollm2, tokens, ())
-    linear = divergence(want, logits(out, tokens, (insert_linear_quant,)))
-    both = divergence(want, logits(out, tokens, pipeline.QUANTIZE))
-    print(f"mean KL over {len(tokens)} tokens: W8A8 {linear:.4f}, W8A8+C8 {both:.4f}")
+    both = divergence(logits(smollm2, tokens, ()), logits(out, tokens, pipeline.QUANTIZE))
+    print(f"\nCPU {done.user:.1f} s, peak {done.peak:.0f} MB, mean KL {both:.4f}")
     assert both < 0.02  # what the default recipe is held to
     assert done.peak < 655  # MB, half of what msModelSlim takes
 

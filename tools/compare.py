@@ -89,4 +89,5 @@ def _kl(pairs: list[tuple[Tensor, Tensor]]) -> float:
     made, base = (
         torch.stack([pair[i][-1].double() for pair in pairs]).log_softmax(-1) for i in (0, 1)
     )
-    return float((base.exp() * (base - made)).sum(-1).mean())
+    # a sum of rounded terms may fall below zero by a rounding; a divergence cannot
+    return max(float((base.exp() * (base - made)).sum(-1).mean()), 0.0)

@@ -85,8 +85,11 @@ def broken_promises(row: Row) -> list[str]:
 def print_rows(rows: Sequence[Row], tokens: Tokens) -> None:
     """A table for each form that others stand against."""
     print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
+    wide = max(len(row.form) for row in rows)  # a directory's name may be longer than any form's
     for against in dict.fromkeys(row.against for row in rows):
-        Console(width=124).print(_table([row for row in rows if row.against == against], against))
+        Console(width=106 + max(18, wide)).print(
+            _table([row for row in rows if row.against == against], against)
+        )
     print("NPU rows are emulated as the ops are documented; they were not verified on a device")
 
 
