@@ -17,10 +17,8 @@ from kvc8.ir.checkpoint import open_checkpoint
 from kvc8.ir.program import argument
 from kvc8.ir.run import run
 from kvc8.ir.w8a8 import Range, input_params, kv_scale, quantize_linear
-from kvc8.passes import pipeline
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.tools import command, quantize
-from kvc8.tools.measured import measured
 from kvc8.tools.tokenize import read_tokenizer
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
@@ -31,14 +29,6 @@ LINEAR = torch.ops.aten.linear.default
 TEXTS = ("The sea is a very large thing.", "12 + 30 = 42", "def f(x): return x", "Why not? ~!{}")
 WEIGHTS, DESCRIPTION = "quant_model_weight_w8a8.safetensors", "quant_model_description.json"
 REPOSITORY = Path(__file__).parent.parent
-HELD_OUT = """The bakery on Cooper Lane opens at five, long before the first bus. Nadia lights the \
-ovens, weighs the flour and lets the radio talk to itself. By six the windows are white with steam \
-and somebody is always waiting outside, stamping their feet. She knows most of them by what they \
-buy: two rolls and a paper, a rye loaf cut thin, the boy who counts his coins twice. In winter she \
-keeps a pot of soup behind the counter and forgets to charge for it. Her accountant has written \
-her three letters about that. The formula is not complicated, he says: revenue minus cost is \
-profit, and soup is a cost. She has pinned the letters above the sink, where the steam has made \
-the ink run, so that only the word "kindly" can still be read."""
 
 
 @pytest.fixture
@@ -400,33 +390,3 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
     assert refusal(capsys, tiny_model("llama"), tmp_path, texts) == (
         f"{tmp_path / 'out'}: exists already; choose another directory or remove it"
     )
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("two_threads")
-def test_the_real_model(smollm2, tmp_path):
-    """Peak memory, and the KL divergence from the float model on a text not seen."""
-    out, texts = tmp_path / "out", REPOSITORY / "tests" / "data" / "calibration.jsonl"
-    given = (smollm2, "-o", out, "--calib-file", texts, "--samples", "8")
-    done = measured(tmp_path, "kvc8.tools.quantize", *given)
-    assert done.status == 0
-    assert open_checkpoint(out).warnings == ()
-    tokens = read_tokenizer(smollm2).encode(HELD_OUT)
-    both = divergence(logits(smollm2, tokens, ()), logits(out, tokens, pipeline.QUANTIZE))
-    print(f"\nCPU {done.user:.1f} s, peak {done.peak:.0f} MB, mean KL {both:.4f}")
-    assert both < 0.02  # what the default recipe is held to
-    assert done.peak < 655  # MB, half of what msModelSlim takes
-
-
-def logits(directory: Path, tokens: list[int], passes) -> torch.Tensor:
-    """The log probabilities that a model gives after some passes, computed in float32."""
-    program = capture(open_checkpoint(directory), torch.float32)
-    if passes:
-        pipeline.run(program, passes)
-    made = values(program, directory, blocks=1, block=len(tokens))
-    given = step(tokens, [0], [len(tokens)], [[0]], block=len(tokens))
-    return run(program, {**made, **given})[0].log_softmax(-1)
-
-
-def divergence(want: torch.Tensor, got: torch.Tensor) -> float:
-    return float((want.exp() * (want - got)).sum(-1).mean())

@@ -2,11 +2,21 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from steps import step, values
+
+from kvc8.ir.capture import capture
+from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.run import run
+from kvc8.passes import pipeline
+from kvc8.tools.measured import CODE
+from kvc8.tools.tokenize import read_tokenizer
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```sh\n(.*?)```\n((?:\n(?:    [^\n]*\n)+)*)", re.DOTALL)
@@ -25,13 +35,44 @@ def shape(line: str) -> str:
     return " ".join(plain.split())
 
 
+HELD_OUT = """The bakery on Cooper Lane opens at five, long before the first bus. Nadia lights the \
+ovens, weighs the flour and lets the radio talk to itself. By six the windows are white with steam \
+and somebody is always waiting outside, stamping their feet. She knows most of them by what they \
+buy: two rolls and a paper, a rye loaf cut thin, the boy who counts his coins twice. In winter she \
+keeps a pot of soup behind the counter and forgets to charge for it. Her accountant has written \
+her three letters about that. The formula is not complicated, he says: revenue minus cost is \
+profit, and soup is a cost. She has pinned the letters above the sink, where the steam has made \
+the ink run, so that only the word "kindly" can still be read."""
+
+
+def logits(directory: Path, tokens: list[int], passes) -> torch.Tensor:
+    """The log probabilities that a model gives after some passes, computed in float32."""
+    program = capture(open_checkpoint(directory), torch.float32)
+    if passes:
+        pipeline.run(program, passes)
+    made = values(program, directory, blocks=1, block=len(tokens))
+    given = step(tokens, [0], [len(tokens)], [[0]], block=len(tokens))
+    return run(program, {**made, **given})[0].log_softmax(-1)
+
+
+def divergence(want: torch.Tensor, got: torch.Tensor) -> float:
+    return float((want.exp() * (want - got)).sum(-1).mean())
+
+
 @pytest.mark.slow
 def test_the_readme(smollm2, tmp_path):
     """In a directory of its own, which sees the model and the texts as the clone has them."""
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / smollm2.name).symlink_to(smollm2)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    (tmp_path / "bin").mkdir()
+    watched = tmp_path / "bin" / "kvc8-quantize"  # the command, with a note of what it takes
+    watched.write_text(
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {shlex.quote(CODE)} "
+        f'{tmp_path / "peak"} kvc8.tools.quantize "$@"\n'
+    )
+    watched.chmod(0o755)
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
     ran, everything = 0, ""
     for command, wanted in blocks():
@@ -43,5 +84,11 @@ def test_the_readme(smollm2, tmp_path):
         assert [line for line in wanted if shape(line) not in said] == [], done.stdout
         ran, everything = ran + 1, everything + done.stdout + done.stderr
     assert ran >= 5
-    assert "scattering" in everything  # why the sky is blue, as the compiled model has it
+    assert "scattering" in everything.lower()  # why the sky is blue, as the compiled model has it
     assert "11,520 bytes, 50% of float16's 23,040" in everything
+    # What the default recipe is held to, on a text that it has not seen; and half of what
+    # msModelSlim takes, in MB.
+    tokens = read_tokenizer(smollm2).encode(HELD_OUT)
+    made = logits(tmp_path / "smol-w8a8c8", tokens, pipeline.QUANTIZE)
+    assert divergence(logits(smollm2, tokens, ()), made) < 0.02
+    assert int((tmp_path / "peak").read_text()) * 1024 / 1e6 < 655

@@ -68,6 +68,14 @@ def test_everything_in_one_command_and_what_was_compiled(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["forms", "passes", "sensitivity"]
     forms = {row.pop("form"): row for row in found["forms"]}
+    assert list(forms) == [
+        *("float cache f32", "reference f64", "NPU emulated f32", "ONNX Runtime f32"),
+        *("NPU emulated f16", "ONNX Runtime gqa", str(out), "ONNX Runtime f64"),
+    ]
+    same = {form: row["codes"]["same_inputs"] for form, row in forms.items() if row["codes"]}
+    for unseen in ("NPU emulated f16", "ONNX Runtime gqa", str(out)):
+        assert same.pop(unseen) is None  # they quantize what they compute themselves
+    assert set(same.values()) == {0}
     # the same programs, written and read back
     assert forms[str(out)] == {**forms["NPU emulated f16"], "codes": forms[str(out)]["codes"]}
     assert forms[str(out)]["codes"]["by"] == forms["NPU emulated f16"]["codes"]["by"]

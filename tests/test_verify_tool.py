@@ -114,23 +114,13 @@ def test_a_code_that_differs_on_equal_inputs_is_counted():
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_table_and_json(capsys):
+def test_the_command_prints_a_table(capsys):
     options = [str(LLAMA), "--tokens", "20", "--steps", "3"]
     assert command.entry(verify.parser(), verify.work, options) == 0
     said = capsys.readouterr().out
     assert "against reference f32" in said
     assert "against reference f64" in said
     assert "they were not verified on a device" in said
-    assert command.entry(verify.parser(), verify.work, [*options, "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["form"] for row in rows] == [
-        *("float cache f32", "reference f64", "NPU emulated f32", "ONNX Runtime f32"),
-        *("NPU emulated f16", "ONNX Runtime gqa", "ONNX Runtime f64"),
-    ]
-    same = {row["form"]: row["codes"]["same_inputs"] for row in rows if row["codes"]}
-    for unseen in ("NPU emulated f16", "ONNX Runtime gqa"):  # quantize what they compute themselves
-        assert same.pop(unseen) is None
-    assert set(same.values()) == {0}
 
 
 @pytest.mark.slow
