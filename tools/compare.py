@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvc8.tools.forms import Run, Tokens
-from kvc8.tools.gaps import Gap, codes, gap
+from kvc8.tools.gaps import Gap, codes, gap, next_token
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def compare(form: str, made: Run, against: str, base: Run, tokens: Tokens) -> Ro
     """Both ran the tokens; caches have the same names, and come in the order of the layers."""
     pairs = list(zip(made.logits, base.logits, strict=True))
     logits = gap(*(torch.cat([pair[i] for pair in pairs]) for i in (1, 0)))
-    greedy = sum(bool(a[-1].argmax() == b[-1].argmax()) for a, b in pairs)
+    kl, same = zip(*(next_token(b[-1], a[-1]) for a, b in pairs), strict=True)
     quantized = all(cache.dtype is torch.int8 for cache in made.caches.values())
     codes = _codes(made, base, tokens) if quantized else None
-    return Row(form, against, logits, _kl(pairs), greedy, len(pairs), codes)
+    return Row(form, against, logits, sum(kl) / len(kl), sum(same), len(pairs), codes)
 
 
 def _codes(made: Run, base: Run, tokens: Tokens) -> Codes:
@@ -82,12 +82,3 @@ def _on_same(made: Run, base: Run, gaps: Mapping[str, Tensor]) -> int | None:
             return None
         found += int(((a == b) & (off > 0)).sum())
     return found
-
-
-def _kl(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    """Mean over the calls of KL(base || form) of the last row's next token."""
-    made, base = (
-        torch.stack([pair[i][-1].double() for pair in pairs]).log_softmax(-1) for i in (0, 1)
-    )
-    # a sum of rounded terms may fall below zero by a rounding; a divergence cannot
-    return max(float((base.exp() * (base - made)).sum(-1).mean()), 0.0)

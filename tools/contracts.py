@@ -22,8 +22,6 @@ What rounding does in the program's own dtypes is shown and not judged: it has n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from kvc8.ir.errors import IRError
 from kvc8.ir.nz import to_nz
 from kvc8.ir.program import Program
@@ -92,7 +90,6 @@ def check(
         else:
             _isolated(checked, pass_of(step), calls, parameters)
             olds = checked.news = _run(program, calls, parameters)
-            verdict.logits = max(map(_logits_gap, checked.olds, olds))
         see(checked)
     return verdicts
 
@@ -151,13 +148,6 @@ def _moved(old: Recording, program: Program, copy: Program) -> Recording:
     to = dict(zip(program.graph.nodes, copy.graph.nodes, strict=True))
     values = {to[node]: value for node, value in old.values.items()}
     return Recording(old.twins, values, old.caches, [to[node] for node in old.results])
-
-
-def _logits_gap(old: Recording, new: Recording) -> float:
-    a, b = old.values[old.results[0]], new.values[new.results[0]]
-    assert isinstance(a, Tensor)
-    assert isinstance(b, Tensor)
-    return float((a.double() - b.double()).abs().max())
 
 
 def _isolated(checked: Checked, pass_: Pass, calls: Sequence[Call], parameters: Parameters) -> None:

@@ -56,3 +56,11 @@ def codes(old: Tensor, new: Tensor) -> Codes:
 def saturated(found: Tensor) -> float:
     """The share of int8 codes that are at an end."""
     return float(((found == -128) | (found == 127)).double().mean())
+
+
+def next_token(base: Tensor, made: Tensor) -> tuple[float, bool]:
+    """KL(base || made) of logits [vocabulary] in nats, and whether their likeliest is the same."""
+    a, b = (logits.double().log_softmax(-1) for logits in (base, made))
+    divergence = float((a.exp() * (a - b)).sum())
+    # a sum of rounded terms may fall below zero by a rounding; a divergence cannot
+    return max(divergence, 0.0), bool(base.argmax() == made.argmax())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvc8.tools.comparison import whole
 from kvc8.tools.contracts import Checked
-from kvc8.tools.gaps import Codes, Gap, gap
+from kvc8.tools.gaps import Codes, Gap, gap, next_token
 from kvc8.tools.recording import Recording
 
 Named = Mapping[str, Tensor]
@@ -91,10 +91,3 @@ def _are_floats(*tensors: Tensor) -> bool:
 def by_name(recording: Recording) -> dict[str, Tensor]:
     """The tensors of a recording by the names of their nodes."""
     return {n.name: v for n, v in recording.values.items() if isinstance(v, Tensor)}
-
-
-def next_token(base: Tensor, made: Tensor) -> tuple[float, bool]:
-    """KL(base || made) of logits [vocabulary] in nats, and whether their likeliest is the same."""
-    a, b = (logits.double().log_softmax(-1) for logits in (base, made))
-    divergence = float((a.exp() * (a - b)).sum())
-    return max(divergence, 0.0), bool(base.argmax() == made.argmax())

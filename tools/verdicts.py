@@ -34,7 +34,6 @@ class Verdict:
     kept: int = 0  # values that no pass touched, found equal to the last bit
     refused: str = ""
     node: str = ""  # that verify refused
-    logits: float = 0.0  # how far the logits move when nothing is isolated; not judged
 
     @property
     def breaches(self) -> list[Site]:
