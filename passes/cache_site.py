@@ -1,14 +1,42 @@
-"""What the passes that fuse a cache write share: who reads a value, and parameters a head each."""
+"""What the passes that fuse a cache write share: their site, who reads a value, parameters by head."""
 
 import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir.program import Program, argument, is_call, recipe_of, tensor_type
+from kvc8.ir import npu
+from kvc8.ir.program import (
+    Program,
+    argument,
+    is_cache,
+    is_call,
+    recipe_of,
+    tensor_type,
+    unshaped,
+)
 from kvc8.ir.recipe import Recipe, cast
 from kvc8.ir.types import TensorType
 
 RESHAPE = torch.ops.aten.reshape.default
+
+
+def codes_of(write: Node, mode: str, other: str) -> list[Node] | str:
+    """The quantizers of K and V whose codes a write puts into pages, or why it cannot be fused.
+
+    `mode` is the cache_mode that the fused op writes, and `other` the reason against any other.
+    """
+    codes = [unshaped(argument(write, i)) for i in (0, 1)]
+    if not all(is_call(node, npu.npu_quantize) for node in codes):
+        return "its rows are not quantized, for its cache is float"
+    if write.kwargs.get("cache_mode") != mode:
+        return other
+    if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
+        return "it writes to what is no input of the step"
+    if argument(write, 4).op != "placeholder":  # it may come after the split, where the op goes
+        return "its slots are no input of the step"
+    if any(readers(node) != {write} for node in codes):
+        return "what it quantizes is read beside the cache"
+    return codes
 
 
 def readers(node: Node) -> set[Node]:

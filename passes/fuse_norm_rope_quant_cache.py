@@ -80,8 +80,9 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu
-from kvc8.ir.program import Program, Stage, argument, is_cache, is_call, tensor_type, unshaped
+from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type, unshaped
 from kvc8.passes.cache_site import (
+    codes_of,
     flat_angle,
     has_angles_of_tokens,
     offset_of_heads,
@@ -134,17 +135,9 @@ def fuse_norm_rope_quant_cache(program: Program) -> Iterator[Remark]:
 
 def _site(write: Node) -> Site | str:
     """The site of a cache write, or why it is none."""
-    codes = [unshaped(argument(write, i)) for i in (0, 1)]
-    if not all(is_call(node, npu.npu_quantize) for node in codes):
-        return "its rows are not quantized, for its cache is float"
-    if write.kwargs.get("cache_mode") != "PA_NZ":
-        return "its cache is in ND format, and the op writes NZ"
-    if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
-        return "it writes to what is no input of the step"
-    if argument(write, 4).op != "placeholder":  # it may come after the split, where the op goes
-        return "its slots are no input of the step"
-    if any(readers(node) != {write} for node in codes):
-        return "what it quantizes is read beside the cache"
+    codes = codes_of(write, "PA_NZ", "its cache is in ND format, and the op writes NZ")
+    if isinstance(codes, str):
+        return codes
     rows = [unshaped(argument(node, 0)) for node in codes]
     k = _turned(rows[0])
     if isinstance(k, str):

@@ -85,13 +85,13 @@ from kvc8.ir.program import (
     Program,
     Stage,
     argument,
-    is_cache,
     is_call,
     recipe_of,
     tensor_type,
     unshaped,
 )
 from kvc8.passes.cache_site import (
+    codes_of,
     flat_angle,
     has_angles_of_tokens,
     offset_of_heads,
@@ -149,17 +149,9 @@ def fuse_rope_quant_cache(program: Program) -> Iterator[Remark]:
 
 def _site(write: Node) -> Site | str:
     """The site of a cache write, or why it is none."""
-    codes = [unshaped(argument(write, i)) for i in (0, 1)]
-    if not all(is_call(node, npu.npu_quantize) for node in codes):
-        return "its rows are not quantized, for its cache is float"
-    if write.kwargs.get("cache_mode") != "Norm":
-        return "its cache is in NZ format, which the op does not write"
-    if not all(map(is_cache, (argument(write, 2), argument(write, 3)))):
-        return "it writes to what is no input of the step"
-    if argument(write, 4).op != "placeholder":  # it may come after the split, where the op goes
-        return "its slots are no input of the step"
-    if any(readers(node) != {write} for node in codes):
-        return "what it quantizes is read beside the cache"
+    codes = codes_of(write, "Norm", "its cache is in NZ format, which the op does not write")
+    if isinstance(codes, str):
+        return codes
     turned, v = (unshaped(argument(node, 0)) for node in codes)
     if not is_call(turned, npu.npu_rotary_mul):
         return "its keys do not come out of npu_rotary_mul"
