@@ -25,8 +25,8 @@ is the dtype the model computes in. Who quantizes and who dequantizes are chosen
 float32 s itself. The attention kernels add their offset, the page and msModelSlim subtract it:
 hence -z. MindIE passes z there, as the bits of a float, which is right for z = 0 only.
 
-The forms are stated as recipes: `derive` makes them from tensors at once, and a pass writes them
-into a program.
+The forms are stated as expressions: `derive` makes them from tensors at once, and a pass writes
+them into a program.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,7 @@ import torch
 from torch import Tensor
 
 from kvc8.ir.errors import ModelError
-from kvc8.ir.parameters import whole
-from kvc8.ir.recipe import Recipe, cast, make, stored
+from kvc8.ir.expression import Expression, cast, make, stored
 
 QuantForm = Literal["page", "atb", "divide", "multiply", "rope_quant_cache"]
 DequantForm = Literal["page", "atb", "fused_infer", "anti_quant"]
@@ -163,27 +162,27 @@ def shard_channels(channels: Channels, kv_heads: int, rank: int, ranks: int) -> 
 class Side:
     """What the scale and the zero point of a K or V are made of, [C] each, and their dtypes."""
 
-    scale: Recipe
-    zero: Recipe
+    scale: Expression
+    zero: Expression
     scale_dtype: torch.dtype
     zero_dtype: torch.dtype
 
-    def scale_as(self, dtype: torch.dtype) -> Recipe:
+    def scale_as(self, dtype: torch.dtype) -> Expression:
         """The scale in a dtype."""
         return _as(self.scale, self.scale_dtype, dtype)
 
-    def zero_as(self, dtype: torch.dtype) -> Recipe:
+    def zero_as(self, dtype: torch.dtype) -> Expression:
         """The zero point in a dtype."""
         return _as(self.zero, self.zero_dtype, dtype)
 
 
-def _as(recipe: Recipe, has: torch.dtype, dtype: torch.dtype) -> Recipe:
-    return recipe if has is dtype else cast(recipe, dtype)
+def _as(expression: Expression, has: torch.dtype, dtype: torch.dtype) -> Expression:
+    return expression if has is dtype else cast(expression, dtype)
 
 
 def quantizer(
     side: Side, form: QuantForm, model: torch.dtype, head_dim: int
-) -> tuple[Recipe, Recipe]:
+) -> tuple[Expression, Expression]:
     """Scale and offset of one who quantizes; `model` is the dtype the model computes in."""
     match form:
         case "page":
@@ -193,35 +192,37 @@ def quantizer(
         case "divide":
             return side.scale_as(torch.float32), side.zero_as(torch.int32)
         case "multiply":
-            inverse = Recipe("reciprocal", (side.scale_as(torch.float32),))
+            inverse = Expression("reciprocal", (side.scale_as(torch.float32),))
             return _as(inverse, torch.float32, model), side.zero_as(model)
         case "rope_quant_cache":
             heads = (-1, head_dim)
             both = side.scale_as(torch.float32), side.zero_as(torch.float32)
-            return Recipe("reshape", (both[0], heads)), Recipe("reshape", (both[1], heads))
+            return Expression("reshape", (both[0], heads)), Expression("reshape", (both[1], heads))
 
 
-def dequantizer(side: Side, form: DequantForm, model: torch.dtype) -> tuple[Recipe, Recipe]:
+def dequantizer(side: Side, form: DequantForm, model: torch.dtype) -> tuple[Expression, Expression]:
     """Scale and offset of one who dequantizes; `model` is the dtype the model computes in."""
     match form:
         case "page":
             return side.scale, side.zero
         case "atb":
             wide = side.scale_as(torch.float32)
-            packed = Recipe("int_bits", (wide,)) if model is torch.float16 else wide
-            return packed, Recipe("neg", (side.zero_as(torch.int32),))
+            packed = Expression("int_bits", (wide,)) if model is torch.float16 else wide
+            return packed, Expression("neg", (side.zero_as(torch.int32),))
         case "fused_infer":
             # from int32, for float -0.0 is not the zero that runtimes compare with bit by bit
-            negated = Recipe("neg", (side.zero_as(torch.int32),))
+            negated = Expression("neg", (side.zero_as(torch.int32),))
             return side.scale_as(model), cast(negated, model)
         case "anti_quant":
-            return side.scale_as(torch.float32), Recipe("neg", (side.zero_as(torch.float32),))
+            return side.scale_as(torch.float32), Expression("neg", (side.zero_as(torch.float32),))
 
 
-def _made(side: Channels, recipes: tuple[Recipe, Recipe], where: str) -> tuple[Tensor, Tensor]:
+def _made(
+    side: Channels, expressions: tuple[Expression, Expression], where: str
+) -> tuple[Tensor, Tensor]:
     """Make scale and offset, and check that their dtypes hold them."""
     given = {"scale": side.scale, "zero": side.offset}
-    scale, offset = (make(recipe, given.__getitem__) for recipe in recipes)
+    scale, offset = (make(expression, given.__getitem__) for expression in expressions)
     dtype = str(scale.dtype)
     _check_scale(scale, where, f"it does not fit {dtype}: choose a form that keeps float32 scales")
     if offset.dtype is torch.int8:
@@ -240,3 +241,9 @@ def _check_int8(offset: Tensor, where: str) -> None:
         raise ModelError(
             f"{where}: an offset does not fit int8; choose a form that keeps wider offsets"
         )
+
+
+def whole(offset: Tensor) -> bool:
+    """Whether offsets are codes: whole numbers, not far outside of int8."""
+    wide = offset.float()
+    return bool((wide == wide.round()).all() and wide.abs().max() <= 256)  # no NaN passes this

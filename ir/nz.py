@@ -4,7 +4,7 @@
     NZ  [N, heads * head_dim / 32, S, 32]    its values 32p ... 32p + 31 lie at [b, p, r]
 
 The same values in the same blocks and slots, so the runtime counts both alike. A program says which
-a cache is by its recipe, `cache()` or `cache_nz(heads)`. The source is op-plugin's
+a cache is by its expression, `cache()` or `cache_nz(heads)`. The source is op-plugin's
 npu_scatter_pa_kv_cache.md, cache_mode PA_NZ.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir.errors import IRError
-from kvc8.ir.program import recipe_of, tensor_type
+from kvc8.ir.program import expression_of, tensor_type
 from kvc8.ir.types import TensorType, size
 
 PIECE = 32  # int8 values: the 32 bytes that the NPU's matrix unit takes at a time
@@ -29,7 +29,7 @@ def nz_row(cache: Node) -> tuple[int, int]:
 
     Raises IRError where its type is not that of such a cache, or holds no such number of heads.
     """
-    type_, (heads,) = tensor_type(cache), recipe_of(cache).args
+    type_, (heads,) = tensor_type(cache), expression_of(cache).args
     pieces = type_.shape[1] if len(type_.shape) == 4 else None
     wanted = (size("N"), pieces, size("S"), PIECE)
     if not isinstance(pieces, int) or not isinstance(heads, int) or type_.shape != wanted:

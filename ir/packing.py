@@ -1,10 +1,10 @@
-"""Take a packed linear apart again: two linears of some of its rows each, by recipe."""
+"""Take a packed linear apart again: two linears of some of its rows each, by expression."""
 
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir.program import Program, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe
+from kvc8.ir.expression import Expression
+from kvc8.ir.program import Program, expression_of, tensor_type
 from kvc8.ir.types import TensorType
 
 
@@ -13,14 +13,14 @@ def parameters(linear: Node) -> list[Node]:
     return [node for node in linear.all_input_nodes if node is not linear.args[0]]
 
 
-def parts(recipe: Recipe) -> tuple[Recipe, ...]:
-    """The recipes that a packed parameter is made of; nothing where it is not packed."""
-    inner = recipe.args[0] if recipe.args else None
-    if recipe.op == "transpose" and isinstance(inner, Recipe):
+def parts(expression: Expression) -> tuple[Expression, ...]:
+    """The expressions that a packed parameter is made of; nothing where it is not packed."""
+    inner = expression.args[0] if expression.args else None
+    if expression.op == "transpose" and isinstance(inner, Expression):
         return parts(inner)
-    if recipe.op != "concat" or recipe.args[1] != 0 or not isinstance(inner, tuple):
+    if expression.op != "concat" or expression.args[1] != 0 or not isinstance(inner, tuple):
         return ()
-    return tuple(part for part in inner if isinstance(part, Recipe))
+    return tuple(part for part in inner if isinstance(part, Expression))
 
 
 def divide(program: Program, linear: Node, rows: int, cut: int) -> tuple[Node, Node]:
@@ -34,30 +34,30 @@ def divide(program: Program, linear: Node, rows: int, cut: int) -> tuple[Node, N
 
 
 def _near(program: Program, parameter: Node, rows: int, cut: int) -> Node:
-    first, *others = parts(recipe_of(parameter))
-    recipe = Recipe("concat", ((Recipe("slice", (first, 0, 0, cut)), *others), 0))
-    return _like(program, parameter, recipe, _rows(parameter) - rows + cut)
+    first, *others = parts(expression_of(parameter))
+    expression = Expression("concat", ((Expression("slice", (first, 0, 0, cut)), *others), 0))
+    return _like(program, parameter, expression, _rows(parameter) - rows + cut)
 
 
 def _far(program: Program, parameter: Node, rows: int, cut: int) -> Node:
-    recipe = Recipe("slice", (parts(recipe_of(parameter))[0], 0, cut, rows))
-    return _like(program, parameter, recipe, rows - cut)
+    expression = Expression("slice", (parts(expression_of(parameter))[0], 0, cut, rows))
+    return _like(program, parameter, expression, rows - cut)
 
 
 def _rows(parameter: Node) -> int:
     shape = tensor_type(parameter).shape
-    return int(shape[-1] if recipe_of(parameter).op == "transpose" else shape[0])
+    return int(shape[-1] if expression_of(parameter).op == "transpose" else shape[0])
 
 
-def _like(program: Program, parameter: Node, recipe: Recipe, rows: int) -> Node:
+def _like(program: Program, parameter: Node, expression: Expression, rows: int) -> Node:
     """A parameter like another, of so many rows; transposed where that one is."""
-    type_, old = tensor_type(parameter), recipe_of(parameter)
+    type_, old = tensor_type(parameter), expression_of(parameter)
     if old.op == "transpose":
-        recipe = Recipe("transpose", (recipe, *old.args[1:]))
+        expression = Expression("transpose", (expression, *old.args[1:]))
         type_ = TensorType(type_.dtype, (type_.shape[0], rows))
     else:
         type_ = TensorType(type_.dtype, (rows, *type_.shape[1:]))
-    return program.placeholder(f"{parameter.name}_part", type_, recipe)
+    return program.placeholder(f"{parameter.name}_part", type_, expression)
 
 
 def _with(program: Program, linear: Node, tensors: list[Node]) -> Node:

@@ -4,11 +4,11 @@ Beside fx's own fields a node carries, in its meta:
 
     type     what it gives (ir/types.py)
     origin   the module of the model it came from, "model.layers.3.self_attn"; "" where none
-    recipe   parameters and caches only: what it is made of (ir/recipe.py)
+    expression   parameters and caches only: what it is made of (ir/expression.py)
 
-A placeholder with a recipe `cache(...)` or `cache_nz(heads)` is a KV cache, with any other recipe a
-parameter, and without one an input of each step. The output lists the logits and then each cache
-as it now is.
+A placeholder with an expression `cache(...)` or `cache_nz(heads)` is a KV cache, with any other
+expression a parameter, and without one an input of each step. The output lists the logits and then
+each cache as it now is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +22,11 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from kvc8.ir.errors import IRError
-from kvc8.ir.recipe import Recipe
+from kvc8.ir.expression import Expression
 from kvc8.ir.shapes import Shapes, Target
 from kvc8.ir.types import TensorType, Type
 
-CACHES = ("cache", "cache_nz")  # recipes
+CACHES = ("cache", "cache_nz")  # expressions
 
 
 class Stage(Enum):
@@ -53,7 +53,7 @@ class Program:
 
     def inputs(self) -> list[Node]:
         """The inputs of a step, without parameters and caches."""
-        return [n for n in self.graph.nodes if n.op == "placeholder" and "recipe" not in n.meta]
+        return [n for n in self.graph.nodes if n.op == "placeholder" and "expression" not in n.meta]
 
     def parameters(self) -> list[Node]:
         """The placeholders made from the checkpoint."""
@@ -85,10 +85,12 @@ class Program:
         node.meta["type"] = self.infer(node)
         return node
 
-    def placeholder(self, name: str, type_: Type, recipe: Recipe | None = None) -> Node:
+    def placeholder(self, name: str, type_: Type, expression: Expression | None = None) -> Node:
         """Add an input after the last input, a parameter or cache after the last of all."""
         last = (
-            self._last_placeholder() if recipe is not None else next(reversed(self.inputs()), None)
+            self._last_placeholder()
+            if expression is not None
+            else next(reversed(self.inputs()), None)
         )
         first = next(iter(self.graph.nodes), None)
         with self.graph.inserting_after(last) if last else self.graph.inserting_before(first):
@@ -96,8 +98,8 @@ class Program:
         if node.next.op != "placeholder":
             self._last = node
         node.meta["type"] = type_
-        if recipe is not None:
-            node.meta["recipe"] = recipe
+        if expression is not None:
+            node.meta["expression"] = expression
         return node
 
     def _last_placeholder(self) -> Node | None:
@@ -152,9 +154,9 @@ def is_parameter(node: Node) -> bool:
 
 
 def _made_by(node: Node) -> str | None:
-    """The name of a placeholder's recipe; None where it has none."""
-    found = node.op == "placeholder" and "recipe" in node.meta
-    return recipe_of(node).op if found else None
+    """The name of a placeholder's expression; None where it has none."""
+    found = node.op == "placeholder" and "expression" in node.meta
+    return expression_of(node).op if found else None
 
 
 def op_name(op: Target) -> str:
@@ -205,11 +207,11 @@ def unshaped(node: Node) -> Node:
     return node
 
 
-def recipe_of(node: Node) -> Recipe:
+def expression_of(node: Node) -> Expression:
     """What a parameter or cache is made of."""
-    if "recipe" not in node.meta:
-        raise IRError(f"{node.name}: is no parameter; give it a recipe")
-    found: Recipe = node.meta["recipe"]
+    if "expression" not in node.meta:
+        raise IRError(f"{node.name}: is no parameter; give it an expression")
+    found: Expression = node.meta["expression"]
     return found
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
-from kvc8.ir.program import Program, is_parameter, recipe_of
-from kvc8.ir.recipe import stored_names
+from kvc8.ir.expression import stored_names
+from kvc8.ir.program import Program, expression_of, is_parameter
 
 LAYER = re.compile(r"\.layers\.(\d+)\b|^layers\.(\d+)\b")
 
@@ -63,7 +63,7 @@ def provenance(before: Program, after: Program, sites: Iterable[str] = ()) -> Pr
 
 
 def sources(before: Program, after: Program) -> dict[Node, tuple[Node, ...]]:
-    """Of each node of `after` that is new, has another type or recipe, or took another's place:
+    """Of each node of `after` that is new, has another type or expression, or took another's place:
     the nodes of `before` it came from.
 
     In the order of either program. A node that feeds nothing which was there before has none.
@@ -77,7 +77,7 @@ def sources(before: Program, after: Program) -> dict[Node, tuple[Node, ...]]:
                 found[a].add(b)
     makers = _made_of(before)
     for node in reversed([n for n in after.graph.nodes if n not in here]):
-        names = stored_names(recipe_of(node)) if is_parameter(node) else ()
+        names = stored_names(expression_of(node)) if is_parameter(node) else ()
         alike = {maker for name in names for maker in makers.get(name, ())}
         through = {n for user in node.users if user not in here for n in found[user]}
         found[node] = found[node] or alike or through
@@ -93,7 +93,7 @@ def _made_of(program: Program) -> dict[str, list[Node]]:
     """The parameters and caches by the stored tensors they are made of."""
     found: dict[str, list[Node]] = {}
     for node in program.graph.nodes:
-        for name in stored_names(node.meta["recipe"]) if "recipe" in node.meta else ():
+        for name in stored_names(node.meta["expression"]) if "expression" in node.meta else ():
             found.setdefault(name, []).append(node)
     return found
 
@@ -110,7 +110,7 @@ def _same(node: Node, was: Node) -> bool:
         return False
     if node.meta.get("type") != was.meta.get("type"):
         return False
-    return not is_parameter(node) or recipe_of(node) == recipe_of(was)
+    return not is_parameter(node) or expression_of(node) == expression_of(was)
 
 
 def _rewired(node: Node, was: Node, kept: dict[Node, Node]) -> Iterator[tuple[Node, Node] | None]:

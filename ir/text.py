@@ -3,7 +3,7 @@
     def captured(
         input_ids: i64[T],                                       an input of each step
         k_cache_0: f16[N, S, 2, 32] = cache(),                   a KV cache
-        norm: f16[64] = stored("model.norm.weight"),             a parameter and its recipe
+        norm: f16[64] = stored("model.norm.weight"),             a parameter and its expression
     ):
         mul: f16[1, T, 64] = aten.mul.Tensor(x, norm)  # model.norm
         return [mul]
@@ -23,8 +23,8 @@ from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from kvc8.ir.errors import IRError
+from kvc8.ir.expression import Arg, Expression
 from kvc8.ir.program import Program, Stage, type_of
-from kvc8.ir.recipe import Arg, Recipe
 from kvc8.ir.shapes import Shapes
 from kvc8.ir.types import DTYPE_NAMES, DTYPES, Dim, IntsType, TensorType, Type, dim, show_type, size
 
@@ -50,7 +50,7 @@ def show_node(node: Node) -> str:
 
 def _show_input(node: Node) -> str:
     text = f"{node.name}: {show_type(type_of(node))}"
-    return f"{text} = {node.meta['recipe']}" if "recipe" in node.meta else text
+    return f"{text} = {node.meta['expression']}" if "expression" in node.meta else text
 
 
 def _show_line(node: Node) -> str:
@@ -108,8 +108,8 @@ class _Reader:
         params, defaults = function.args.args, function.args.defaults
         plain = len(params) - len(defaults)
         for param, default in zip(params, [*[None] * plain, *defaults], strict=True):
-            recipe = read_recipe(default) if default else None
-            node = self.program.placeholder(param.arg, _read_type(param.annotation), recipe)
+            expression = read_expression(default) if default else None
+            node = self.program.placeholder(param.arg, _read_type(param.annotation), expression)
             self.nodes[param.arg] = node
         for line in function.body:
             self.read_line(line)
@@ -210,20 +210,20 @@ def _read_dim(expr: ast.expr) -> Dim:
     raise IRError(f"{ast.unparse(expr)}: not a size; write sums and products of ints and names")
 
 
-def read_recipe(expr: ast.expr) -> Recipe:
-    """A recipe from its syntax tree."""
+def read_expression(expr: ast.expr) -> Expression:
+    """An expression from its syntax tree."""
     match expr:
         case ast.Call(func=ast.Name(id=op), args=args, keywords=[]):
-            return Recipe(op, tuple(map(_read_recipe_arg, args)))
-    raise IRError(f"{ast.unparse(expr)}: not a recipe; see ir/recipe.py")
+            return Expression(op, tuple(map(_read_expression_arg, args)))
+    raise IRError(f"{ast.unparse(expr)}: not an expression; see ir/expression.py")
 
 
-def _read_recipe_arg(expr: ast.expr) -> Arg:
+def _read_expression_arg(expr: ast.expr) -> Arg:
     match expr:
         case ast.Call():
-            return read_recipe(expr)
+            return read_expression(expr)
         case ast.List(elts=items):
-            return tuple(map(_read_recipe_arg, items))
+            return tuple(map(_read_expression_arg, items))
         case ast.Name(id=name) if name in DTYPES:
             return DTYPES[name]
     return _literal(expr)

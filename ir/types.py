@@ -1,7 +1,7 @@
 """The type of every value in a program: dtype and shape, where a dimension may be symbolic.
 
 A dimension is an int or an expression of named sizes, such as `T` or `B + 1`. The sizes that the
-inputs of a program use (see ir/capture.py):
+inputs of a program use (see ir/capture/trace.py):
 
     T  tokens of the batch, flattened        N  blocks of the KV cache
     B  sequences                             S  tokens a block holds

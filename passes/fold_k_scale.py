@@ -91,16 +91,16 @@ import torch
 from torch.fx import Node
 
 from kvc8.ir import ops
+from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
+    expression_of,
     is_call,
     is_parameter,
-    recipe_of,
     tensor_type,
 )
-from kvc8.ir.recipe import Recipe, cast
 from kvc8.ir.types import TensorType, dtype_name
 from kvc8.passes.fold_kv_scales import dequantizer
 from kvc8.passes.repair_rope_scales import MOVES, Rope, behind, find_rope
@@ -128,17 +128,21 @@ def fold_k_scale(program: Program, weights: bool = True) -> Iterator[Remark]:
             continue
         heads, dim = (int(d) for d in tensor_type(k).shape[2:])
         scale = argument(back, 1)
-        by_head = Recipe("reshape", (recipe_of(scale), (heads, dim)))
-        power = Recipe("head_power", (by_head,))
+        by_head = Expression("reshape", (expression_of(scale), (heads, dim)))
+        power = Expression("head_power", (by_head,))
         groups = int(tensor_type(attention).shape[1]) // heads
-        factor = Recipe("per_query", (Recipe("div", (by_head, power)), groups))
-        yield hit(attention, f"into {_fold(program, attention, recipe_of(scale), factor, weights)}")
-        flat = Recipe("reshape", (power, (heads * dim,)))
+        factor = Expression("per_query", (Expression("div", (by_head, power)), groups))
+        yield hit(
+            attention, f"into {_fold(program, attention, expression_of(scale), factor, weights)}"
+        )
+        flat = Expression("reshape", (power, (heads * dim,)))
         new = program.placeholder(f"{scale.name}_power", tensor_type(scale), flat)
         back.args = (argument(back, 0), new)
 
 
-def _fold(program: Program, attention: Node, scale: Recipe, factor: Recipe, weights: bool) -> str:
+def _fold(
+    program: Program, attention: Node, scale: Expression, factor: Expression, weights: bool
+) -> str:
     """Multiply the query by a factor a channel, [Hq*D]; says where."""
     rows = argument(attention, 0)
     rope = find_rope(rows)
@@ -186,21 +190,21 @@ def _by_head(source: Node, rows: Node) -> bool:
     return len(source.users) == 1 == len(found) and tensor_type(found[0]).shape[-2:] == shape
 
 
-def _tied(scale: Recipe, rope: Rope) -> bool:
-    """Whether both channels of each RoPE pair have one scale, as far as its recipe tells."""
+def _tied(scale: Expression, rope: Rope) -> bool:
+    """Whether both channels of each RoPE pair have one scale, as far as its expression tells."""
     if scale.op == "rope_bound":
         return scale.args[2:5] == (rope.distance, rope.width, rope.kind)
     inner = scale.args[0] if scale.op in ("reshape", "cast", "round_up") else None
-    return _uniform(scale) or (isinstance(inner, Recipe) and _tied(inner, rope))
+    return _uniform(scale) or (isinstance(inner, Expression) and _tied(inner, rope))
 
 
-def _uniform(scale: Recipe) -> bool:
-    """Whether all channels have one scale, as far as its recipe tells."""
+def _uniform(scale: Expression) -> bool:
+    """Whether all channels have one scale, as far as its expression tells."""
     if scale.op == "expand":
         x = scale.args[0]
-        return isinstance(x, Recipe) and x.op == "reshape" and set(x.args[1]) == {1}  # type: ignore[arg-type]
+        return isinstance(x, Expression) and x.op == "reshape" and set(x.args[1]) == {1}  # type: ignore[arg-type]
     inner = scale.args[0] if scale.op in ("reshape", "cast", "round_up") else None
-    return isinstance(inner, Recipe) and _uniform(inner)
+    return isinstance(inner, Expression) and _uniform(inner)
 
 
 def _gamma(source: Node, rows: Node) -> Node | None:
@@ -212,42 +216,44 @@ def _gamma(source: Node, rows: Node) -> Node | None:
     return found[0] if len(found) == 1 and len(found[0].users) == 1 else None
 
 
-def _times(program: Program, old: Node, factor: Recipe) -> Node:
+def _times(program: Program, old: Node, factor: Expression) -> Node:
     """A parameter times a factor in float32, in the dtype of the parameter."""
     type_ = tensor_type(old)
-    recipe = cast(Recipe("mul", (cast(recipe_of(old), torch.float32), factor)), type_.dtype)
-    return program.placeholder(f"{old.name}_with_k", type_, recipe)
+    expression = cast(
+        Expression("mul", (cast(expression_of(old), torch.float32), factor)), type_.dtype
+    )
+    return program.placeholder(f"{old.name}_with_k", type_, expression)
 
 
-def _into_deq_scale(program: Program, linear: Node, factor: Recipe) -> str:
+def _into_deq_scale(program: Program, linear: Node, factor: Expression) -> str:
     deq_scale = argument(linear, 2)
-    recipe = Recipe("mul", (recipe_of(deq_scale), factor))
+    expression = Expression("mul", (expression_of(deq_scale), factor))
     name = f"{deq_scale.name}_with_k"
-    linear.update_arg(2, program.placeholder(name, tensor_type(deq_scale), recipe))
+    linear.update_arg(2, program.placeholder(name, tensor_type(deq_scale), expression))
     return "q_proj's deq_scale"
 
 
-def _into_weight(program: Program, linear: Node, factor: Recipe) -> str:
+def _into_weight(program: Program, linear: Node, factor: Expression) -> str:
     x, weight, *bias = linear.args
     assert isinstance(weight, Node)
     rows = int(tensor_type(weight).shape[0])
-    parts = [_times(program, weight, Recipe("reshape", (factor, (rows, 1))))]
+    parts = [_times(program, weight, Expression("reshape", (factor, (rows, 1))))]
     parts += [_times(program, b, factor) for b in bias if isinstance(b, Node)]
     linear.args = (x, *parts)
     return "q_proj's weight"
 
 
-def _into_norm(program: Program, norm: Node, gamma: Node, factor: Recipe) -> str:
-    one_head = Recipe("slice", (factor, 0, 0, int(tensor_type(gamma).shape[0])))
+def _into_norm(program: Program, norm: Node, gamma: Node, factor: Expression) -> str:
+    one_head = Expression("slice", (factor, 0, 0, int(tensor_type(gamma).shape[0])))
     norm.replace_input_with(gamma, _times(program, gamma, one_head))
     return "q_norm's weight"
 
 
-def _into_query(program: Program, attention: Node, factor: Recipe) -> str:
+def _into_query(program: Program, attention: Node, factor: Expression) -> str:
     rows = argument(attention, 0)
     _, heads, dim = tensor_type(rows).shape
     type_ = TensorType(tensor_type(rows).dtype, (heads, dim))
-    shaped = Recipe("reshape", (factor, (int(heads), int(dim))))
+    shaped = Expression("reshape", (factor, (int(heads), int(dim))))
     name = f"{attention.name}_k_factor_{dtype_name(type_.dtype)}"
     node = program.placeholder(name, type_, cast(shaped, type_.dtype))
     new = program.call(attention, ATEN.mul.Tensor, rows, node)

@@ -49,8 +49,8 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import kv_params, npu, ops
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe
+from kvc8.ir.expression import Expression
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -88,21 +88,23 @@ def _eight(
 ) -> tuple[Node, Node | None, Node, Node | None]:
     """Scale and offset to quantize, and to dequantize: the four of the eight that are K's or V's."""
     width = math.prod(map(int, tensor_type(scale).shape))
-    flat = Recipe("reshape", (recipe_of(scale), (width,)))
-    flat_zero = Recipe("reshape", (recipe_of(zero), (width,))) if isinstance(zero, Node) else flat
+    flat = Expression("reshape", (expression_of(scale), (width,)))
+    flat_zero = (
+        Expression("reshape", (expression_of(zero), (width,))) if isinstance(zero, Node) else flat
+    )
     side = kv_params.Side(flat, flat_zero, torch.float32, torch.float32)
-    recipes = (
+    expressions = (
         *kv_params.quantizer(side, "divide", torch.float32, 1),
         *kv_params.dequantizer(side, "anti_quant", torch.float32),
     )
     types = (torch.float32, torch.int32, torch.float32, torch.float32)
     made: list[Node | None] = []
-    for part, recipe, dtype in zip(PARTS, recipes, types, strict=True):
+    for part, expression, dtype in zip(PARTS, expressions, types, strict=True):
         if part.endswith("offset") and zero is None:
             made.append(None)
             continue
         name = cache.replace("cache", part)
-        made.append(program.placeholder(name, TensorType(dtype, (width,)), recipe))
+        made.append(program.placeholder(name, TensorType(dtype, (width,)), expression))
     quant_scale, quant_offset, dequant_scale, dequant_offset = made
     assert quant_scale is not None
     assert dequant_scale is not None

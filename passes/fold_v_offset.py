@@ -59,17 +59,17 @@ import torch
 from torch.fx import Node
 
 from kvc8.ir import ops
+from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
+    expression_of,
     is_call,
     is_parameter,
-    recipe_of,
     tensor_type,
     users,
 )
-from kvc8.ir.recipe import Recipe, cast
 from kvc8.ir.types import TensorType
 from kvc8.passes.fold_kv_scales import dequantizer
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
@@ -123,28 +123,28 @@ def projection(attention: Node, back: Node) -> tuple[Node | None, str]:
     return None, f"{reader.name} reads it, which is no linear"
 
 
-def per_query(recipe: Recipe, attention: Node) -> Recipe:
+def per_query(expression: Expression, attention: Node) -> Expression:
     """Of [H*D], the channels of KV heads, what the query heads of an attention see: [Hq*D]."""
     _, heads, dim = (int(d) if isinstance(d, int) else 0 for d in tensor_type(attention).shape)
     kv_heads = int(tensor_type(argument(attention, 2)).shape[2])
-    by_head = Recipe("reshape", (recipe, (kv_heads, dim)))
-    return Recipe("per_query", (by_head, heads // kv_heads))
+    by_head = Expression("reshape", (expression, (kv_heads, dim)))
+    return Expression("per_query", (by_head, heads // kv_heads))
 
 
-def constant(attention: Node, back: Node) -> Recipe:
+def constant(attention: Node, back: Node) -> Expression:
     """What the offset of V adds to each channel of an attention's output, float32 [Hq*D]."""
     offset = back.kwargs["offset"]
     assert isinstance(offset, Node)
-    added = Recipe("mul", (recipe_of(offset), recipe_of(argument(back, 1))))
+    added = Expression("mul", (expression_of(offset), expression_of(argument(back, 1))))
     return per_query(added, attention)
 
 
 def _fold(program: Program, attention: Node, back: Node, linear: Node) -> None:
     x, weight, *rest = linear.args
     assert isinstance(weight, Node)
-    added = Recipe("matvec", (recipe_of(weight), constant(attention, back)))
+    added = Expression("matvec", (expression_of(weight), constant(attention, back)))
     if rest and isinstance(rest[0], Node):
-        added = Recipe("add", (recipe_of(rest[0]), added))
+        added = Expression("add", (expression_of(rest[0]), added))
     type_ = TensorType(tensor_type(weight).dtype, tensor_type(weight).shape[:1])
     name = weight.name.removesuffix("_weight") + "_bias_with_v"
     bias = program.placeholder(name, type_, cast(added, type_.dtype))

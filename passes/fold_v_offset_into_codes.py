@@ -75,8 +75,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type, users
-from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.expression import Expression, cast
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type, users
 from kvc8.ir.types import TensorType
 from kvc8.passes.fold_v_offset import constant, offset_site
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
@@ -109,30 +109,30 @@ def _fold(program: Program, attention: Node, back: Node, quantize: Node) -> None
     x, scale, zero = quantize.args
     assert isinstance(scale, Node)
     [linear] = users(quantize)
-    steps = Recipe("div", (constant(attention, back), recipe_of(scale)))
-    whole = Recipe("round", (steps,))
+    steps = Expression("div", (constant(attention, back), expression_of(scale)))
+    whole = Expression("round", (steps,))
     width = int(tensor_type(quantize).shape[-1])
     name = scale.name.removesuffix("_scale")
-    moved = Recipe("add", (recipe_of(zero), whole)) if isinstance(zero, Node) else whole
+    moved = Expression("add", (expression_of(zero), whole)) if isinstance(zero, Node) else whole
     each = TensorType(torch.float32, (width,))
-    wide = Recipe("expand", (recipe_of(scale), (width,)))
+    wide = Expression("expand", (expression_of(scale), (width,)))
     quantize.args = (
         x,
         program.placeholder(f"{name}_scale_each", each, wide),
         program.placeholder(f"{name}_zero_each", each, moved),
     )
-    _fold_bias(program, linear, Recipe("sub", (steps, whole)))
+    _fold_bias(program, linear, Expression("sub", (steps, whole)))
     back.kwargs = {**back.kwargs, "offset": None}
 
 
-def _fold_bias(program: Program, linear: Node, rest: Recipe) -> None:
+def _fold_bias(program: Program, linear: Node, rest: Expression) -> None:
     """Add w·rest, rounded, to the int32 bias of a linear."""
     x8, weight, deq_scale, bias, dtype = linear.args
     assert isinstance(weight, Node)
-    added = Recipe("matvec", (recipe_of(weight), rest))
+    added = Expression("matvec", (expression_of(weight), rest))
     if isinstance(bias, Node):
-        added = Recipe("add", (recipe_of(bias), added))
+        added = Expression("add", (expression_of(bias), added))
     type_ = TensorType(torch.int32, tensor_type(weight).shape[:1])
     name = weight.name.removesuffix("_int8") + "_quant_bias_with_v"
-    recipe = cast(Recipe("round", (added,)), torch.int32)
-    linear.args = (x8, weight, deq_scale, program.placeholder(name, type_, recipe), dtype)
+    expression = cast(Expression("round", (added,)), torch.int32)
+    linear.args = (x8, weight, deq_scale, program.placeholder(name, type_, expression), dtype)

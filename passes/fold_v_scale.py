@@ -72,14 +72,14 @@ import torch
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.expression import Expression, cast
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.fold_kv_scales import dequantizer
 from kvc8.passes.fold_v_offset import per_query, projection
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
-ONE = Recipe("values", ((1.0,), torch.float32))
+ONE = Expression("values", ((1.0,), torch.float32))
 
 
 @rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="real_exact")
@@ -96,32 +96,32 @@ def fold_v_scale(program: Program, weights: bool = True) -> Iterator[Remark]:
         if reader is None or why:
             yield miss(attention, why)
             continue
-        scale = per_query(recipe_of(argument(back, 1)), attention)
+        scale = per_query(expression_of(argument(back, 1)), attention)
         fold = _into_quantizer if is_call(reader, ops.quantize) else _into_weight
         fold(program, reader, scale)
         _unscale(program, back)
         yield hit(attention)
 
 
-def _into_quantizer(program: Program, quantize: Node, scale: Recipe) -> None:
+def _into_quantizer(program: Program, quantize: Node, scale: Expression) -> None:
     x, in_scale, zero = quantize.args
     assert isinstance(in_scale, Node)
     each = TensorType(torch.float32, tensor_type(quantize).shape[-1:])
     name = in_scale.name.removesuffix("_each").removesuffix("_scale")
-    recipe = Recipe("div", (recipe_of(in_scale), scale))
-    new = program.placeholder(f"{name}_scale_of_codes", each, recipe)
+    expression = Expression("div", (expression_of(in_scale), scale))
+    new = program.placeholder(f"{name}_scale_of_codes", each, expression)
     if isinstance(zero, Node) and tensor_type(zero) != each:
-        wide = Recipe("expand", (recipe_of(zero), each.shape))
+        wide = Expression("expand", (expression_of(zero), each.shape))
         zero = program.placeholder(f"{name}_zero_each", each, wide)
     quantize.args = (x, new, zero)
 
 
-def _into_weight(program: Program, linear: Node, scale: Recipe) -> None:
+def _into_weight(program: Program, linear: Node, scale: Expression) -> None:
     x, weight, *rest = linear.args
     assert isinstance(weight, Node)
-    scaled = Recipe("mul", (cast(recipe_of(weight), torch.float32), scale))
-    recipe = cast(scaled, tensor_type(weight).dtype)
-    new = program.placeholder(f"{weight.name}_of_codes", tensor_type(weight), recipe)
+    scaled = Expression("mul", (cast(expression_of(weight), torch.float32), scale))
+    expression = cast(scaled, tensor_type(weight).dtype)
+    new = program.placeholder(f"{weight.name}_of_codes", tensor_type(weight), expression)
     linear.args = (x, new, *rest)
 
 
@@ -129,5 +129,5 @@ def _unscale(program: Program, back: Node) -> None:
     codes, scale = back.args
     assert isinstance(scale, Node)
     type_ = tensor_type(scale)
-    recipe = Recipe("expand", (ONE, type_.shape))
-    back.args = (codes, program.placeholder(f"{scale.name}_one", type_, recipe))
+    expression = Expression("expand", (ONE, type_.shape))
+    back.args = (codes, program.placeholder(f"{scale.name}_one", type_, expression))

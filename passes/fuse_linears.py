@@ -1,7 +1,7 @@
 """Compute the linears of one input by one linear, whose weights lie one after the other.
 
 q, k and v of a layer, or gate and up: the device reads the input once and launches once. The packed
-weight is a recipe, so nothing is written anew on disk.
+weight is an expression, so nothing is written anew on disk.
 
 before:
     def lowering(
@@ -48,8 +48,8 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import ops
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe
+from kvc8.ir.expression import Expression
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -91,10 +91,10 @@ def _why_not(group: list[Node]) -> str:
     return ""
 
 
-def _quantizer(linear: Node) -> tuple[Recipe | None, ...]:
-    """What the input is quantized by; equal recipes are equal values."""
+def _quantizer(linear: Node) -> tuple[Expression | None, ...]:
+    """What the input is quantized by; equal expressions are equal values."""
     parts = argument(linear, 0).args[1:3]
-    return tuple(recipe_of(part) if isinstance(part, Node) else None for part in parts)
+    return tuple(expression_of(part) if isinstance(part, Node) else None for part in parts)
 
 
 def _bias(linear: Node) -> Argument:
@@ -125,8 +125,8 @@ def _packed(program: Program, group: list[Node], index: int) -> Argument:
     types = [tensor_type(node) for node in tensors]
     rows = sum(int(type_.shape[0]) for type_ in types)
     type_ = TensorType(types[0].dtype, (rows, *types[0].shape[1:]))
-    recipe = Recipe("concat", (tuple(map(recipe_of, tensors)), 0))
-    return program.placeholder(_name(group, tensors[0].name), type_, recipe)
+    expression = Expression("concat", (tuple(map(expression_of, tensors)), 0))
+    return program.placeholder(_name(group, tensors[0].name), type_, expression)
 
 
 def _name(group: list[Node], first: str) -> str:

@@ -62,8 +62,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import npu
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe, cast, values
+from kvc8.ir.expression import Expression, cast, values
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -166,15 +166,15 @@ def _derived(
     program: Program, source: Node, suffix: str, dtype: torch.dtype, shape: tuple[object, ...]
 ) -> Node:
     """A parameter of one value as the op wants it: in a dtype, as often as the shape says."""
-    recipe = recipe_of(source)
-    recipe = recipe if tensor_type(source).dtype is dtype else cast(recipe, dtype)
+    expression = expression_of(source)
+    expression = expression if tensor_type(source).dtype is dtype else cast(expression, dtype)
     sizes = tuple(int(size) for size in shape)  # type: ignore[call-overload]
-    recipe = recipe if sizes == (1,) else Recipe("expand", (recipe, sizes))
-    return program.placeholder(f"{source.name}{suffix}", TensorType(dtype, sizes), recipe)
+    expression = expression if sizes == (1,) else Expression("expand", (expression, sizes))
+    return program.placeholder(f"{source.name}{suffix}", TensorType(dtype, sizes), expression)
 
 
 def _zeros(program: Program, source: Node, type_: TensorType) -> Node:
     zero = values(torch.zeros(1, dtype=torch.float32))
     sizes = tuple(int(size) for size in type_.shape)
-    recipe = Recipe("expand", (cast(zero, type_.dtype), sizes))
-    return program.placeholder(f"{source.name}_zeros", type_, recipe)
+    expression = Expression("expand", (cast(zero, type_.dtype), sizes))
+    return program.placeholder(f"{source.name}_zeros", type_, expression)

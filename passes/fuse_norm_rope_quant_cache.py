@@ -81,7 +81,7 @@ from torch.fx.node import Argument
 
 from kvc8.ir import npu
 from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type, unshaped
-from kvc8.passes.cache_site import (
+from kvc8.passes.matchers.cache_write import (
     codes_of,
     flat_angle,
     has_angles_of_tokens,

@@ -85,12 +85,12 @@ from kvc8.ir.program import (
     Program,
     Stage,
     argument,
+    expression_of,
     is_call,
-    recipe_of,
     tensor_type,
     unshaped,
 )
-from kvc8.passes.cache_site import (
+from kvc8.passes.matchers.cache_write import (
     codes_of,
     flat_angle,
     has_angles_of_tokens,
@@ -185,7 +185,7 @@ def _fits_parts(split: Node, turned: Node, write: Node) -> bool:
     assert isinstance(sizes, list | tuple)
     shapes = [tensor_type(argument(write, i)).shape[2:] for i in (2, 3)]
     tensors = parameters(argument(split, 0))
-    packed = all(len(parts(recipe_of(node))) == len(sizes) for node in tensors)
+    packed = all(len(parts(expression_of(node))) == len(sizes) for node in tensors)
     return len(sizes) == 3 and shapes[0] == shapes[1] == tensor_type(turned).shape[2:] and packed
 
 

@@ -35,8 +35,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import npu
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.expression import Expression, cast
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -91,7 +91,7 @@ def _fused(program: Program, swiglu: Node, quantize: Node) -> Node:
 
 def _wide(program: Program, source: Node, width: int) -> Node:
     """A parameter of one value as float32 [1, width]."""
-    recipe, f32 = recipe_of(source), torch.float32
-    recipe = recipe if tensor_type(source).dtype is f32 else cast(recipe, f32)
-    wide = Recipe("expand", (recipe, (1, width)))
+    expression, f32 = expression_of(source), torch.float32
+    expression = expression if tensor_type(source).dtype is f32 else cast(expression, f32)
+    wide = Expression("expand", (expression, (1, width)))
     return program.placeholder(f"{source.name}_wide", TensorType(f32, (1, width)), wide)

@@ -36,17 +36,17 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
+from kvc8.ir.expression import Expression
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
+    expression_of,
     is_cache,
     is_call,
-    recipe_of,
     tensor_type,
     users,
 )
-from kvc8.ir.recipe import Recipe
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -54,12 +54,12 @@ from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
     """How far what a cache gives back may be from what went in: see the module.
 
-    Nothing, where the scale or the zero point is another than the cache had in its recipe.
+    Nothing, where the scale or the zero point is another than the cache had in its expression.
     """
     if not is_call(new, ops.dequantize) or not is_call(old, ops.cache_write):
         return torch.zeros(())
-    scale, zero, *_ = recipe_of(argument(old, 0)).args
-    used = [recipe_of(arg) if isinstance(arg, Node) else None for arg in new.args[1:3]]
+    scale, zero, *_ = expression_of(argument(old, 0)).args
+    used = [expression_of(arg) if isinstance(arg, Node) else None for arg in new.args[1:3]]
     if used != [scale, zero]:
         return torch.zeros(())
     x, step = look(old), look(argument(new, 1))
@@ -78,14 +78,14 @@ def insert_kv_quant(program: Program) -> Iterator[Remark]:
     """See the module."""
     for write in program.calls(ops.cache_write):
         cache = argument(write, 0)
-        if not is_cache(cache) or not recipe_of(cache).args:
+        if not is_cache(cache) or not expression_of(cache).args:
             yield miss(write, "the checkpoint has no scale for this cache")
             continue
         scale, zero = _scale(program, cache)
         rows = program.call(write, ops.quantize, argument(write, 1), scale, zero)
         wide, readers = tensor_type(cache).dtype, list(users(write))
         cache.meta["type"] = TensorType(torch.int8, tensor_type(cache).shape)
-        cache.meta["recipe"] = Recipe("cache")
+        cache.meta["expression"] = Expression("cache")
         write.update_arg(1, rows)
         write.meta["type"] = program.infer(write)
         back = program.call(write.next, ops.dequantize, write, scale, zero, wide)
@@ -96,10 +96,10 @@ def insert_kv_quant(program: Program) -> Iterator[Remark]:
 
 
 def _scale(program: Program, cache: Node) -> tuple[Node, Node | None]:
-    scale, zero, *_ = recipe_of(cache).args
+    scale, zero, *_ = expression_of(cache).args
     type_ = TensorType(torch.float32, tensor_type(cache).shape[2:])
-    assert isinstance(scale, Recipe)
+    assert isinstance(scale, Expression)
     node = program.placeholder(cache.name.replace("cache", "scale"), type_, scale)
-    if not isinstance(zero, Recipe):
+    if not isinstance(zero, Expression):
         return node, None
     return node, program.placeholder(cache.name.replace("cache", "zero"), type_, zero)

@@ -35,16 +35,16 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
+from kvc8.ir.expression import Arg, Expression, cast
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
+    expression_of,
     is_call,
     is_parameter,
-    recipe_of,
     tensor_type,
 )
-from kvc8.ir.recipe import Arg, Recipe, cast
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -77,23 +77,23 @@ def insert_linear_quant(program: Program) -> Iterator[Remark]:
         yield hit(new)
 
 
-def _w8a8(weight: Node) -> tuple[Recipe, ...] | None:
+def _w8a8(weight: Node) -> tuple[Expression, ...] | None:
     """The five stored tensors that a W8A8 weight is made of."""
-    recipe: Arg = recipe_of(weight) if is_parameter(weight) else None
-    if isinstance(recipe, Recipe) and recipe.op == "cast":
-        recipe = recipe.args[0]
-    if not isinstance(recipe, Recipe) or recipe.op != "w8a8":
+    expression: Arg = expression_of(weight) if is_parameter(weight) else None
+    if isinstance(expression, Expression) and expression.op == "cast":
+        expression = expression.args[0]
+    if not isinstance(expression, Expression) or expression.op != "w8a8":
         return None
-    return tuple(part for part in recipe.args if isinstance(part, Recipe))
+    return tuple(part for part in expression.args if isinstance(part, Expression))
 
 
-def _parameters(program: Program, weight: Node, parts: tuple[Recipe, ...]) -> tuple[Node, ...]:
+def _parameters(program: Program, weight: Node, parts: tuple[Expression, ...]) -> tuple[Node, ...]:
     w8, in_scale, in_offset, deq_scale, bias = parts
     out, width = tensor_type(weight).shape
     name, f32 = weight.name.removesuffix("_weight"), torch.float32
 
-    def one(part: str, recipe: Recipe) -> Node:
-        scalar = Recipe("reshape", (cast(recipe, f32), (1,)))
+    def one(part: str, expression: Expression) -> Node:
+        scalar = Expression("reshape", (cast(expression, f32), (1,)))
         return program.placeholder(f"{name}_{part}", TensorType(f32, (1,)), scalar)
 
     return (

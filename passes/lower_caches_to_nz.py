@@ -72,9 +72,9 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu
+from kvc8.ir.expression import Expression
 from kvc8.ir.nz import PIECE, nz_type
 from kvc8.ir.program import Program, Stage, argument, is_cache, is_call, tensor_type, users
-from kvc8.ir.recipe import Recipe
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -137,7 +137,7 @@ def _lay_out(program: Program, cache: Node, places: Places) -> None:
     """Give a cache its type in NZ, and every reader what it then reads."""
     nd = tensor_type(cache)
     cache.meta["type"] = nz_type(nd)
-    cache.meta["recipe"] = Recipe("cache_nz", (int(nd.shape[2]),))
+    cache.meta["expression"] = Expression("cache_nz", (int(nd.shape[2]),))
     for reader in list(users(cache)):
         if is_call(reader, SIZE):
             reader.args = (cache, 2)
@@ -180,8 +180,8 @@ def _places(program: Program, select: Node, cache: Node, count: int) -> Node:
         ATEN.mul.Tensor, call(ATEN.floor_divide.default, slots, block), call(mul, block, count - 1)
     )
     first = call(ATEN.add.Tensor, beyond, slots)
-    recipe = Recipe("values", (tuple(range(count)), torch.int32))
-    planes = program.placeholder(f"planes_{count}", TensorType(torch.int32, (count,)), recipe)
+    expression = Expression("values", (tuple(range(count)), torch.int32))
+    planes = program.placeholder(f"planes_{count}", TensorType(torch.int32, (count,)), expression)
     offsets = call(ATEN.mul.Tensor, planes, block)
     every = call(ATEN.add.Tensor, call(ATEN.unsqueeze.default, first, 1), offsets)
     return call(ATEN.reshape.default, every, [-1])

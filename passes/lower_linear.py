@@ -1,7 +1,7 @@
 """Compute W8A8 linears by npu_quantize and npu_quant_matmul; float linears stay as they are.
 
 The device reads the dequantization scale of a float16 result as a 19-bit float (1 sign, 8
-exponent, 10 fraction bits) packed into an int64; it is packed here by recipe, never at run time.
+exponent, 10 fraction bits) packed into an int64; it is packed here by expression, never at run time.
 
 before:
     def lowering(
@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import npu, ops
-from kvc8.ir.program import Program, Stage, argument, is_call, recipe_of, tensor_type
-from kvc8.ir.recipe import Recipe, cast
+from kvc8.ir.expression import Expression, cast
+from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.fold_kv_scales import SCALAR_TYPES
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
@@ -80,30 +80,30 @@ def lower_linear(program: Program) -> Iterator[Remark]:
 
 def _derived(program: Program, source: Node, suffix: str, dtype: torch.dtype) -> Node:
     type_ = TensorType(dtype, tensor_type(source).shape)
-    return program.placeholder(source.name + suffix, type_, cast(recipe_of(source), dtype))
+    return program.placeholder(source.name + suffix, type_, cast(expression_of(source), dtype))
 
 
 def _transposed(program: Program, weight: Node) -> Node:
     """npu_quant_matmul takes the weight as [K, O]; a view at load time costs nothing."""
     out, width = tensor_type(weight).shape
-    recipe = Recipe("transpose", (recipe_of(weight), 0, 1))
+    expression = Expression("transpose", (expression_of(weight), 0, 1))
     name = weight.name.removesuffix("_int8") + "_t"
-    return program.placeholder(name, TensorType(torch.int8, (width, out)), recipe)
+    return program.placeholder(name, TensorType(torch.int8, (width, out)), expression)
 
 
 def _packed(program: Program, deq_scale: Node, linear: Node) -> Node:
     if tensor_type(linear).dtype is not torch.float16:
         return deq_scale
     type_ = TensorType(torch.int64, tensor_type(deq_scale).shape)
-    return program.placeholder(f"{deq_scale.name}_packed", type_, _bits(recipe_of(deq_scale)))
+    return program.placeholder(f"{deq_scale.name}_packed", type_, _bits(expression_of(deq_scale)))
 
 
-def _bits(recipe: Recipe) -> Recipe:
+def _bits(expression: Expression) -> Expression:
     """The bits of float32 values; bits that the checkpoint has are taken as they are."""
-    inner = recipe.args[0] if recipe.args else None
-    if recipe.op == "float_bits" and isinstance(inner, Recipe):
+    inner = expression.args[0] if expression.args else None
+    if expression.op == "float_bits" and isinstance(inner, Expression):
         return inner
-    if recipe.op == "concat" and isinstance(inner, tuple):
-        parts = tuple(_bits(part) for part in inner if isinstance(part, Recipe))
-        return Recipe("concat", (parts, *recipe.args[1:]))
-    return Recipe("int_bits", (recipe,))
+    if expression.op == "concat" and isinstance(inner, tuple):
+        parts = tuple(_bits(part) for part in inner if isinstance(part, Expression))
+        return Expression("concat", (parts, *expression.args[1:]))
+    return Expression("int_bits", (expression,))

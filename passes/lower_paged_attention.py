@@ -87,10 +87,10 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
+from kvc8.ir.expression import Expression
 from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type, unshaped
-from kvc8.ir.recipe import Recipe
 from kvc8.ir.types import IntsType, TensorType, size
-from kvc8.passes.attention_site import (
+from kvc8.passes.matchers.attention import (
     TOKENS,
     Side,
     Site,
@@ -286,10 +286,10 @@ def _attend(site: Site, q: Node, k: Node, v: Node, options: dict[str, Argument])
 
 
 def _mask(program: Program) -> Node:
-    recipe = Recipe("masked_above", (MASK,))
-    found = [n for n in program.parameters() if n.meta["recipe"] == recipe]
+    expression = Expression("masked_above", (MASK,))
+    found = [n for n in program.parameters() if n.meta["expression"] == expression]
     type_ = TensorType(torch.bool, (MASK, MASK))
-    return found[0] if found else program.placeholder("causal_mask", type_, recipe)
+    return found[0] if found else program.placeholder("causal_mask", type_, expression)
 
 
 def _drop_inputs(program: Program) -> None:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from time import process_time
 
+from kvc8.ir.expression import Read
 from kvc8.ir.program import Program
-from kvc8.ir.recipe import Read
 from kvc8.passes.fold_k_offset import fold_k_offset
 from kvc8.passes.fold_k_scale import fold_k_scale
 from kvc8.passes.fold_kv_scales import fold_kv_scales

@@ -69,16 +69,16 @@ from torch.fx import Node
 
 from kvc8.ir import ops
 from kvc8.ir.errors import IRError
+from kvc8.ir.expression import Arg, Expression, Read, furthest, make, stored
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
+    expression_of,
     is_cache,
     is_call,
-    recipe_of,
     tensor_type,
 )
-from kvc8.ir.recipe import Arg, Read, Recipe, furthest, make, stored
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
@@ -100,11 +100,11 @@ class Rope:
     source: Node
     factor: float = 1.0
 
-    def bound(self, scale: Arg, zero: Arg) -> Recipe:
+    def bound(self, scale: Arg, zero: Arg) -> Expression:
         """Scales [H, D] that hold after RoPE, given scales and zero points measured before it."""
         factor = () if self.factor == 1.0 else (self.factor,)
         pairs = (self.distance, self.width, self.kind, *factor)
-        return Recipe("rope_bound", (scale, zero, *pairs))
+        return Expression("rope_bound", (scale, zero, *pairs))
 
 
 @rewrite(takes=Stage.CAPTURED, gives=Stage.CAPTURED, contract="bit_exact")
@@ -112,9 +112,9 @@ def repair_rope_scales(program: Program, read: Read | None = None) -> Iterator[R
     """See the module."""
     for write in program.calls(ops.cache_write):
         cache = argument(write, 0)
-        if not is_cache(cache) or len(recipe_of(cache).args) < 3:
+        if not is_cache(cache) or len(expression_of(cache).args) < 3:
             continue
-        scale, zero, calibrated = recipe_of(cache).args
+        scale, zero, calibrated = expression_of(cache).args
         if calibrated is None:
             continue  # V, which no one rotates
         if calibrated != "pre-rope":
@@ -129,15 +129,15 @@ def repair_rope_scales(program: Program, read: Read | None = None) -> Iterator[R
             yield miss(write, "no RoPE lies between its k_proj and the cache")
             continue
         bound = rope.bound(scale, zero)
-        rounded = Recipe("round_up", (bound, tensor_type(cache).dtype))
-        cache.meta["recipe"] = Recipe("cache", (rounded, None, "repaired"))
+        rounded = Expression("round_up", (bound, tensor_type(cache).dtype))
+        cache.meta["expression"] = Expression("cache", (rounded, None, "repaired"))
         told = f"; {_told(scale, zero, rope, read)}" if read else ""
         yield hit(write, f"channels paired by {rope.kind}, {rope.distance} apart{told}")
 
 
 def _told(scale: Arg, zero: Arg, rope: Rope, read: Read) -> str:
-    assert isinstance(scale, Recipe)
-    made = make(zero, read) if isinstance(zero, Recipe) else None
+    assert isinstance(scale, Expression)
+    made = make(zero, read) if isinstance(zero, Expression) else None
     ratio = largest_ratio(make(scale, read), made, rope)
     if not math.isfinite(ratio):
         return "the checkpoint holds no scales to compare"

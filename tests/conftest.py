@@ -105,10 +105,10 @@ def emitted(
 
     Gives an onnx_models.Emitted.
     """
-    from onnx_models import Emitted, captured, quantized
+    from support.onnx_models import Emitted, captured, quantized
 
     from kvc8.backends.onnx.emitter import emit
-    from kvc8.ir.checkpoint import open_checkpoint
+    from kvc8.ir.checkpoint.reader import open_checkpoint
 
     @functools.cache
     def emitted(model: str | Path, tied: bool = False) -> Emitted:
@@ -124,7 +124,7 @@ def emitted(
 @pytest.fixture(scope="session")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint for programs written by hand."""
-    from onnx_models import write_stored
+    from support.onnx_models import write_stored
 
     return write_stored(tmp_path_factory.mktemp("stored"))
 
@@ -138,7 +138,7 @@ def tiny_c8(
     `linears` are "w8a8" or "float". Variants: "symmetric"; "offsets", zero points a channel up to
     the extremes; "pre-rope", symmetric, K scales said to be measured before RoPE.
     """
-    import c8
+    from support import c8
 
     made: dict[tuple[str, str, str], Path] = {}
 

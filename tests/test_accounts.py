@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from steps import step, values
+from support.steps import step, values
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import ModelError
-from kvc8.ir.recipe import stored_names
+from kvc8.ir.expression import stored_names
 from kvc8.ir.run import run
 from kvc8.ir.text import show
 from kvc8.tools.inspect import find
@@ -48,8 +48,10 @@ def changed(name: str, directory: Path, **tensors: Tensor) -> Path:
 def test_each_tensor_that_msmodelslim_wrote_is_used_or_spare(name: str) -> None:
     checkpoint = open_checkpoint(CHECKPOINTS / name / "quant")
     program = capture(checkpoint)  # a warning would be an error
-    recipes = [node.meta["recipe"] for node in program.graph.nodes if "recipe" in node.meta]
-    used = {tensor for recipe in recipes for tensor in stored_names(recipe)}
+    expressions = [
+        node.meta["expression"] for node in program.graph.nodes if "expression" in node.meta
+    ]
+    used = {tensor for expression in expressions for tensor in stored_names(expression)}
     spare = set(checkpoint.tensors) - used
     zeros = ("norm.bias", "weight_offset", "kv_cache_offset")
     for tensor in spare:

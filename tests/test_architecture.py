@@ -22,24 +22,24 @@ THIRD_PARTIES = {
     "numpy": ["*"],
     "networkx": ["*"],
     "sympy": ["ir/*"],  # torch's symbolic dimensions are its expressions
-    "matplotlib": ["tools/evaluate_plot.py"],
+    "matplotlib": ["tools/evaluator/plot.py"],
     "rich": ["tools/*"],
     "jinja2": ["tools/reporter/*"],
     "markupsafe": ["tools/reporter/*"],  # jinja2 is made on it
     "transformers": [
-        *("ir/capture.py", "tools/small_model.py", "tools/tokenize.py"),
-        "tools/bench_decode.py",  # measured against
+        *("ir/capture/trace.py", "tools/small_model.py", "tools/driver/tokenizer.py"),
+        "tools/benchmarks/decode.py",  # measured against
     ],
     "tokenizers": ["tools/small_model.py"],
     "safetensors": [
         "ir/checkpoint*.py",
-        "ir/safetensors_files.py",
+        "ir/checkpoint/safetensors_files.py",
         "backends/npu/artifact.py",
         "backends/npu/dumps.py",
     ],
     "onnx": ["backends/onnx/*"],
-    "onnx_ir": ["backends/onnx/*", "tools/bench_plain.py"],  # a graph written by hand
-    "onnxruntime": ["backends/onnx/*", "tools/bench_plain.py"],
+    "onnx_ir": ["backends/onnx/*", "tools/benchmarks/plain.py"],  # a graph written by hand
+    "onnxruntime": ["backends/onnx/*", "tools/benchmarks/plain.py"],
     "torch_npu": ["backends/npu/*"],
 }
 ONLY_INSIDE_FUNCTIONS = {"torch_npu"}  # importing it needs CANN

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from kvc8.backends.npu import emulation as _emulated  # noqa: F401
 from kvc8.backends.npu.artifact import PHASES, DiskUse, Target, disk_use, write
 from kvc8.backends.npu.artifact_reader import read
-from kvc8.ir import new_directory
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.checkpoint import new_directory
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.ir.errors import IRError, KVC8Error, ModelError, TargetError
 from kvc8.ir.program import Program
 from kvc8.ir.text import parse, show
@@ -91,7 +91,7 @@ def test_what_is_written_is_read_back(out: Path, checkpoint: Checkpoint) -> None
         'round_up(cast(stored("scale"), f32), f16)', 'derived("k_quant_scale_0")'
     )
     assert show(found.programs["prefill"]) == show(parse(derived))
-    made = {n.name: found.make(n.meta["recipe"]) for n in found.programs["decode"].parameters()}
+    made = {n.name: found.make(n.meta["expression"]) for n in found.programs["decode"].parameters()}
     assert torch.equal(made["head"], checkpoint.read("embed").T)
     want = torch.tensor([0.1, 0.2, 0.3, 0.4])
     assert (made["k_quant_scale_0"] >= want).all()
@@ -203,7 +203,7 @@ sys.path.insert(0, {tests!r})
 from test_artifact import TARGET, programs
 from kvc8.backends.npu.artifact import write
 from kvc8.backends.npu.artifact_reader import read
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 
 folder = Path({folder!r})
 checkpoint, ready = open_checkpoint(folder / "model"), programs()
@@ -314,16 +314,16 @@ DAMAGED = {
         edited("decode.py", "head: f16[4, 16]", "head: f16[4, 8]"),
         "{out}/decode.py: logits: written as f16[R, 16] but is f16[R, 8]; correct the text",
     ),
-    "recipe": (
+    "expression": (
         edited("decode.py", '"), 0, 1)', '"), 0, 7)'),
         "{out}: head: is made in one way for prefill and in another for decode; "
         "give the two different names",
     ),
     "parameter": (
         both('"), 0, 1)', '"), 1, 1)'),
-        "{out}: head: is declared f16[4, 16] and its recipe makes f16[16, 4]; declare it so",
+        "{out}: head: is declared f16[4, 16] and its expression makes f16[16, 4]; declare it so",
     ),
-    "recipe_arguments": (
+    "expression_arguments": (
         both('"), 0, 1)', '"), 0, 7)'),
         "{out}: head: transpose does not fit (Dimension out of range (expected to be in range of "
         "[-2, 1], but got 7)); correct it",
@@ -389,7 +389,7 @@ REFUSED = {
         TEXT.replace("lowered", "lowering", 1),
         "decode: is a lowering program; run the passes of the npu target",
     ),
-    "recipe": (
+    "expression": (
         TEXT.replace('stored("scale")', 'stored("scales")'),
         "k_quant_scale_0: is made in one way for prefill and in another for decode; "
         "give the two different names",
@@ -400,7 +400,7 @@ REFUSED = {
     ),
     "type": (
         TEXT.replace("k_quant_scale_0: f32[4]", "k_quant_scale_0: f32[1]"),
-        "k_quant_scale_0: is declared f32[1] and its recipe makes f32[4]; declare it so",
+        "k_quant_scale_0: is declared f32[1] and its expression makes f32[4]; declare it so",
     ),
     "caches": (
         TEXT.replace("[N, S, 1, 4]", "[N, S, 4, 1]").replace("1, 4]", "4, 1]"),

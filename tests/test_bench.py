@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import BOUND, captured, compiled
+from support.onnx_models import BOUND, captured, compiled
 
-from kvc8.ir.checkpoint import open_checkpoint
-from kvc8.ir.parameters import constant_recipe
-from kvc8.ir.recipe import Recipe
+from kvc8.ir.capture.parameters import constant_expression
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.expression import Expression
 from kvc8.passes import pipeline
-from kvc8.tools import bench, bench_plain
-from kvc8.tools.bench_decode import TOKEN, step_inputs
+from kvc8.tools import bench
+from kvc8.tools.benchmarks import plain as bench_plain
+from kvc8.tools.benchmarks.decode import TOKEN, step_inputs
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3"
 
@@ -35,8 +36,8 @@ def test_the_plain_graph_computes_the_same_model(tmp_path):
     program = captured(directory)
     for cache, scale in zip(program.caches(), sum(scales.kv.values(), ()), strict=True):
         heads, dim = (int(d) for d in cache.meta["type"].shape[2:])
-        values = constant_recipe(scales.read(scale.scale).float().reshape(heads, dim))
-        cache.meta["recipe"] = Recipe("cache", (values, None, "post-rope"))
+        values = constant_expression(scales.read(scale.scale).float().reshape(heads, dim))
+        cache.meta["expression"] = Expression("cache", (values, None, "post-rope"))
     pipeline.run(program, pipeline.AS_IS)
     session = compiled(program, directory, tmp_path / "out", "gqa")
     random = torch.Generator().manual_seed(0)

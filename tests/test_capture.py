@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import step, values
+from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvc8.ir.checkpoint import Checkpoint, KVScale, LinearQuant, kv_widths, open_checkpoint
+from kvc8.ir.checkpoint.reader import Checkpoint, KVScale, LinearQuant, kv_widths, open_checkpoint
 from kvc8.ir.errors import ModelError
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"

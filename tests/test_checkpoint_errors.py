@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import ModelError
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"

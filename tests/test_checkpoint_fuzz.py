@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fuzz import SENTENCE, outcome, write
+from support.fuzz import SENTENCE, outcome, write
 
 FUZZ = Path(__file__).parent / "fuzz.py"
 EACH = 500

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sparse import LLAMA_70B, write_sparse
+from support.sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.npu.artifact import disk_use
 from kvc8.backends.npu.artifact_reader import read

@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-import planted
 import pytest
 import torch
+from support import planted
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import name_of
-from kvc8.tools import command, opt, repro, verify
-from kvc8.tools.bisection import Bisection
-from kvc8.tools.contracts import Call, check
-from kvc8.tools.recording import Parameters, empty, feed, record
+from kvc8.tools import command, opt, verify
+from kvc8.tools.verifier import repro
+from kvc8.tools.verifier.bisection import Bisection
+from kvc8.tools.verifier.contracts import Call, check
+from kvc8.tools.verifier.recording import Parameters, empty, feed, record
 
 pytestmark = pytest.mark.slow
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from sparse import LLAMA_70B, write_sparse
+from support.sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.npu.cost import Cost, Device, Workload, by_op, total
-from kvc8.backends.npu.kv_layout import kv_layout
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program
 from kvc8.ir.text import parse
 from kvc8.passes import pipeline

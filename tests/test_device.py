@@ -14,11 +14,11 @@ from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
 from kvc8.backends.npu.dumps import Recording, again, read_dump
 from kvc8.backends.npu.embed import load_steps
-from kvc8.backends.npu.generate import generate
 from kvc8.backends.npu.graphs import Recorder
-from kvc8.backends.npu.runtime import load
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.model import load
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.passes import pipeline
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvc8.backends.npu import runtime
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.npu.dumps import Recording
+from kvc8.backends.runtime import model as runtime
 from kvc8.ir import npu
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import verify
 

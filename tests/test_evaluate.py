@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import step, values
+from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.run import run
 from kvc8.tools import command, compile, evaluate
-from kvc8.tools.divergence import ROWS, Figures
-from kvc8.tools.evaluate_forms import Options, open_float, open_form
-from kvc8.tools.evaluate_plot import AROUND, smoothed
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.driver.tokenizer import read_tokenizer
+from kvc8.tools.evaluator.divergence import ROWS, Figures
+from kvc8.tools.evaluator.forms import Options, open_float, open_form
+from kvc8.tools.evaluator.plot import AROUND, smoothed
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 QUANTIZED = CHECKPOINTS / "llama_fp16_m3" / "quant"

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from onnx_models import captured
-from steps import step, values
+from support.onnx_models import captured
+from support.steps import step, values
 from test_pass_docs import load
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir import ops
+from kvc8.ir.expression import make
 from kvc8.ir.program import Program, argument, is_call
-from kvc8.ir.recipe import make
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 from kvc8.passes.fold_k_offset import fold_k_offset
@@ -352,7 +352,9 @@ def test_whole_offsets_fold_into_codes_exactly():
     }
     results = []
     for p in (program, folded):
-        parameters = {n.name: make(n.meta["recipe"], stored.__getitem__) for n in p.parameters()}
+        parameters = {
+            n.name: make(n.meta["expression"], stored.__getitem__) for n in p.parameters()
+        }
         results.append(run(p, {**parameters, **given})[0])
     assert torch.equal(*results)
     assert results[0].unique().numel() > 90

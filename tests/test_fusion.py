@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_models import in_turn, lowered, quantized
-from onnx_models import BOUND
+from support.fused_models import in_turn, lowered, quantized
+from support.onnx_models import BOUND
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu import legality

@@ -8,9 +8,9 @@ import torch
 from test_pass_docs import PROGRAMS
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
+from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz
 from kvc8.ir.program import Program
-from kvc8.ir.recipe import make
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
 
@@ -47,7 +47,9 @@ def results(
     getattr(importlib.import_module(f"kvc8.passes.{name}"), name)(after)
     made = []
     for p in (program, after):
-        parameters = {n.name: make(n.meta["recipe"], stored.__getitem__) for n in p.parameters()}
+        parameters = {
+            n.name: make(n.meta["expression"], stored.__getitem__) for n in p.parameters()
+        }
         # what is written in place is not shared by the two
         own = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         made.append(run(p, {**parameters, **own}))

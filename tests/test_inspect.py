@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sparse import LLAMA_70B, write_sparse
+from support.sparse import LLAMA_70B, write_sparse
 from torch import Tensor
 
 from kvc8.tools import command
 from kvc8.tools import inspect as tool
+from kvc8.tools.benchmarks.measured import measured
 from kvc8.tools.inspector.plan import plan
 from kvc8.tools.inspector.seen import Seen, look
-from kvc8.tools.measured import measured
 
 GOLDEN = Path(__file__).parent / "golden"
 CHECKPOINTS = GOLDEN / "checkpoints"

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import ModelError
+from kvc8.ir.expression import STEPS
 from kvc8.ir.kv_params import (
     Channels,
     DequantForm,
@@ -25,7 +26,6 @@ from kvc8.ir.kv_params import (
     shard,
     shard_channels,
 )
-from kvc8.ir.recipe import STEPS
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 NAMES = (

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import captured
-from steps import step, values
+from support.onnx_models import captured
+from support.steps import step, values
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir import npu, ops
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.expression import make
 from kvc8.ir.program import Program
-from kvc8.ir.recipe import make
 from kvc8.ir.run import run
 from kvc8.passes.fold_kv_scales import fold_kv_scales
 from kvc8.passes.insert_kv_quant import insert_kv_quant
@@ -134,7 +134,7 @@ def test_repaired_scales_bound_every_rotated_key():
     prefill(program, directory, watch)
     checkpoint = open_checkpoint(directory)
     for layer, cache in enumerate(program.caches()[::2]):
-        repaired = make(cache.meta["recipe"].args[0], checkpoint.read)
+        repaired = make(cache.meta["expression"].args[0], checkpoint.read)
         stored = checkpoint.read(checkpoint.kv[layer][0].scale).float().reshape(2, 32)
         pairs = stored.reshape(2, 2, 16).square().sum(1).sqrt().repeat(1, 2)
         assert torch.allclose(repaired, pairs, rtol=1e-6)
@@ -208,7 +208,7 @@ def test_lower_paged_attention_differs_by_rounding_only(directory, phase):
 def values_missing(program, directory, have):
     checkpoint = open_checkpoint(directory)
     return {
-        node.name: make(node.meta["recipe"], checkpoint.read)
+        node.name: make(node.meta["expression"], checkpoint.read)
         for node in program.parameters()
         if node.name not in have
     }

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from steps import step, values
+from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
 from kvc8.ir import ops
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 from kvc8.tools import command, quantize
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.driver.tokenizer import read_tokenizer
 
 pytestmark = pytest.mark.slow
 TEXTS = ("The sea is a very large thing.", "12 + 30 = 42")

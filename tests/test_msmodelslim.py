@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.tools import command, quantize
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.driver.tokenizer import read_tokenizer
 
 pytestmark = pytest.mark.slow  # float16 on a CPU
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"

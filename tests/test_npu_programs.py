@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import captured
+from support.onnx_models import captured
 from torch.fx import Node
 
 from kvc8.ir.npu import SCHEMAS

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from fused_models import in_turn, lowered, quantized
-from onnx_models import BOUND
+from support.fused_models import in_turn, lowered, quantized
+from support.onnx_models import BOUND
 from test_device import FakeNpu
 from test_npu_programs import misfits, npu_calls
 from test_pass_docs import load as load_pass
@@ -16,17 +16,17 @@ from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.cost import Device, Workload, by_op, total
 from kvc8.backends.npu.dumps import Recording, again, read_dump
 from kvc8.backends.npu.explain import explain
-from kvc8.backends.npu.generate import generate
 from kvc8.backends.npu.graphs import Recorder
-from kvc8.backends.npu.inputs import Rows
-from kvc8.backends.npu.kv_layout import kv_layout
 from kvc8.backends.npu.launches import launches
-from kvc8.backends.npu.runtime import load
+from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.inputs import Rows
+from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.backends.runtime.model import load
 from kvc8.ir import npu
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import IRError
+from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz, to_nz
-from kvc8.ir.recipe import make
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
 from kvc8.ir.verify import verify
@@ -35,8 +35,8 @@ from kvc8.passes.fuse_norm_rope_quant_cache import fuse_norm_rope_quant_cache
 from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.tools import command, compile
-from kvc8.tools.contracts import Call, check
-from kvc8.tools.recording import Parameters, empty, feed, record
+from kvc8.tools.verifier.contracts import Call, check
+from kvc8.tools.verifier.recording import Parameters, empty, feed, record
 
 # The smallest model whose heads the NPU's attention takes with NZ pages: 10 and 1 of 128.
 SIZES = {
@@ -96,7 +96,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("cache", "says"), WRONG)
-def test_a_cache_whose_type_does_not_fit_its_recipe(cache, says):
+def test_a_cache_whose_type_does_not_fit_its_expression(cache, says):
     with pytest.raises(IRError) as error:
         verify(parse(CACHE.format(*cache)))
     assert str(error.value) == says
@@ -356,7 +356,7 @@ def compile_(directory: Path, out: Path, *options: str) -> int:
 def test_a_model_is_compiled_with_nz_caches_and_generates_the_same(
     model, tmp_path, capsys, recwarn
 ):
-    import c8
+    from support import c8
 
     c8.quantize_model(model("qwen3", num_hidden_layers=1), tmp_path / "float", "float")
     source = c8.with_offsets(tmp_path / "float", tmp_path / "model")

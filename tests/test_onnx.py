@@ -5,7 +5,7 @@ from pathlib import Path
 import onnxruntime as ort
 import pytest
 import torch
-from onnx_models import (
+from support.onnx_models import (
     BOUND,
     DOUBLE_BOUND,
     KINDS,
@@ -19,17 +19,17 @@ from onnx_models import (
     tokens,
     with_int8_cache,
 )
-from steps import step, values
+from support.steps import step, values
 
 from kvc8.backends.onnx.emitter import emit
 from kvc8.backends.onnx.runner import load
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.ir.errors import TargetError
+from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
-from kvc8.ir.widen import widen
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
 
@@ -80,7 +80,7 @@ def test_in_double_precision_so_do_int8_linears(directory, tmp_path):
 def agree_in_double(program, directory, out):
     """Two prompts together and 32 decode steps of both: every code equal, logits within the bound.
 
-    See ir/widen.py for why no code may differ there.
+    See ir/precision/widen.py for why no code may differ there.
     """
     wide = widen(program)
     session = compiled(wide, directory, out)

@@ -7,12 +7,12 @@ import struct
 import onnx
 import pytest
 import torch
-from onnx_models import KINDS, QUANTIZED, both, compiled
-from sparse import LLAMA_70B, write_sparse
+from support.onnx_models import KINDS, QUANTIZED, both, compiled
+from support.sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.onnx import weights
 from kvc8.ir.text import parse
-from kvc8.tools.measured import measured
+from kvc8.tools.benchmarks.measured import measured
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
 
@@ -79,13 +79,13 @@ RECIPES = [
 
 
 @pytest.mark.parametrize("small", [0, weights.SMALL])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_are_exact_as_nodes_and_as_derived_tensors(
-    recipe, small, stored, tmp_path, monkeypatch
+@pytest.mark.parametrize("expression", RECIPES)
+def test_expressions_are_exact_as_nodes_and_as_derived_tensors(
+    expression, small, stored, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(weights, "SMALL", small)
-    type_ = recipe.partition(" = ")[0]
-    text = f"def captured(x: f32[1], w: {recipe}):\n    y: {type_} = aten.mul.Tensor(w, x)\n"
+    type_ = expression.partition(" = ")[0]
+    text = f"def captured(x: f32[1], w: {expression}):\n    y: {type_} = aten.mul.Tensor(w, x)\n"
     [want], [got] = both(text + "    return [y]", stored, tmp_path / "out", {"x": torch.ones(1)})
     assert torch.equal(want, got)
 

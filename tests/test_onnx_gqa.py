@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from onnx_models import (
+from support.onnx_models import (
     BOUND,
     KINDS,
     QUANTIZED,
@@ -15,10 +15,10 @@ from onnx_models import (
     with_int8_cache,
     without_weights,
 )
-from steps import step, values
+from support.steps import step, values
 
 from kvc8.backends.onnx.emitter import emit
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.run import run
 from kvc8.ir.text import parse

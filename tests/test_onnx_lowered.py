@@ -3,7 +3,7 @@
 import onnx
 import pytest
 import torch
-from onnx_models import (
+from support.onnx_models import (
     BOUND,
     QUANTIZED,
     UNIT,
@@ -14,16 +14,16 @@ from onnx_models import (
     without_weights,
 )
 
-from kvc8.backends.npu import runtime
-from kvc8.backends.npu.inputs import Rows, inputs
 from kvc8.backends.onnx.lowered import emit_lowered
 from kvc8.backends.onnx.model import open_model
 from kvc8.backends.onnx.runner import load
+from kvc8.backends.runtime import model as runtime
+from kvc8.backends.runtime.inputs import Rows, inputs
 from kvc8.ir import npu
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import TargetError
+from kvc8.ir.expression import make
 from kvc8.ir.program import argument
-from kvc8.ir.recipe import make
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
 from kvc8.passes import pipeline
@@ -50,7 +50,10 @@ def agree(phases, directory, out, seed=1, steps=STEPS):
     ours.block_size = BLOCK
     ours.allocate(BLOCKS, [])
     emulated = runtime.load(
-        phases, lambda recipe: make(recipe, checkpoint.read), blocks=BLOCKS, block_size=BLOCK
+        phases,
+        lambda expression: make(expression, checkpoint.read),
+        blocks=BLOCKS,
+        block_size=BLOCK,
     )
     prompts = [tokens(9, seed), tokens(14, seed + 1)]
     first = [Rows(p[:5], 0, table) for p, table in zip(prompts, TABLES, strict=True)]
@@ -89,7 +92,10 @@ def test_a_code_differs_only_where_the_value_does_that_it_is_made_of(directory, 
     emit_lowered({"decode": showing(phases["decode"], watched)}, checkpoint, tmp_path / "out")
     session = load(tmp_path / "out", 1, "decode")
     emulated = runtime.load(
-        phases, lambda recipe: make(recipe, checkpoint.read), blocks=BLOCKS, block_size=BLOCK
+        phases,
+        lambda expression: make(expression, checkpoint.read),
+        blocks=BLOCKS,
+        block_size=BLOCK,
     )
     logits, compared = emulated.prefill([tokens(9)], TABLES[:1]), dict.fromkeys(quantizers, 0)
     for place in range(9, 9 + STEPS):

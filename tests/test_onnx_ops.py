@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from onnx_models import UNIT, both, compiled
+from support.onnx_models import UNIT, both, compiled
 
 from kvc8.ir import ops
 from kvc8.ir.text import parse

@@ -7,8 +7,8 @@ from kvc8.ir.text import parse, show
 from kvc8.passes import pipeline
 from kvc8.passes.pipeline import Ran
 from kvc8.passes.rewrite import Remark
-from kvc8.tools import pass_dump
-from kvc8.tools.pass_facts import counts, sizes, sources, summary
+from kvc8.tools.reporter import pass_dump
+from kvc8.tools.reporter.pass_facts import counts, sizes, sources, summary
 
 LAYER = """
     k_{n}: f32[T, 2, 4] = aten.reshape(x, [-1, 2, 4])  # {at}

@@ -5,22 +5,22 @@ the order of sums, so two promises can be held: a code whose float input is equa
 equal, and the greedy tokens are.
 """
 
-import c8
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import c8
 
-from kvc8.backends.npu.generate import generate
-from kvc8.backends.npu.inputs import Batch, Rows
-from kvc8.backends.npu.runtime import load
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.inputs import Batch, Rows
+from kvc8.backends.runtime.model import load
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz
-from kvc8.ir.recipe import make
 from kvc8.passes import pipeline
-from kvc8.tools.forms import Run
-from kvc8.tools.forms import watch as watch_rows
+from kvc8.tools.verifier.forms import Run
+from kvc8.tools.verifier.forms import watch as watch_rows
 
 BLOCK = 32
 PROMPT = [(7 * i * i + 3 * i + 5) % 120 for i in range(75)]  # over two blocks, and into a third

@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from steps import step, values
+from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
 from kvc8.ir import ops
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.w8a8 import Range, input_params, kv_scale, quantize_linear
 from kvc8.ir.program import argument
 from kvc8.ir.run import run
-from kvc8.ir.w8a8 import Range, input_params, kv_scale, quantize_linear
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.tools import command, quantize
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.driver.tokenizer import read_tokenizer
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
 

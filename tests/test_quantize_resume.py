@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.tools import command, quantize
 
 pytestmark = [

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import step, values
+from support.steps import step, values
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.run import run
 from kvc8.passes import pipeline
-from kvc8.tools.measured import CODE
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.benchmarks.measured import CODE
+from kvc8.tools.driver.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"```sh\n(.*?)```\n((?:\n(?:    [^\n]*\n)+)*)", re.DOTALL)

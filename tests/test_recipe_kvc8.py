@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import step, values
+from support.steps import step, values
 
 from kvc8.ir import ops
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.w8a8 import Range, nearest
 from kvc8.ir.program import argument
 from kvc8.ir.run import run
-from kvc8.ir.w8a8 import Range, nearest
 from kvc8.tools import command, quantize
 from kvc8.tools.quantizer.calibration_data import Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
-from kvc8.tools.quantizer.positions import find_turning, hardly_turned, rows_at
-from kvc8.tools.quantizer.rounding import compensated
+from kvc8.tools.quantizer.transforms.positions import find_turning, hardly_turned, rows_at
+from kvc8.tools.quantizer.transforms.rounding import compensated
 
 TEXTS = [
     "What is kept of a text is its keys and values.",

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from pre_rope import write_pre_rope
+from support.pre_rope import write_pre_rope
 from torch import Tensor
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.ir.errors import IRError, ModelError
-from kvc8.ir.program import Program, recipe_of
-from kvc8.ir.recipe import Recipe, make
+from kvc8.ir.expression import Expression, make
+from kvc8.ir.program import Program, expression_of
 from kvc8.ir.text import parse
 from kvc8.passes.repair_rope_scales import __doc__ as document
 from kvc8.passes.repair_rope_scales import repair_rope_scales
@@ -85,8 +85,8 @@ def k_scales(program: Program, checkpoint: Checkpoint) -> list[Tensor]:
     """The K scales [H, D] that each layer's cache will have."""
     found = []
     for cache in program.caches()[::2]:
-        scale = recipe_of(cache).args[0]
-        assert isinstance(scale, Recipe)
+        scale = expression_of(cache).args[0]
+        assert isinstance(scale, Expression)
         found.append(make(scale, checkpoint.read))
     return found
 
@@ -167,13 +167,13 @@ def test_a_repair_ends_the_clipping_of_msmodelslims_own_scales(name: str) -> Non
     checkpoint = open_checkpoint(GOLDEN / name / "quant")
     program = capture(checkpoint)
     before = k_scales(program, checkpoint)
-    zeros = [recipe_of(cache).args[1] for cache in program.caches()[::2]]
+    zeros = [expression_of(cache).args[1] for cache in program.caches()[::2]]
     repair_rope_scales(program)
     after = k_scales(program, checkpoint)
     for layer in range(4):
         rows = torch.cat([cache.layers[layer].keys[0] for cache in caches], 1)
         zero = zeros[layer]
-        moved = make(zero, checkpoint.read) if isinstance(zero, Recipe) else torch.zeros(2, 32)
+        moved = make(zero, checkpoint.read) if isinstance(zero, Expression) else torch.zeros(2, 32)
         as_is = clipped(rows.float() + (moved * before[layer])[:, None], before[layer])
         assert as_is > 0.01  # shared/golden: 2.8 to 6.1 % for such models
         assert clipped(rows, after[layer]) == 0

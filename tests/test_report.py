@@ -11,7 +11,6 @@ from kvc8.passes import pipeline
 from kvc8.passes.pipeline import Ran
 from kvc8.tools import command
 from kvc8.tools import compile as compiler
-from kvc8.tools.gaps import Codes, Gap
 from kvc8.tools.reporter.figures import of_contracts, of_sensitivity, of_values
 from kvc8.tools.reporter.groups import alike, merged
 from kvc8.tools.reporter.heat import heat
@@ -19,9 +18,10 @@ from kvc8.tools.reporter.layout import place, spread
 from kvc8.tools.reporter.page import Page, render
 from kvc8.tools.reporter.scenes import marks, parts, scene, shape
 from kvc8.tools.reporter.steps import Steps
-from kvc8.tools.sensitivity import Cost
-from kvc8.tools.values import Measured, Value
-from kvc8.tools.verdicts import Site, Verdict
+from kvc8.tools.verifier.gaps import Codes, Gap
+from kvc8.tools.verifier.sensitivity import Cost
+from kvc8.tools.verifier.values import Measured, Value
+from kvc8.tools.verifier.verdicts import Site, Verdict
 
 LAYER = """
     k_{n}: f32[T, 2, 4] = aten.reshape({given}, [-1, 2, 4])  # {at}

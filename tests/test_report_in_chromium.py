@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import chromium
 import pytest
+from support import chromium
 
 from kvc8.tools import command
 from kvc8.tools import compile as compiler

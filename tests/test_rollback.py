@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import command, quantize
 from kvc8.tools.quantizer.options import _percent

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvc8.ir.checkpoint import open_checkpoint
-from kvc8.tools.quantizer.orthogonal import hadamard, random_orthogonal
-from kvc8.tools.quantizer.rotation import (
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.tools.quantizer.transforms.orthogonal import hadamard, random_orthogonal
+from kvc8.tools.quantizer.transforms.rotation import (
     EMBEDDING,
     HEAD,
     Rotation,

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sparse import LLAMA_70B, write_sparse
+from support.sparse import LLAMA_70B, write_sparse
 
 from kvc8.ir.shapes import Shapes
 from kvc8.ir.text import parse, show

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import QUANTIZED, quantized
+from support.onnx_models import QUANTIZED, quantized
 
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.onnx.emitter import emit
 from kvc8.backends.onnx.lowered import emit_lowered
-from kvc8.ir.checkpoint import open_checkpoint
-from kvc8.ir.model_files import place
+from kvc8.ir.checkpoint.model_files import place
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import run
 

@@ -12,13 +12,13 @@ import pytest
 
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.device import load_torch_npu
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import ModelError, TargetError
 from kvc8.passes import pipeline
 from kvc8.tools import run, verify
 from kvc8.tools.command import entry
-from kvc8.tools.tokenize import TextStream, read_tokenizer
+from kvc8.tools.driver.tokenizer import TextStream, read_tokenizer
 
 pytestmark = pytest.mark.slow  # minutes in all; `tools/check --quick` leaves them out
 
@@ -209,7 +209,7 @@ def test_how_commands_end(capsys) -> None:
 
 def test_only_our_warnings_are_shown(capsys) -> None:
     def work(_: argparse.Namespace) -> int:
-        warnings.warn_explicit("model: odd; look", UserWarning, "x.py", 1, "kvc8.ir.capture")
+        warnings.warn_explicit("model: odd; look", UserWarning, "x.py", 1, "kvc8.ir.capture.trace")
         warnings.warn_explicit("theirs", DeprecationWarning, "y.py", 1, "transformers.models")
         return 0
 

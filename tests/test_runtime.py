@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from kvc8.backends.npu.artifact import Target, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
-from kvc8.backends.npu.blocks import Blocks
-from kvc8.backends.npu.generate import generate
-from kvc8.backends.npu.inputs import Rows, inputs
-from kvc8.backends.npu.runtime import Model, load
-from kvc8.backends.npu.sampling import Sampling, choose
-from kvc8.backends.npu.scheduler import Scheduler
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.backends.runtime.blocks import Blocks
+from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.inputs import Rows, inputs
+from kvc8.backends.runtime.model import Model, load
+from kvc8.backends.runtime.sampling import Sampling, choose
+from kvc8.backends.runtime.scheduler import Scheduler
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import IRError, TargetError
-from kvc8.ir.recipe import make
+from kvc8.ir.expression import make
 from kvc8.ir.text import parse
 from kvc8.passes import pipeline
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.safetensors_files import SMALL
 from kvc8.ir.errors import ModelError
-from kvc8.ir.safetensors_files import SMALL
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 LINEAR = {  # of a W8A8 linear with `rows` outputs and 8192 inputs

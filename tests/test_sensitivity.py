@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvc8.backends.npu import runtime
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.backends.runtime import model as runtime
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
+from kvc8.ir.expression import Expression, make
 from kvc8.ir.program import Program
-from kvc8.ir.recipe import Recipe, make
 from kvc8.passes import pipeline
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
 from kvc8.tools import command, verify
-from kvc8.tools.divergence import Figures
-from kvc8.tools.sensitivity import sensitivity
+from kvc8.tools.evaluator.divergence import Figures
+from kvc8.tools.verifier.sensitivity import sensitivity
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"
@@ -32,12 +32,12 @@ def logits(checkpoint: Checkpoint, captured: Program, quantized: list[int]) -> t
     pipeline.run(program, (remove_identities, repair_rope_scales))
     for i, cache in enumerate(program.caches()):
         if i not in quantized:
-            cache.meta["recipe"] = Recipe("cache")
+            cache.meta["expression"] = Expression("cache")
     if quantized:
         insert_kv_quant(program)
     model = runtime.load(
         {"prefill": program, "decode": program},
-        lambda recipe: make(recipe, checkpoint.read),
+        lambda expression: make(expression, checkpoint.read),
         blocks=1,
         block_size=128,
     )

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import command, compile, verify
-from kvc8.tools.check_passes import check_steps, watch_values
-from kvc8.tools.gaps import Codes, Gap, codes, gap
-from kvc8.tools.pass_table import largest
+from kvc8.tools.verifier.check_passes import check_steps, watch_values
+from kvc8.tools.verifier.gaps import Codes, Gap, codes, gap
+from kvc8.tools.verifier.pass_table import largest
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"

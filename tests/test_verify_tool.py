@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.precision.widen import widen
 from kvc8.ir.text import parse, show
-from kvc8.ir.widen import widen
 from kvc8.passes import pipeline
 from kvc8.tools import command, verify
-from kvc8.tools.compare import Codes, Row, compare
-from kvc8.tools.form_table import broken_promises
-from kvc8.tools.forms import Run, Tokens, in_onnxruntime, one_program
-from kvc8.tools.gaps import Gap
+from kvc8.tools.verifier.compare import Codes, Row, compare
+from kvc8.tools.verifier.form_table import broken_promises
+from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program
+from kvc8.tools.verifier.gaps import Gap
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
-from kvc8.tools import bench_decode, bench_quantize
+from kvc8.tools.benchmarks import decode as bench_decode
+from kvc8.tools.benchmarks import quantize as bench_quantize
 from kvc8.tools.command import entry
 
 Clock = Callable[[], float]

@@ -18,19 +18,19 @@ import torch
 
 from kvc8.backends.npu import artifact, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
-from kvc8.backends.npu.kv_layout import kv_layout
-from kvc8.ir.capture import capture, config_dtype
-from kvc8.ir.checkpoint import Calibrated, Checkpoint, open_checkpoint
+from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.ir.capture.trace import capture, config_dtype
+from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
 from kvc8.ir.errors import IRError, ModelError, TargetError
+from kvc8.ir.expression import Read
 from kvc8.ir.program import Program
-from kvc8.ir.recipe import Read
 from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Remark
-from kvc8.tools import costs, pass_dump
 from kvc8.tools.command import entry
-from kvc8.tools.pass_facts import reason
+from kvc8.tools.reporter import costs, pass_dump
 from kvc8.tools.reporter.compiled import write_page
 from kvc8.tools.reporter.heat import Heat
+from kvc8.tools.reporter.pass_facts import reason
 from kvc8.tools.reporter.steps import Steps
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -153,8 +153,8 @@ def _check_options(args: argparse.Namespace) -> None:
 def _check_passes(
     args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> list[Heat]:
-    from kvc8.tools.check_passes import Choices, check_passes, watch_values
     from kvc8.tools.reporter.figures import of_passes  # these take all of the emulation
+    from kvc8.tools.verifier.check_passes import Choices, check_passes, watch_values
 
     on_npu = args.target == "npu" or args.flavor == "lowered"
     choices = Choices(dtype, args.kv_scales, **_choices(args), npu=on_npu)

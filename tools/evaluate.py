@@ -20,15 +20,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from kvc8.ir.checkpoint.model_files import place, shown
 from kvc8.ir.errors import ModelError
-from kvc8.ir.model_files import place, shown
 from kvc8.tools.command import entry
 from kvc8.tools.compile import add_kv_calibrated
-from kvc8.tools.divergence import Figures
-from kvc8.tools.evaluate_forms import Form, Options, open_float, open_form, with_scales
-from kvc8.tools.evaluate_plot import Curve, draw
-from kvc8.tools.sensitivity import sensitivity
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.driver.tokenizer import read_tokenizer
+from kvc8.tools.evaluator.divergence import Figures
+from kvc8.tools.evaluator.forms import Form, Options, open_float, open_form, with_scales
+from kvc8.tools.evaluator.plot import Curve, draw
+from kvc8.tools.verifier.sensitivity import sensitivity
 
 DTYPES = {"config": None, "float32": torch.float32, "float16": torch.float16}
 MAPPED = 256  # tokens of the first window, on which each layer's caches are judged alone

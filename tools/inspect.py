@@ -54,10 +54,10 @@ def work(args: argparse.Namespace) -> int:
 def _with_reasons(args: argparse.Namespace, text: str) -> str:
     """Lower the model without writing anything, and add why each op was chosen."""
     from kvc8.backends.npu.legality import check  # these take seconds that a plain look need not
-    from kvc8.ir.capture import capture
+    from kvc8.ir.capture.trace import capture
     from kvc8.passes import pipeline
     from kvc8.tools.compile import open_calibrated, quantize, sites_of
-    from kvc8.tools.costs import explain_lines, explained
+    from kvc8.tools.reporter.costs import explain_lines, explained
 
     program = capture(open_calibrated(args.directory, args.kv_calibrated))
     told = quantize(program, "repair")

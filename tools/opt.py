@@ -92,7 +92,7 @@ def work(args: argparse.Namespace) -> int:
 
 
 def _repro(folder: Path) -> int:
-    from kvc8.tools.repro import run  # recording needs more than texts do
+    from kvc8.tools.verifier.repro import run  # recording needs more than texts do
 
     problem = run(folder)
     print(problem or f"{folder}: keeps its contract", file=sys.stderr if problem else sys.stdout)

@@ -25,35 +25,35 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Checkpoint, open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.model_files import listed, place
+from kvc8.ir.checkpoint.new_directory import kept_directory, refuse_existing
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError
-from kvc8.ir.model_files import listed, place
-from kvc8.ir.new_directory import kept_directory, refuse_existing
 from kvc8.ir.program import Program
 from kvc8.tools.command import INTERRUPTED, entry
-from kvc8.tools.quantizer import kvc8, minmax, msmodelslim
+from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts, with_lines
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
-from kvc8.tools.quantizer.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.model import Plan, not_copied
 from kvc8.tools.quantizer.options import (
     MOST_TOKENS,
     SWEEPS,
     add_options,
+    expression_of,
     kvc8_options,
-    recipe_of,
     run_dtype,
     settings_of,
     source_of,
     vendor_options,
 )
-from kvc8.tools.quantizer.rotation import untied_bytes
+from kvc8.tools.quantizer.recipes import kvc8, minmax, msmodelslim
+from kvc8.tools.quantizer.recipes.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.sensitivity import measure, roll_back, table
 from kvc8.tools.quantizer.sites import Site, choose, sites, vocabulary
+from kvc8.tools.quantizer.transforms.rotation import untied_bytes
 from kvc8.tools.quantizer.work import Report, Texts, Work
-from kvc8.tools.tokenize import read_tokenizer
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Measure and write; gives the exit status."""
-    source, recipe = source_of(args), recipe_of(args)
+    source, recipe = source_of(args), expression_of(args)
     refuse_existing(args.output)
     checkpoint = open_checkpoint(source)
     _check_float(checkpoint)

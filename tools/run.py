@@ -14,9 +14,9 @@ if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should
     import torch
 
     from kvc8.backends.npu.dumps import Recording
-    from kvc8.backends.npu.generate import Generation, Model, Statistics
-    from kvc8.backends.npu.scheduler import Sequence as Running
-    from kvc8.tools.tokenize import Tokenizer
+    from kvc8.backends.runtime.generate import Generation, Model, Statistics
+    from kvc8.backends.runtime.scheduler import Sequence as Running
+    from kvc8.tools.driver.tokenizer import Tokenizer
 
 EMULATED = "emulated on a CPU, as documented; not verified on a device"
 ON_DEVICE = "run on an NPU, which kvc8's authors have not done: compare with --device cpu"
@@ -65,9 +65,9 @@ def _positive(text: str) -> int:
 def run(given: argparse.Namespace) -> int:
     """Load, generate and print."""
     device = _device(given)  # before anything that declares the NPU's ops
-    from kvc8.backends.npu.generate import generate
-    from kvc8.backends.npu.sampling import Sampling
-    from kvc8.tools.tokenize import read_tokenizer
+    from kvc8.backends.runtime.generate import generate
+    from kvc8.backends.runtime.sampling import Sampling
+    from kvc8.tools.driver.tokenizer import read_tokenizer
 
     sampling = Sampling(given.temperature, given.top_p, given.seed)
     open_ = _open_onnx if _is_onnx(given.artifact) else _open_artifact
@@ -98,7 +98,7 @@ def run(given: argparse.Namespace) -> int:
 def _recording(given: argparse.Namespace, model: "Model") -> "Recording":
     """What keeps the values of the first step of each phase."""
     from kvc8.backends.npu.dumps import Recording
-    from kvc8.backends.npu.runtime import Model
+    from kvc8.backends.runtime.model import Model
     from kvc8.ir.errors import TargetError
 
     if not isinstance(model, Model) or given.graph:
@@ -115,7 +115,7 @@ Opened = tuple[Callable[[list[list[int]]], "Model"], Mapping[str, object], str]
 
 def _is_onnx(path: Path) -> bool:
     """Whether a directory says that it holds an ONNX model; any other is read as an artifact."""
-    from kvc8.ir.model_files import read_json
+    from kvc8.ir.checkpoint.model_files import read_json
 
     manifest = path / "manifest.json"
     return manifest.is_file() and read_json(manifest).get("format") == "kvc8-onnx"
@@ -144,7 +144,7 @@ def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:
 
     from kvc8.backends.npu.artifact_reader import read
     from kvc8.backends.npu.graphs import Recorder
-    from kvc8.backends.npu.runtime import load
+    from kvc8.backends.runtime.model import load
 
     artifact = read(given.artifact)
     size = artifact.block_size
@@ -195,7 +195,7 @@ class _Printer:
     """Prints text as it comes: one sequence live, and the others after it, in order."""
 
     def __init__(self, tokenizer: "Tokenizer", count: int, quiet: bool) -> None:
-        from kvc8.tools.tokenize import TextStream
+        from kvc8.tools.driver.tokenizer import TextStream
 
         self.streams = [TextStream(tokenizer) for _ in range(count)]
         self.ended = [False] * count

@@ -19,9 +19,10 @@ bit ("same inputs"); and while all codes agree, logits agree within 1e-3.
 
 Other parts, instead or, with --all, besides:
 
-    --passes        each pass, run on recorded inputs and held to its contract: tools/contracts.py
-    --sensitivity   what quantizing K or V of each layer costs alone: tools/sensitivity.py
-    --phases        one prompt whole, in chunks and token by token: tools/phases.py
+    --passes        each pass, run on recorded inputs and held to its contract:
+                    tools/verifier/contracts.py
+    --sensitivity   what quantizing K or V of each layer costs alone: tools/verifier/sensitivity.py
+    --phases        one prompt whole, in chunks and token by token: tools/verifier/phases.py
 """
 
 import argparse
@@ -33,27 +34,27 @@ from pathlib import Path
 
 import torch
 
-from kvc8.ir.capture import capture, config_dtype
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.capture.trace import capture, config_dtype
+from kvc8.ir.checkpoint.new_directory import refuse_existing
+from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
-from kvc8.ir.new_directory import refuse_existing
-from kvc8.tools import dumps
-from kvc8.tools.bisection import Bisection
-from kvc8.tools.check_passes import Choices, check_passes, watch_values
 from kvc8.tools.command import entry
-from kvc8.tools.compare import Row
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
-from kvc8.tools.contracts import Checked
-from kvc8.tools.costs import page_path
-from kvc8.tools.form_table import broken_promises, double_rows, print_rows, single_rows
-from kvc8.tools.forms import Tokens, generate
-from kvc8.tools.pass_table import passes_as_json, print_passes
-from kvc8.tools.phases import phase_rows
+from kvc8.tools.driver.tokenizer import read_tokenizer
+from kvc8.tools.reporter.costs import page_path
 from kvc8.tools.reporter.figures import of_passes, of_sensitivity
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.verified import write_page
-from kvc8.tools.sensitivity import print_costs, sensitivity
-from kvc8.tools.tokenize import read_tokenizer
+from kvc8.tools.verifier import dumps
+from kvc8.tools.verifier.bisection import Bisection
+from kvc8.tools.verifier.check_passes import Choices, check_passes, watch_values
+from kvc8.tools.verifier.compare import Row
+from kvc8.tools.verifier.contracts import Checked
+from kvc8.tools.verifier.form_table import broken_promises, double_rows, print_rows, single_rows
+from kvc8.tools.verifier.forms import Tokens, generate
+from kvc8.tools.verifier.pass_table import passes_as_json, print_passes
+from kvc8.tools.verifier.phases import phase_rows
+from kvc8.tools.verifier.sensitivity import print_costs, sensitivity
 
 PARTS = {
     "passes": "hold each pass to its numeric contract",

@@ -1,6 +1,6 @@
 """Write a compiled model: a directory that holds what the runtime needs and no copy of the weights.
 
-    manifest.json          what was compiled for what; the KV cache; the recipe of each parameter
+    manifest.json          what was compiled for what; the KV cache; how each parameter is made
     prefill.py ...         the LOWERED programs as text: prefill, chunk and decode
     derived.safetensors    parameters that took arithmetic, each under 1 MB
     weights/               the checkpoint's shards, hard-linked (copied across filesystems), with an
@@ -23,14 +23,14 @@ from types import MappingProxyType
 import torch
 from safetensors.torch import save
 
-from kvc8.backends.npu.kv_layout import kv_layout
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.ir.checkpoint.model_files import model_file, shown
+from kvc8.ir.checkpoint.new_directory import Part, new_directory
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import IRError
-from kvc8.ir.model_files import model_file, shown
-from kvc8.ir.new_directory import Part, new_directory
-from kvc8.ir.program import Program, Stage, recipe_of, tensor_type
-from kvc8.ir.recipe import Arg, Read, Recipe, make, stored_names
-from kvc8.ir.safetensors_files import StoredTensor
+from kvc8.ir.expression import Arg, Expression, Read, make, stored_names
+from kvc8.ir.program import Program, Stage, expression_of, tensor_type
 from kvc8.ir.text import show
 from kvc8.ir.types import TensorType, dtype_name
 
@@ -50,13 +50,13 @@ COPIED = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-# What a recipe may do at load time: it moves values and changes none. The rest is done now, for a
-# result of up to LARGEST_DERIVED bytes.
+# What an expression may do at load time: it moves values and changes none. The rest is done now,
+# for a result of up to LARGEST_DERIVED bytes.
 PLAIN = frozenset(
     ("stored", "cast", "reshape", "slice", "concat", "transpose", "expand", "float_bits", "values")
 ) | {"masked_above", "derived"}
 LARGEST_DERIVED = 1_000_000
-# What torch raises when a recipe's arguments do not fit.
+# What torch raises when an expression's arguments do not fit.
 UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 
 
@@ -75,13 +75,13 @@ def write(
     """Write the artifact of a checkpoint's LOWERED programs, one for each of PHASES.
 
     The programs stay as they are. Raises IRError where they are not that, or a parameter is not
-    what its recipe makes; TargetError where `out` exists or cannot be written: then nothing is.
+    what its expression makes; TargetError where `out` exists or cannot be written: then nothing is.
     """
     check_programs(programs)
     for program in programs.values():
         check_parameters(program, checkpoint.tensors, {})
     derived: dict[str, torch.Tensor] = {}
-    made: dict[Recipe, str] = {}
+    made: dict[Expression, str] = {}
     ready = {phase: _derive(programs[phase], checkpoint.read, derived, made) for phase in PHASES}
     with new_directory(out) as part:
         part.write(MANIFEST, _json(_manifest(checkpoint, ready, target)))
@@ -113,31 +113,31 @@ def disk_use(out: Path) -> DiskUse:
 
 
 def _derive(
-    program: Program, read: Read, derived: dict[str, torch.Tensor], made: dict[Recipe, str]
+    program: Program, read: Read, derived: dict[str, torch.Tensor], made: dict[Expression, str]
 ) -> Program:
     """A copy that takes small computed parameters from `derived`, where they are put.
 
-    `made` has the name of each recipe that was computed, so that programs share the result.
+    `made` has the name of each expression that was computed, so that programs share the result.
     """
     program = program.copy()
     for node in program.parameters():
-        recipe, type_ = recipe_of(node), tensor_type(node)
-        if is_plain(recipe) or _nbytes(type_) >= LARGEST_DERIVED:
+        expression, type_ = expression_of(node), tensor_type(node)
+        if is_plain(expression) or _nbytes(type_) >= LARGEST_DERIVED:
             continue
-        name = made.setdefault(recipe, node.name)
+        name = made.setdefault(expression, node.name)
         if name not in derived:
-            derived[name] = make(recipe, read).clone(memory_format=torch.contiguous_format)
-        node.meta["recipe"] = Recipe("derived", (name,))
+            derived[name] = make(expression, read).clone(memory_format=torch.contiguous_format)
+        node.meta["expression"] = Expression("derived", (name,))
     return program
 
 
-def is_plain(recipe: Arg) -> bool:
-    """Whether a recipe only moves values: such a parameter is made at load time."""
-    if isinstance(recipe, tuple):
-        return all(map(is_plain, recipe))
-    if not isinstance(recipe, Recipe):
+def is_plain(expression: Arg) -> bool:
+    """Whether an expression only moves values: such a parameter is made at load time."""
+    if isinstance(expression, tuple):
+        return all(map(is_plain, expression))
+    if not isinstance(expression, Expression):
         return True
-    return recipe.op in PLAIN and is_plain(recipe.args)
+    return expression.op in PLAIN and is_plain(expression.args)
 
 
 def _nbytes(type_: TensorType) -> int:
@@ -145,8 +145,8 @@ def _nbytes(type_: TensorType) -> int:
 
 
 def _link_weights(part: Part, checkpoint: Checkpoint, programs: Mapping[str, Program]) -> None:
-    recipes = [recipe_of(node) for p in programs.values() for node in p.parameters()]
-    names = sorted({name for recipe in recipes for name in stored_names(recipe)})
+    expressions = [expression_of(node) for p in programs.values() for node in p.parameters()]
+    names = sorted({name for expression in expressions for name in stored_names(expression)})
     (part.path / WEIGHTS).mkdir()
     for shard in sorted({checkpoint.tensors[name].file for name in names}):
         part.link(f"{WEIGHTS}/{shard.name}", shard)
@@ -170,7 +170,7 @@ def _manifest(
         "float16_bytes_per_token": layout.float16_bytes_per_token,
         "kv_cache": [cache.as_json() for cache in layout.caches],
         "notes": dict(target.notes),
-        "parameters": recipes_by_name(programs),
+        "parameters": expressions_by_name(programs),
     }
 
 
@@ -187,12 +187,12 @@ def logits_type(program: Program) -> TensorType:
     return tensor_type(results[0])
 
 
-def recipes_by_name(programs: Mapping[str, Program]) -> dict[str, str]:
-    """The recipe of each parameter as text. Raises IRError where programs differ in one."""
+def expressions_by_name(programs: Mapping[str, Program]) -> dict[str, str]:
+    """The expression of each parameter as text. Raises IRError where programs differ in one."""
     found: dict[str, tuple[str, str]] = {}
     for phase, program in programs.items():
         for node in program.parameters():
-            text = str(recipe_of(node))
+            text = str(expression_of(node))
             known, first = found.setdefault(node.name, (text, phase))
             if known != text:
                 what = f"is made in one way for {first} and in another for {phase}"
@@ -214,26 +214,28 @@ def check_programs(programs: Mapping[str, Program]) -> None:
         if kv_layout(program) != kv_layout(programs["decode"]):
             what = f"{phase} and decode differ in their caches"
             raise IRError(f"programs: {what}; compile them from one")
-    recipes_by_name(programs)
+    expressions_by_name(programs)
 
 
 def check_parameters(
     program: Program, tensors: Mapping[str, StoredTensor], derived: Mapping[str, StoredTensor]
 ) -> None:
-    """Raise IRError at a parameter that is not of the type that its recipe makes."""
+    """Raise IRError at a parameter that is not of the type that its expression makes."""
     for node in program.parameters():
-        recipe = recipe_of(node)
+        expression = expression_of(node)
         try:
             with torch.device("meta"):  # nothing is read and nothing allocated
-                is_ = make(recipe, partial(_blank, tensors), partial(_blank, derived))
+                is_ = make(expression, partial(_blank, tensors), partial(_blank, derived))
                 found = TensorType(is_.dtype, tuple(is_.shape))
         except IRError as error:
             raise IRError(f"{node.name}: {error}") from error
         except UNFIT as error:
             why = shown(str(error).strip().partition("\n")[0])
-            raise IRError(f"{node.name}: {recipe.op} does not fit ({why}); correct it") from error
+            raise IRError(
+                f"{node.name}: {expression.op} does not fit ({why}); correct it"
+            ) from error
         if found != tensor_type(node):
-            what = f"is declared {tensor_type(node)} and its recipe makes {found}"
+            what = f"is declared {tensor_type(node)} and its expression makes {found}"
             raise IRError(f"{node.name}: {what}; declare it so")
 
 

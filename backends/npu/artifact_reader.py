@@ -21,15 +21,15 @@ from kvc8.backends.npu.artifact import (
     WEIGHTS,
     check_parameters,
     check_programs,
+    expressions_by_name,
     logits_type,
-    recipes_by_name,
 )
-from kvc8.backends.npu.kv_layout import KVLayout, kv_layout
+from kvc8.backends.runtime.kv_layout import KVLayout, kv_layout
+from kvc8.ir.checkpoint.model_files import file_names, model_file, place, positive, read_json, shown
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles, read_header, read_index
 from kvc8.ir.errors import IRError, TargetError
-from kvc8.ir.model_files import file_names, model_file, place, positive, read_json, shown
-from kvc8.ir.program import Program, recipe_of
-from kvc8.ir.recipe import Recipe, make, stored_names
-from kvc8.ir.safetensors_files import StoredTensor, TensorFiles, read_header, read_index
+from kvc8.ir.expression import Expression, make, stored_names
+from kvc8.ir.program import Program, expression_of
 from kvc8.ir.text import parse
 from kvc8.ir.types import dtype_name
 from kvc8.ir.verify import verify
@@ -63,10 +63,10 @@ class Artifact:
         """The KV cache of the programs."""
         return kv_layout(self.programs["decode"])
 
-    def make(self, recipe: Recipe) -> torch.Tensor:
+    def make(self, expression: Expression) -> torch.Tensor:
         """Make a parameter, mapping into memory what it is made of."""
         return make(
-            recipe,
+            expression,
             lambda name: self._files.read(self.tensors[name]),
             lambda name: self._files.read(self.derived[name]),
         )
@@ -169,8 +169,8 @@ def _calls(tree: ast.AST) -> Iterator[ast.Call]:
 
 def _tensors(path: Path, programs: Mapping[str, Program]) -> Mapping[str, StoredTensor]:
     """The tensors that the weights' index names; each must lie in the artifact's own weights."""
-    recipes = [recipe_of(node) for p in programs.values() for node in p.parameters()]
-    if not any(name for recipe in recipes for name in stored_names(recipe)):
+    expressions = [expression_of(node) for p in programs.values() for node in p.parameters()]
+    if not any(name for expression in expressions for name in stored_names(expression)):
         return {}
     weights = path / WEIGHTS
     if weights.is_symlink() or not weights.is_dir():
@@ -190,7 +190,7 @@ def _check(artifact: Artifact, manifest: Mapping[str, object]) -> None:
         raise IRError(f"{where}: {error}") from error
     layout = artifact.layout
     expected = {
-        "parameters": recipes_by_name(artifact.programs),
+        "parameters": expressions_by_name(artifact.programs),
         "kv_cache": [cache.as_json() for cache in layout.caches],
         "bytes_per_token": layout.bytes_per_token,
         "float16_bytes_per_token": layout.float16_bytes_per_token,

@@ -6,8 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
+from kvc8.ir.checkpoint.model_files import shown
 from kvc8.ir.errors import TargetError
-from kvc8.ir.model_files import shown
 
 TORCH_NPU = "torch_npu"
 INSTALL = "install kvc8[npu] on a machine with CANN, or give --device cpu"

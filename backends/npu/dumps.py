@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import Node
 
+from kvc8.ir.checkpoint.safetensors_files import TensorFiles, read_header
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, is_cache, is_call, op_name, substitute, type_of
 from kvc8.ir.run import Observe, Value, run
-from kvc8.ir.safetensors_files import TensorFiles, read_header
 from kvc8.ir.types import IntsType
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu.artifact_reader import read
-from kvc8.backends.npu.kv_layout import KVLayout
-from kvc8.backends.npu.runtime import make_parameters
+from kvc8.backends.runtime.kv_layout import KVLayout
+from kvc8.backends.runtime.model import make_parameters
 from kvc8.ir.errors import IRError, TargetError
+from kvc8.ir.expression import Expression
 from kvc8.ir.program import Program, type_of
-from kvc8.ir.recipe import Recipe
 from kvc8.ir.run import Value, run
 from kvc8.ir.types import show_type
 
@@ -61,7 +61,7 @@ class Steps:
 
     prefill takes fresh prompts end to end, chunk several tokens of sequences that have a past,
     decode one token of each. The inputs of each are those that its `inputs` names;
-    backends/npu/inputs.py says what they mean.
+    backends/runtime/inputs.py says what they mean.
     """
 
     prefill: Step
@@ -77,7 +77,7 @@ def load_steps(path: Path, device: torch.device) -> Steps:
     On an NPU, call kvc8.backends.npu.device.load_torch_npu before importing this. Raises IRError or
     TargetError where the artifact is damaged.
     """
-    artifact, made = read(path), dict[Recipe, Tensor]()
+    artifact, made = read(path), dict[Expression, Tensor]()
     steps = {
         phase: Step(program, make_parameters(program, artifact.make, device, made))
         for phase, program in artifact.programs.items()

@@ -36,10 +36,10 @@ from kvc8.backends.onnx.builder import DTYPES, Builder, Value, typed
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.weights import Derived, Weights
 from kvc8.ir import ops
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.checkpoint.model_files import file_names, model_file
+from kvc8.ir.checkpoint.new_directory import Part, new_directory
+from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
-from kvc8.ir.model_files import file_names, model_file
-from kvc8.ir.new_directory import Part, new_directory
 from kvc8.ir.program import Program, Stage, is_call, substitute, tensor_type, type_of, users
 from kvc8.ir.shapes import Target
 from kvc8.ir.types import IntType, dtype_name

@@ -6,7 +6,7 @@
     manifest.json                         the inputs, caches and outputs of each
     config.json, ...                      as the model has them
 
-Inputs are those of the programs (backends/npu/inputs.py); lists on the host are int64. A cache
+Inputs are those of the programs (backends/runtime/inputs.py); lists on the host are int64. A cache
 that a program writes in place is an output as well, `<cache>_new`, as in the other flavors.
 """
 
@@ -25,10 +25,10 @@ from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.npu_functions import BODIES, WRITES
 from kvc8.backends.onnx.weights import Derived, Weights
 from kvc8.ir import npu
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.checkpoint.new_directory import new_directory
+from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
-from kvc8.ir.new_directory import new_directory
-from kvc8.ir.program import Program, Stage, recipe_of, tensor_type, type_of
+from kvc8.ir.program import Program, Stage, expression_of, tensor_type, type_of
 from kvc8.ir.shapes import Target
 from kvc8.ir.types import IntsType, TensorType
 
@@ -62,7 +62,9 @@ def _model(
     weights = Weights(b, checkpoint, derived)
     inputs = _inputs(program, b)
     # The mask of sparse modes 3 and 4 says what the mode does, and no function reads it.
-    parameters(b, weights, [n for n in program.parameters() if recipe_of(n).op != "masked_above"])
+    parameters(
+        b, weights, [n for n in program.parameters() if expression_of(n).op != "masked_above"]
+    )
     table = lowerings(functions)
     for node in program.graph.nodes:
         if node.op == "call_function":

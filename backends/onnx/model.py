@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvc8.backends.npu.inputs import PACKS, Rows, inputs
-from kvc8.backends.npu.kv_layout import Cache, KVLayout
 from kvc8.backends.onnx.runner import Port, Session, load, phases_of
-from kvc8.ir.model_files import read_json
+from kvc8.backends.runtime.inputs import PACKS, Rows, inputs
+from kvc8.backends.runtime.kv_layout import Cache, KVLayout
+from kvc8.ir.checkpoint.model_files import read_json
 
 CPU = torch.device("cpu")
 PAGE = 128  # tokens a block of a paged cache gets; any multiple of 32 works

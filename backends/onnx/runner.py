@@ -17,8 +17,8 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from torch import Tensor
 
+from kvc8.ir.checkpoint.model_files import place, read_json, shown
 from kvc8.ir.errors import TargetError
-from kvc8.ir.model_files import place, read_json, shown
 from kvc8.ir.types import DTYPES
 
 

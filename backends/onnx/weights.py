@@ -1,7 +1,7 @@
 """Parameters in an ONNX model: where the checkpoint keeps them, wherever that can be.
 
 A stored tensor is external data at its place in its shard, which is hard-linked into the model's
-directory, since ONNX Runtime reads no data from outside of it. Of other recipes,
+directory, since ONNX Runtime reads no data from outside of it. Of other expressions,
 
     from under 64 KB of stored tensors   the tensor is made now and written to derived.bin
     cast, reshape, transpose, slice,     nodes over external data, which ONNX Runtime computes once
@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import DTYPES, Builder, Value
-from kvc8.ir.checkpoint import Checkpoint
-from kvc8.ir.new_directory import Part
-from kvc8.ir.program import recipe_of
-from kvc8.ir.recipe import Arg, Recipe, make, stored_names
+from kvc8.ir.checkpoint.new_directory import Part
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.expression import Arg, Expression, make, stored_names
+from kvc8.ir.program import expression_of
 
 SMALL = 1 << 16  # bytes; under it a tensor costs less than the nodes that would make it
 ALIGNMENT = 64
@@ -48,7 +48,7 @@ class Derived:
         self._made: dict[str, Made] = {}
 
     def put(self, key: str, make: Callable[[], Tensor]) -> Made:
-        """What was made under a key before, a recipe's text for instance, or is made now."""
+        """What was made under a key before, an expression's text for instance, or is made now."""
         if key not in self._made:
             tensor = make()
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -69,7 +69,7 @@ class Weights:
 
     def parameter(self, node: Node) -> Value:
         """The value of a parameter of the program."""
-        return self._value(recipe_of(node), node.name)
+        return self._value(expression_of(node), node.name)
 
     def write(self, part: Part) -> None:
         """Write what the model refers to, and another model has not written before."""
@@ -80,38 +80,44 @@ class Weights:
         if not (part.path / DERIVED).exists():
             part.write(DERIVED, bytes(self.derived.bytes))
 
-    def _value(self, recipe: Recipe, name: str) -> Value:
-        if recipe.op == "stored":
-            return self._external(str(recipe.args[0]))
-        size = sum(self.checkpoint.tensors[s].nbytes for s in stored_names(recipe))
-        if size < SMALL or recipe.op not in (*NODES, "w8a8"):
-            return self._put(str(recipe), lambda: make(recipe, self.checkpoint.read), name)
-        if recipe.op == "w8a8":
-            return self._w8a8(recipe, name)
-        first, *rest = recipe.args
+    def _value(self, expression: Expression, name: str) -> Value:
+        if expression.op == "stored":
+            return self._external(str(expression.args[0]))
+        size = sum(self.checkpoint.tensors[s].nbytes for s in stored_names(expression))
+        if size < SMALL or expression.op not in (*NODES, "w8a8"):
+            return self._put(str(expression), lambda: make(expression, self.checkpoint.read), name)
+        if expression.op == "w8a8":
+            return self._w8a8(expression, name)
+        first, *rest = expression.args
         parts = first if isinstance(first, tuple) else (first,)
-        made = [self._value(x, f"{name}/{i}") for i, x in enumerate(parts) if isinstance(x, Recipe)]
-        return NODES[recipe.op](self.b, self._rank(recipe), made, *rest)
+        made = [
+            self._value(x, f"{name}/{i}") for i, x in enumerate(parts) if isinstance(x, Expression)
+        ]
+        return NODES[expression.op](self.b, self._rank(expression), made, *rest)
 
-    def _rank(self, recipe: Recipe) -> int:
-        """How many dimensions a recipe gives, without data."""
+    def _rank(self, expression: Expression) -> int:
+        """How many dimensions an expression gives, without data."""
 
         def empty(name: str) -> Tensor:
             stored = self.checkpoint.tensors[name]
             return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
-        return make(recipe, empty).dim()
+        return make(expression, empty).dim()
 
-    def _w8a8(self, recipe: Recipe, name: str) -> Value:
+    def _w8a8(self, expression: Expression, name: str) -> Value:
         """The float weight, each output's codes times its scale."""
-        w8, in_scale, _, deq_scale, _ = (arg for arg in recipe.args if isinstance(arg, Recipe))
+        w8, in_scale, _, deq_scale, _ = (
+            arg for arg in expression.args if isinstance(arg, Expression)
+        )
         codes = self.b.cast(self._value(w8, name), torch.int8, torch.float32)
         scale = self._put(
-            f"scale of {recipe}", lambda: self._output_scale(in_scale, deq_scale), f"{name}/scale"
+            f"scale of {expression}",
+            lambda: self._output_scale(in_scale, deq_scale),
+            f"{name}/scale",
         )
         return self.b.op("Mul", codes, scale)
 
-    def _output_scale(self, in_scale: Recipe, deq_scale: Recipe) -> Tensor:
+    def _output_scale(self, in_scale: Expression, deq_scale: Expression) -> Tensor:
         read = self.checkpoint.read
         return (make(deq_scale, read) / make(in_scale, read).float())[:, None]
 
@@ -145,7 +151,7 @@ def _transpose(b: Builder, rank: int, xs: list[Value], i: int, j: int) -> Value:
     return b.op("Transpose", *xs, perm=perm)
 
 
-# What a step of a recipe becomes: the rank of what it gives, its inputs, its other arguments.
+# What a step of an expression becomes: the rank of what it gives, its inputs, its other arguments.
 NODES: Mapping[str, Callable[..., Value]] = MappingProxyType(
     {
         "cast": _cast,

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import c8
 import conftest
-from sparse import LLAMA_70B, write_sparse
+from support import c8
+from support.sparse import LLAMA_70B, write_sparse
 
 from kvc8.backends.npu import legality
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import open_checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program
 from kvc8.ir.text import show
 from kvc8.passes import pipeline

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kvc8.ir.model_files import place
+from kvc8.ir.checkpoint.model_files import place
 from kvc8.tools.inspector.seen import Seen
 
 DIRECTORY, CONFIG = "the directory", "config.json"  # where a finding may be, beside layers

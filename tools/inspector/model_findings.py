@@ -4,11 +4,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from kvc8.ir.checkpoint.layouts import FLOATS
+from kvc8.ir.checkpoint.model_files import listed, shown
+from kvc8.ir.checkpoint.msmodelslim import LABELS, SETTINGS, tied_head
 from kvc8.ir.errors import ModelError
 from kvc8.ir.kv_params import heads_of_rank
-from kvc8.ir.layouts import FLOATS
-from kvc8.ir.model_files import listed, shown
-from kvc8.ir.msmodelslim import LABELS, SETTINGS, tied_head
 from kvc8.tools.inspector.finding import (
     CONFIG,
     DIRECTORY,

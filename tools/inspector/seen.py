@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from kvc8.ir import ops
-from kvc8.ir.accounts import account
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Calibrated, Checkpoint, Files, read_files, understand
-from kvc8.ir.compressed_tensors import kv_name as compressed_kv_name
+from kvc8.ir.capture.accounts import account
+from kvc8.ir.capture.parameters import check_kv_scales
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.compressed_tensors import kv_name as compressed_kv_name
+from kvc8.ir.checkpoint.layouts import KVName, Side, kv_widths, layer_index
+from kvc8.ir.checkpoint.model_files import positive
+from kvc8.ir.checkpoint.msmodelslim import calibrated_of, kv_name, layout_of
+from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, Files, read_files, understand
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles
 from kvc8.ir.errors import KVC8Error, ModelError
-from kvc8.ir.layouts import KVName, Side, kv_widths, layer_index
-from kvc8.ir.model_files import positive
-from kvc8.ir.msmodelslim import calibrated_of, kv_name, layout_of
-from kvc8.ir.parameters import check_kv_scales
-from kvc8.ir.program import Program, argument, recipe_of
-from kvc8.ir.recipe import stored_names
-from kvc8.ir.safetensors_files import StoredTensor, TensorFiles
+from kvc8.ir.expression import stored_names
+from kvc8.ir.program import Program, argument, expression_of
 from kvc8.passes.repair_rope_scales import Rope, find_rope, from_linear
 
 LARGEST_SCALE = 1 << 20  # numbers; what claims to hold more is no scale of a cache
@@ -128,7 +128,7 @@ def _captured(
 def _norm_biases(program: Program) -> Iterator[str]:
     for node in program.calls(torch.ops.aten.add.Tensor):
         if node.name.startswith("norm_bias"):
-            yield from stored_names(recipe_of(argument(node, 1)))
+            yield from stored_names(expression_of(argument(node, 1)))
 
 
 def _k_layers(program: Program) -> dict[int, KLayer]:

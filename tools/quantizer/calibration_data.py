@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import wrap
 
+from kvc8.ir.checkpoint.model_files import place, shown
 from kvc8.ir.errors import ModelError
-from kvc8.ir.model_files import place, shown
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 KEYS = "inputs_pretokenized, text, prompt, messages or input_ids"

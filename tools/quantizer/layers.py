@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.checkpoint import Checkpoint
-from kvc8.ir.layouts import layer_index
+from kvc8.ir.checkpoint.layouts import layer_index
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.expression import make
 from kvc8.ir.program import (
     Program,
     argument,
+    expression_of,
     is_call,
     is_parameter,
-    recipe_of,
     substitute,
     type_of,
 )
-from kvc8.ir.recipe import make
 from kvc8.ir.run import Value
 from kvc8.ir.types import TensorType
 from kvc8.tools.quantizer.stored import load
@@ -93,7 +93,7 @@ def _stage(
 def weights_of(stage: Stage, checkpoint: Checkpoint) -> dict[Node, Tensor]:
     """Read a stage's parameters into memory, in the dtypes that the program computes in."""
     stored = checkpoint.tensors
-    return {n: make(recipe_of(n), lambda name: load(stored[name])) for n in stage.parameters}
+    return {n: make(expression_of(n), lambda name: load(stored[name])) for n in stage.parameters}
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ def plain(checkpoint: Checkpoint, attend: Evaluate) -> Evaluate:
 def embedded(checkpoint: Checkpoint, table: Node, tokens: Value) -> Tensor:
     """The rows of an embedding that belong to tokens; the rest of it is never read."""
     assert isinstance(tokens, Tensor)
-    return make(recipe_of(table), lambda name: checkpoint.read(name)[tokens])
+    return make(expression_of(table), lambda name: checkpoint.read(name)[tokens])
 
 
 @dataclass(frozen=True)

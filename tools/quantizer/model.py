@@ -12,11 +12,11 @@ from typing import Literal
 
 import torch
 
-from kvc8.ir.checkpoint import Checkpoint
-from kvc8.ir.msmodelslim import NAME, OLD_NAME, tied_head
-from kvc8.ir.program import Program, recipe_of
-from kvc8.ir.recipe import stored_names
-from kvc8.ir.safetensors_files import StoredTensor
+from kvc8.ir.checkpoint.msmodelslim import NAME, OLD_NAME, tied_head
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor
+from kvc8.ir.expression import stored_names
+from kvc8.ir.program import Program, expression_of
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.writer import Entry, ModelWriter, copy_small_files, write_json
 
@@ -146,7 +146,7 @@ def _ranks(program: Program) -> dict[str, int]:
     order: list[tuple[int, str]] = []
     for parameter in program.parameters():
         used = min((at.get(user, len(first)) for user in parameter.users), default=len(first))
-        names = stored_names(recipe_of(parameter))
+        names = stored_names(expression_of(parameter))
         order += [(used, name.rpartition(".")[0]) for name in names]
     modules = [module for _, module in sorted(order, key=lambda entry: entry[0])]
     return {module: i for i, module in enumerate(dict.fromkeys(modules))}

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from kvc8.ir.capture import config_dtype
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelError
-from kvc8.tools.quantizer import kvc8, msmodelslim
 from kvc8.tools.quantizer.memory import amount
+from kvc8.tools.quantizer.recipes import kvc8, msmodelslim
 
 SWEEPS: Mapping[str, int] = {
     "kvc8": 1,
@@ -146,7 +146,7 @@ def source_of(args: argparse.Namespace) -> Path:
     return source
 
 
-def recipe_of(args: argparse.Namespace) -> str:
+def expression_of(args: argparse.Namespace) -> str:
     """The recipe; the vendor's own options ask for the vendor's."""
     own = {
         "--act-method": args.act_method is not None,

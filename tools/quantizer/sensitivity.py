@@ -20,8 +20,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.fx import Node
 
+from kvc8.ir.checkpoint.w8a8 import Range, input_params, quantize_linear
 from kvc8.ir.run import Value
-from kvc8.ir.w8a8 import Range, input_params, quantize_linear
 from kvc8.tools.quantizer.choices import Sample, clipped
 from kvc8.tools.quantizer.layers import Evaluate, attend_in_float32, plain, run_stage
 from kvc8.tools.quantizer.sites import Site

@@ -8,13 +8,13 @@ import torch
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.checkpoint import Checkpoint, kv_widths
+from kvc8.ir.checkpoint.layouts import layer_index
+from kvc8.ir.checkpoint.model_files import place
+from kvc8.ir.checkpoint.reader import Checkpoint, kv_widths
 from kvc8.ir.errors import ModelError
-from kvc8.ir.layouts import layer_index
-from kvc8.ir.model_files import place
-from kvc8.ir.program import Program, argument, is_parameter, recipe_of, tensor_type
-from kvc8.ir.recipe import stored_names
-from kvc8.tools.quantizer.mixtures import Experts, experts
+from kvc8.ir.expression import stored_names
+from kvc8.ir.program import Program, argument, expression_of, is_parameter, tensor_type
+from kvc8.tools.quantizer.recipes.mixtures import Experts, experts
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -55,7 +55,7 @@ def sites(program: Program) -> list[Site]:
     routers = {kind.modules[0][0].rpartition(".experts.")[0] for kind in experts(program)}
     for linear in program.calls(LINEAR):
         weight = argument(linear, 1)
-        names = list(stored_names(recipe_of(weight))) if is_parameter(weight) else []
+        names = list(stored_names(expression_of(weight))) if is_parameter(weight) else []
         module, _, part = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
         inside = layer_index(module.split(".")) is not None
         if module.rpartition(".")[0] in routers:

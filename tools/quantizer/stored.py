@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kvc8.ir.checkpoint.model_files import place, shown
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import ModelError
-from kvc8.ir.model_files import place, shown
-from kvc8.ir.safetensors_files import StoredTensor
 
 PIECE = 16 << 20  # bytes
 

@@ -17,11 +17,11 @@ from pathlib import Path
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.checkpoint.model_files import read_json, shown
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.safetensors_files import read_header
 from kvc8.ir.errors import ModelError
-from kvc8.ir.model_files import read_json, shown
 from kvc8.ir.program import Program
-from kvc8.ir.safetensors_files import read_header
 from kvc8.tools.quantizer.activations import Activations, reopen
 from kvc8.tools.quantizer.layers import Evaluate, Stage, plain, run_stage, stages, weights_of
 from kvc8.tools.quantizer.stored import load

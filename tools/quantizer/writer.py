@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvc8.ir.model_files import file_names, model_file
-from kvc8.ir.safetensors_files import DTYPES, StoredTensor
+from kvc8.ir.checkpoint.model_files import file_names, model_file
+from kvc8.ir.checkpoint.safetensors_files import DTYPES, StoredTensor
 from kvc8.tools.quantizer.stored import pieces
 
 WEIGHTS = "quant_model_weight_w8a8"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvc8.backends.npu.kv_layout import kv_layout
+from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.program import Program
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, Table, write

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from kvc8.tools.gaps import Gap
 from kvc8.tools.reporter.heat import REST, Cell, Heat, heat
-from kvc8.tools.sensitivity import ALL, Cost
-from kvc8.tools.values import Measured, Value
-from kvc8.tools.verdicts import Site, Verdict
+from kvc8.tools.verifier.gaps import Gap
+from kvc8.tools.verifier.sensitivity import ALL, Cost
+from kvc8.tools.verifier.values import Measured, Value
+from kvc8.tools.verifier.verdicts import Site, Verdict
 
 At = TypeVar("At", Site, Value)
 LOGARITHM = "Colored by the logarithm, over three decades."

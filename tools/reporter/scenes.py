@@ -46,7 +46,7 @@ def marks(ran: Ran) -> tuple[dict[Node, Mark], dict[Node, Mark]]:
     """What a pass did to each node before and after it; nodes that it left alone are left out.
 
     A node of the same name and op is the same node; it is "changed" where it has another type or
-    recipe or reads other parameters or constants.
+    expression or reads other parameters or constants.
     """
     hits = [remark.node for remark in ran.remarks if not remark.why_not]
     found = provenance.provenance(ran.before, ran.after, hits)

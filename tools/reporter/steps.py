@@ -8,7 +8,7 @@ from torch.fx import Node
 from kvc8.ir.program import is_cache
 from kvc8.ir.text import show_node
 from kvc8.passes.pipeline import Ran
-from kvc8.tools import pass_facts
+from kvc8.tools.reporter import pass_facts
 from kvc8.tools.reporter.drawing import Drawing, draw
 from kvc8.tools.reporter.groups import alike
 from kvc8.tools.reporter.scenes import OUTSIDE, SIGNS, Mark, marks, parts, scene, shape

@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from kvc8.ir.capture import capture
-from kvc8.ir.checkpoint import Checkpoint
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools.compile import quantize
 from kvc8.tools.reporter.compiled import facts

@@ -1,0 +1,1 @@
+"""Run programs of any stage: inputs, caches, blocks, scheduling, sampling, generation."""

@@ -1,0 +1,287 @@
+"""A model directory as a program: traced once for each kind of layer, and stamped out.
+
+transformers builds the model without data and runs it with an attention of ours, which leaves one
+call of `kvc8.attention_site` a layer; torch.export records the run. Two layers of each kind are
+traced, and the others are copies of those, where ir/capture/stamp.py proves that they are alike.
+In the program each site becomes two `kvc8.cache_write` and a `kvc8.paged_attention`.
+
+A captured program takes the tokens of a batch end to end, so that one program serves prefill,
+decode and any mixture:
+
+    input_ids     i64[T]      tokens                  block_table   i32[B, M]   pages of a sequence
+    positions     i64[T]      place in its sequence   seq_lens      i32[B]      tokens, new included
+    slot_mapping  i32[T]      where K and V go, or -1 query_starts  i32[B + 1]  first row of each
+    logits_rows   i64[R]      tokens to give logits for
+
+and k_cache_i, v_cache_i [N, S, H, D] of each layer; it gives logits [R, vocabulary] and the caches.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import transformers
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
+from torch.fx import Node
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from kvc8.ir.capture.accounts import account, add_norm_biases
+from kvc8.ir.capture.from_export import Emitter, Trace, attention_site
+from kvc8.ir.capture.parameters import check_kv_scales
+from kvc8.ir.capture.stamp import Cut, alike, cut, fingerprint, kinds, layer_of, representatives
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.errors import ModelError
+from kvc8.ir.program import Program, is_call
+from kvc8.ir.verify import verify
+
+FOREIGN = (KeyError, ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError)
+ATTENTION = "kvc8"
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """What transformers calls for attention; query [1, Hq, T, D], key and value [1, H, T, D]."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    out = attention_site(*rows, scale, sliding_window or 0, softcap or 0.0, s_aux)
+    return out.unsqueeze(0), None
+
+
+class _Flat(torch.nn.Module):
+    """The model on flattened tokens."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.m = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor, logits_rows: Tensor) -> Tensor:
+        given = {"input_ids": input_ids[None], "position_ids": positions[None]}
+        logits: Tensor = self.m(**given, use_cache=False, logits_to_keep=logits_rows).logits
+        return logits[0]
+
+
+def capture(
+    checkpoint: Checkpoint, dtype: torch.dtype | None = None, stamped: bool = True
+) -> Program:
+    """Capture a checkpoint as a program at stage CAPTURED, computing in `dtype`.
+
+    `dtype` is config.json's where none is given. Without `stamped` each layer is traced, which
+    takes minutes for a large model and gives the same program. Raises ModelError where
+    transformers does not know the model or its attention cannot be found.
+    """
+    for warning in check_kv_scales(checkpoint):
+        warnings.warn(warning, stacklevel=2)
+    config = model_config(checkpoint)
+    model = _build(config, dtype or config_dtype(checkpoint))
+    path = _layers_path(model, config)
+    kind_of = kinds(_layers(model, path))
+    chosen = representatives(kind_of)
+    small = _reduced(config, chosen) if stamped and len(chosen) < len(kind_of) else None
+    found = _stamp(checkpoint, model, path, kind_of, chosen, small) if small else None
+    program = found or _trace_whole(checkpoint, model, path)
+    add_norm_biases(checkpoint, program)
+    for warning in account(checkpoint, program):
+        warnings.warn(warning, stacklevel=2)
+    verify(program)
+    return program
+
+
+def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that config.json says a model computes in; float32 where it says none."""
+    name = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")) or "float32"
+    dtype = getattr(torch, str(name).removeprefix("torch."), None)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ModelError(f"config.json: dtype is {name}; write float16, bfloat16 or float32")
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The config as transformers reads it, without what describes quantization."""
+    kind = str(checkpoint.config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        where = f"config.json: transformers {transformers.__version__} knows no model_type {kind!r}"
+        raise ModelError(f"{where}; correct it, or install a transformers that does")
+    ours = ("quantization_config", "quantize", "auto_map")
+    plain = {k: v for k, v in checkpoint.config.items() if k not in ours}
+    try:
+        found: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
+        return found
+    except FOREIGN as error:
+        raise ModelError(
+            f"config.json: not one of a {kind} ({_first_line(error)}); correct it"
+        ) from error
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
+    """The model of a config, on a CPU that holds no data."""
+    AttentionInterface.register(ATTENTION, _attention)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation=ATTENTION, dtype=dtype
+            )
+    except FOREIGN as error:
+        why = _first_line(error)
+        what = f"config.json: a {config.model_type} cannot be built ({why})"
+        raise ModelError(f"{what}; use a causal language model of transformers") from error
+    assert isinstance(model, torch.nn.Module)
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of transformers about configs; what matters here is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
+
+
+def _layers_path(model: torch.nn.Module, config: PretrainedConfig) -> str:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return str(name)
+    what = f"has no list of {config.num_hidden_layers} layers"
+    raise ModelError(f"config.json: a {config.model_type} {what}; its code is not supported")
+
+
+def _layers(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
+    return list(model.get_submodule(path).children())
+
+
+def _reduced(config: PretrainedConfig, chosen: list[int]) -> PretrainedConfig:
+    """The config of a model of the chosen layers only."""
+    small, count = copy.deepcopy(config), config.num_hidden_layers
+    small.num_hidden_layers = len(chosen)
+    for name, found in vars(config).items():
+        if isinstance(found, list) and len(found) == count:
+            setattr(small, name, [found[i] for i in chosen])
+    return small
+
+
+def _export(model: torch.nn.Module, path: str) -> Trace:
+    """Run the model once on a few tokens and record it, with dynamic numbers of tokens and rows."""
+    example = (
+        torch.zeros(7, dtype=torch.int64),
+        torch.arange(7),
+        torch.zeros(3, dtype=torch.int64),
+    )
+    sizes = tuple({0: Dim.DYNAMIC} for _ in example)
+    try:
+        # torch keeps a table of calls already seen. Where sizes are symbolic, looking a call up
+        # and making its result again takes longer than the call: a quarter of a capture's time.
+        with torch.no_grad(), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+            exported = torch.export.export(
+                _Flat(model), example, dynamic_shapes=sizes, strict=False
+            )
+    except FOREIGN as error:
+        what = f"config.json: a {type(model).__name__} cannot be traced ({_first_line(error)})"
+        raise ModelError(f"{what}; use a model whose attention transformers dispatches") from error
+    trace = Trace(exported, model, path)
+    layers = len(_layers(model, path))
+    sites = sum(is_call(node, attention_site) for node in trace.calls())
+    if sites != layers:
+        what = f"a {type(model).__name__} makes {sites} calls of attention for {layers} layers"
+        raise ModelError(f"config.json: {what}; its cache cannot be found, so use another model")
+    return trace
+
+
+def _trace_whole(checkpoint: Checkpoint, model: torch.nn.Module, path: str) -> Program:
+    trace = _export(model, path)
+    emitter = Emitter(checkpoint, trace, model)
+    env = emitter.inputs()
+    seen = set[int]()
+    for node in trace.calls():
+        layer = layer_of(node, f"m.{path}")
+        if layer is not None and layer not in seen:
+            env = emitter.layer(env, layer, layer)
+            seen.add(layer)
+        emitter.call(node, env, layer)
+    return emitter.finish(env)
+
+
+def _stamp(
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    path: str,
+    kind_of: list[int],
+    chosen: list[int],
+    config: PretrainedConfig,
+) -> Program | None:
+    """The program stamped out of a trace of the chosen layers; None where that is not proved."""
+    small = _build(config, model.dtype)  # type: ignore[arg-type]
+    full = _layers(model, path)
+    if [fingerprint(layer) for layer in _layers(small, path)] != [
+        fingerprint(full[i]) for i in chosen
+    ]:
+        return None
+    trace = _export(small, path)
+    made = cut(trace.calls(), f"m.{path}", len(chosen))
+    templates = _templates(made, kind_of, chosen) if made else None
+    if made is None or templates is None:
+        return None
+    emitter = Emitter(checkpoint, trace, model)
+    env = emitter.inputs()
+    for node in made.before:
+        emitter.call(node, env, None)
+    carry = env[made.layers[0].carry_in] if made.layers[0].carry_in else None
+    for i, kind in enumerate(kind_of):
+        template = made.layers[templates[kind]]
+        inner = emitter.layer(env, templates[kind], i)
+        if template.carry_in is not None and carry is not None:
+            inner[template.carry_in] = carry
+        for node in template.nodes:
+            emitter.call(node, inner, i)
+        assert template.carry_out is not None
+        carry = inner[template.carry_out]
+    assert made.layers[-1].carry_out is not None
+    assert carry is not None
+    env[made.layers[-1].carry_out] = carry
+    for node in made.after:
+        emitter.call(node, env, None)
+    return emitter.finish(env)
+
+
+def _templates(made: Cut, kind_of: list[int], chosen: list[int]) -> dict[int, int] | None:
+    """For each kind, which traced layer to copy; None where two of a kind are not alike."""
+    templates: dict[int, int] = {}
+    for kind in dict.fromkeys(kind_of):
+        traced = [at for at, i in enumerate(chosen) if kind_of[i] == kind]
+        templates[kind] = traced[-1]
+        if len(traced) == 1:
+            continue
+        a, b = (made.layers[at] for at in traced)
+        if traced[0] == 0:
+            a.carry_in = _entry(a.nodes, b.nodes, b.carry_in)
+        if not alike(a, b, *(f"layers_{at}_" for at in traced)):
+            return None
+    return templates
+
+
+def _entry(first: list[Node], second: list[Node], carry: Node | None) -> Node | None:
+    """What the first layer takes where the second takes the value of the layer before it."""
+    for a, b in zip(first, second, strict=False):
+        for x, y in zip(a.all_input_nodes, b.all_input_nodes, strict=False):
+            if y is carry:
+                return x
+    return None

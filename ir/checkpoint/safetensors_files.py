@@ -1,0 +1,209 @@
+"""Read safetensors files: where each tensor lies, and the tensor itself, memory-mapped.
+
+safetensors gives tensors but not their place in the file, which the artifact and ONNX's external
+data need. So the header is read here too, and checked as strictly as safetensors checks it: a JSON
+object after eight bytes of length; each tensor's bytes inside the file, as many as its shape and
+dtype ask for, without overlaps or holes. Only headers are read; weights stay on disk.
+"""
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from kvc8.ir.checkpoint.model_files import (
+    LARGEST_JSON,
+    listed,
+    model_file,
+    parse_json,
+    place,
+    read_json,
+    shown,
+)
+from kvc8.ir.errors import ModelError
+
+SMALL = 1 << 20  # bytes; up to it a tensor is read and not mapped
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor on disk: `nbytes` bytes of `file` from byte `offset`, row-major, little-endian."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read where each tensor of a safetensors file lies, by name, in the order of their bytes.
+
+    Raises ModelError where the file is cut short, its header is damaged, or tensors overlap.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            header = file.read(length) if length <= min(LARGEST_JSON, size - 8) else None
+    except OSError as error:
+        raise ModelError(
+            f"{place(path)}: cannot be read ({shown(error.strerror)}); check its rights"
+        ) from error
+    if header is None:
+        raise ModelError(
+            f"{place(path)}: is {size} bytes long, too short for its own header; copy it again"
+        )
+    entries = parse_json(header, f"{place(path)} (header)")
+    entries.pop("__metadata__", None)
+    tensors = [_entry(path, name, entry, 8 + length) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    _check_cover(path, tensors, 8 + length, size)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _entry(path: Path, name: str, entry: object, data: int) -> StoredTensor:
+    """Check one entry of the header of `path`, whose tensors begin at byte `data`."""
+    where = f"{place(path)}: {shown(name)}"
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape = fields.get("dtype"), _sizes(fields.get("shape"))
+    span = _sizes(fields.get("data_offsets"))
+    if len(fields) != 3 or shape is None or span is None or len(span) != 2:
+        raise ModelError(f"{where} has a damaged header entry; copy the file again")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ModelError(
+            f"{where} has dtype {shown(dtype)}, which kvc8 does not read; "
+            f"save it as one of {', '.join(DTYPES)}"
+        )
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if span[1] - span[0] != nbytes:
+        raise ModelError(
+            f"{where} takes {nbytes} bytes and its header gives it those from {span[0]} to "
+            f"{span[1]}; copy the file again"
+        )
+    return StoredTensor(name, path, DTYPES[dtype], shape, data + span[0], nbytes)
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """Read a list of sizes; None where it is anything else."""
+    if not isinstance(value, list) or len(value) > 64:
+        return None
+    good = all(type(size) is int and 0 <= size < 1 << 63 for size in value)
+    return tuple(value) if good else None
+
+
+def _check_cover(path: Path, tensors: list[StoredTensor], start: int, size: int) -> None:
+    """Check that tensors, sorted by offset, fill the bytes from `start` to `size` exactly."""
+    end, last = start, "the header"
+    for tensor in tensors:
+        if tensor.offset != end:
+            what = "overlaps" if tensor.offset < end else "leaves a hole after"
+            raise ModelError(
+                f"{place(path)}: {shown(tensor.name)} {what} {last}; copy the file again"
+            )
+        end, last = end + tensor.nbytes, shown(tensor.name)
+    if end != size:
+        raise ModelError(
+            f"{place(path)}: is {size} bytes long and its header describes {end}; "
+            "copy the file again"
+        )
+
+
+def read_index(directory: Path, index: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Read every shard that `index` names: tensors by name, and warnings.
+
+    Raises ModelError where the index is damaged, or names a file that is missing or lies outside
+    the directory, or a tensor that its shard does not hold.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{place(index)}: has no weight_map; copy the file again")
+    tensors: dict[str, StoredTensor] = {}
+    left: list[str] = []
+    for shard, names in _by_shard(index, weight_map).items():
+        path = model_file(directory, shard, named_by=index)
+        if path is None:
+            raise ModelError(
+                f"{place(index)}: names {shown(shard)}, which is not there; copy that file too"
+            )
+        header = read_header(path)
+        if missing := sorted(names - set(header)):
+            raise ModelError(
+                f"{place(index)}: says {shown(shard)} holds {listed(missing)}, which it does not; "
+                "copy the directory again"
+            )
+        tensors |= {name: tensor for name, tensor in header.items() if name in names}
+        left += sorted(set(header) - names)
+    note = f"{place(index)}: leaves out {listed(left)} of its shards; kvc8 leaves it out too"
+    return tensors, [note] if left else []
+
+
+def _by_shard(index: Path, weight_map: Mapping[str, object]) -> dict[str, set[str]]:
+    """Turn the index's map around: the tensors that each shard should hold."""
+    shards: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise ModelError(
+                f"{place(index)}: gives {shown(name)} no file name; copy the file again"
+            )
+        shards.setdefault(shard, set()).add(name)
+    return shards
+
+
+def _read_small(tensor: StoredTensor) -> torch.Tensor:
+    held = bytearray(tensor.nbytes)
+    with tensor.file.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        file.seek(tensor.offset)
+        got = file.readinto(held)
+    if got != tensor.nbytes:
+        raise ModelError(f"{place(tensor.file)}: has become shorter; copy the file again")
+    return torch.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape)
+
+
+class TensorFiles:
+    """Open safetensors files, each opened on its first use and kept."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, safe_open] = {}
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        """Map `tensor` into memory: nothing is copied, and pages are read when they are used.
+
+        A small one is read instead. A page fault reads far ahead, which a compile that looks at
+        thousands of scales between gigabytes of weights would wait for.
+        """
+        try:
+            if 0 < tensor.nbytes <= SMALL:
+                return _read_small(tensor)
+            if tensor.file not in self._open:
+                self._open[tensor.file] = safe_open(tensor.file, framework="pt")
+            file = self._open[tensor.file]
+            value: torch.Tensor = file.get_tensor(tensor.name)  # type: ignore[no-untyped-call]
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{place(tensor.file)}: {shown(tensor.name)} cannot be read ({shown(error)}); "
+                "copy the file again"
+            ) from error
+        return value

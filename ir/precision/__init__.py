@@ -1,0 +1,1 @@
+"""Programs computed in double precision, beside the dtypes that they name."""

@@ -1,0 +1,1 @@
+"""What passes look for: sites that several of them share."""

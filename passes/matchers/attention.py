@@ -1,0 +1,99 @@
+"""A call of paged attention between the calls that write and read its cache, while it is lowered."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+from torch.fx.node import Argument
+
+from kvc8.ir import npu, ops
+from kvc8.ir.expression import cast
+from kvc8.ir.program import Program, argument, expression_of, is_call, tensor_type
+from kvc8.ir.types import IntsType, TensorType, dtype_name, size
+from kvc8.passes.fold_kv_scales import dequantizer
+
+TOKENS = size("T")
+
+
+@dataclass
+class Side:
+    """The K or the V of one attention: the write, and what reads it back (None: a float cache)."""
+
+    write: Node
+    back: Node | None
+
+    @property
+    def rows(self) -> Node:
+        """The float rows that go into the cache."""
+        codes = argument(self.write, 1)
+        if self.back is None:
+            return codes
+        return argument(argument(argument(codes, 0), 0), 0)
+
+    @property
+    def shape(self) -> list[int]:
+        """Heads and channels of a row."""
+        return [int(d) for d in tensor_type(self.write).shape[2:]]
+
+
+@dataclass
+class Site:
+    """A call of paged attention, its cache written by one scatter."""
+
+    program: Program
+    node: Node
+    k: Side
+    v: Side
+
+    @property
+    def heads(self) -> dict[str, Argument]:
+        """Heads and scale, as the op names them."""
+        heads, scale = int(tensor_type(self.node).shape[1]), self.node.args[6]
+        return {"num_heads": heads, "scale": scale, "num_key_value_heads": self.k.shape[0]}
+
+    @property
+    def window(self) -> int:
+        """Tokens that a query sees, itself included; 0 for all."""
+        window = self.node.args[7]
+        assert isinstance(window, int)
+        return window
+
+    def call(self, op: object, *args: Argument, **kwargs: Argument) -> Node:
+        """Put a call ahead of the attention."""
+        return self.program.call(self.node, op, *args, kwargs=kwargs)  # type: ignore[arg-type]
+
+    def input(self, name: str, type_: TensorType | IntsType) -> Node:
+        """The input of that name, one for all layers."""
+        found = [node for node in self.program.inputs() if node.name == name]
+        return found[0] if found else self.program.placeholder(name, type_)
+
+
+def find_side(cache: Node) -> Side | None:
+    """How the cache that an attention reads was written; None where this program does not."""
+    back = dequantizer(cache)
+    write = argument(argument(back, 0), 0) if back is not None else cache
+    return Side(write, back) if is_call(write, ops.cache_write) else None
+
+
+def width(x: Node) -> int:
+    """Channels of a row [T, heads, head_dim]."""
+    _, heads, dim = tensor_type(x).shape
+    return int(heads) * int(dim)
+
+
+def in_dtype(program: Program, source: Node, dtype: torch.dtype) -> Node:
+    """A parameter in another dtype, cast at load time."""
+    if tensor_type(source).dtype is dtype:
+        return source
+    type_ = TensorType(dtype, tensor_type(source).shape)
+    name = f"{source.name}_{dtype_name(dtype)}"
+    return program.placeholder(name, type_, cast(expression_of(source), dtype))
+
+
+def dequantized(site: Site, side: Side, codes: Node) -> Node:
+    """What the cache would give back of codes [..., heads, head_dim], as rows of the same shape."""
+    if side.back is None:
+        return codes
+    flat = site.call(torch.ops.aten.reshape.default, codes, [-1, width(codes)])
+    wide = site.call(npu.npu_anti_quant, flat, side.back.args[1], **side.back.kwargs)
+    return site.call(torch.ops.aten.reshape.default, wide, [-1, *side.shape])

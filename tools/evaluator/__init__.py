@@ -1,0 +1,1 @@
+"""What kvc8-evaluate does: perplexity and divergence."""

@@ -1,0 +1,134 @@
+"""Every form a model may have on disk, as one function: a window's tokens to its logits.
+
+    a model directory   its program as a CPU runs it, QUANTIZED where it has scales or W8A8
+    an NPU artifact     its prefill program, emulated as the vendor documents its ops
+    an ONNX model       run by ONNX Runtime
+
+Each window is a fresh prompt, and each token's logits are asked for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvc8.backends.npu.artifact_reader import read
+from kvc8.backends.runtime import model as runtime
+from kvc8.backends.runtime.inputs import Rows, inputs
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.model_files import file_names, model_file, read_json
+from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
+from kvc8.ir.expression import make
+from kvc8.ir.program import Program
+from kvc8.passes import pipeline
+from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.passes.remove_identities import remove_identities
+from kvc8.tools.compile import open_calibrated
+
+LINEARS_ONLY = (remove_identities, insert_linear_quant)  # and the cache stays float
+BLOCK = 128  # tokens; a program may take any
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model that can be asked: what it is, and tokens [T] to logits [T, vocabulary]."""
+
+    name: str
+    kind: str
+    logits: Callable[[list[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model directory is to be run; artifacts and ONNX models say that themselves."""
+
+    dtype: torch.dtype | None  # the config's, where None
+    kv_scales: str  # repair or as-is
+    float_cache: bool  # W8A8 without C8
+    kv_calibrated: Calibrated | None = None  # where K was measured; as the layout implies, if None
+
+
+def open_form(path: Path, options: Options, window: int) -> Form:
+    """Open what lies at `path`, for windows of so many tokens.
+
+    Raises ModelError, TargetError or IRError where it is none of the three, or damaged.
+    """
+    manifest = model_file(path, "manifest.json") if "manifest.json" in file_names(path) else None
+    if manifest and read_json(manifest).get("format") == "kvc8-onnx":
+        return _onnx(path, window)
+    return _artifact(path, window) if manifest else _directory(path, options, window)
+
+
+def open_float(path: Path, window: int) -> Form:
+    """The model directory at `path` with a float cache, computed in float32."""
+    checkpoint = open_checkpoint(path)
+    program = capture(checkpoint, torch.float32)
+    return Form(str(path), "float", _program(program, checkpoint, window))
+
+
+def with_scales(path: Path, options: Options) -> Checkpoint | None:
+    """The checkpoint at `path` if it is a model directory whose int8 cache was judged."""
+    if options.float_cache or "manifest.json" in file_names(path):
+        return None
+    checkpoint = open_calibrated(path, options.kv_calibrated)
+    return checkpoint if checkpoint.kv else None
+
+
+def _directory(path: Path, options: Options, window: int) -> Form:
+    checkpoint = open_calibrated(path, options.kv_calibrated)
+    program = capture(checkpoint, options.dtype)
+    if not checkpoint.kv and not checkpoint.w8a8:
+        return Form(str(path), "float", _program(program, checkpoint, window))
+    float_cache = options.float_cache or not checkpoint.kv
+    whole = pipeline.QUANTIZE if options.kv_scales == "repair" else pipeline.AS_IS
+    pipeline.run(program, LINEARS_ONLY if float_cache else whole)
+    kind = "reference, float cache" if float_cache else "reference"
+    return Form(str(path), kind, _program(program, checkpoint, window))
+
+
+def _program(program: Program, checkpoint: Checkpoint, window: int) -> Callable[..., Tensor]:
+    model = runtime.load(
+        {"prefill": program, "decode": program},
+        lambda expression: make(expression, checkpoint.read),
+        blocks=_blocks(window, BLOCK),
+        block_size=BLOCK,
+    )
+    return _prefill(model, BLOCK)
+
+
+def _artifact(path: Path, window: int) -> Form:
+    artifact = read(path)
+    size = artifact.block_size
+    model = runtime.load(
+        artifact.programs, artifact.make, blocks=_blocks(window, size), block_size=size
+    )
+    return Form(str(path), "NPU, emulated", _prefill(model, size))
+
+
+def _prefill(model: runtime.Model, block: int) -> Callable[[list[int]], Tensor]:
+    def logits(tokens: list[int]) -> Tensor:
+        return model.prefill([tokens], [range(_blocks(len(tokens), block))], every=True)
+
+    return logits
+
+
+def _onnx(path: Path, window: int) -> Form:
+    from kvc8.backends.onnx.runner import load  # takes a second to import; the others need none
+
+    session = load(path, threads=torch.get_num_threads())
+    blocks = _blocks(window, BLOCK)
+
+    def logits(tokens: list[int]) -> Tensor:
+        session.allocate(blocks, BLOCK)
+        rows = Rows(tokens, 0, range(blocks))
+        given = inputs([rows], BLOCK, torch.device("cpu"), every=True)
+        step = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        return session.run(step)[0]
+
+    return Form(str(path), "ONNX Runtime", logits)
+
+
+def _blocks(tokens: int, block: int) -> int:
+    return -(-tokens // block)

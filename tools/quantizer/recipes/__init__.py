@@ -1,0 +1,1 @@
+"""How each quantization recipe chooses numbers."""

@@ -1,0 +1,258 @@
+"""The recipe `kvc8`, the default: a rotated model whose ranges are chosen by the error they cause.
+
+    model        rotated (rotation.py), so that no channel stands out; it computes what it did
+    K            symmetric per channel, after RoPE, at many places of the context (positions.py)
+    V            symmetric per channel, turned within each head
+    activations  static per tensor; the range clipped to where the squared error is least
+    weights      symmetric per output channel; rounding errors made up for (rounding.py)
+
+K and V reach further on other text than on what was seen. Tokens drawn at random, and the texts
+once more with line breaks, widen what is seen, and a margin is chosen on texts that the ranges do
+not know. Few texts cannot tell how other kinds of text differ from them, so K's margin has a floor,
+a higher one for channels that RoPE hardly turns: those gain nothing from many places. One sweep
+over the layers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvc8.ir import ops
+from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.w8a8 import Range, finite, kv_scale, part_types, quantize_linear
+from kvc8.ir.errors import ModelError
+from kvc8.ir.program import argument, is_call
+from kvc8.ir.run import Value
+from kvc8.tools.quantizer.choices import Reach, Sample, clipped
+from kvc8.tools.quantizer.layers import attend_in_float32, plain
+from kvc8.tools.quantizer.model import Plan, copy_rest
+from kvc8.tools.quantizer.recipes.minmax import sound
+from kvc8.tools.quantizer.sites import Cached, Site, cached, sites, vocabulary
+from kvc8.tools.quantizer.stored import load
+from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
+from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
+from kvc8.tools.quantizer.transforms.rounding import compensated
+from kvc8.tools.quantizer.work import Layer, Texts, Work
+from kvc8.tools.quantizer.writer import ModelWriter
+
+NAME = "kvc8: rotated, ranges by error, K after RoPE"
+RANDOM_TEXTS, RANDOM_TOKENS = 2, 256  # of tokens drawn at random
+PLACES = 32  # of the context where each text is put
+ROWS = 4096  # of K turned at a time
+K_MARGIN = 1.1  # at least, on the reach of K's channels
+STILL_MARGIN = 1.3  # and of those that RoPE hardly turns
+SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the recipe is told."""
+
+    kv: bool = True
+    rotate: bool = True
+    positions: int = 2048  # K's scales are for a context of so many tokens
+    seed: int = 0
+
+
+def rotated(
+    checkpoint: Checkpoint, linears: bool, options: Options, directory: Path
+) -> Checkpoint | str:
+    """The model, rotated and written to a directory, or why it is not rotated.
+
+    Where no linear is to be quantized only V is turned, which leaves a tied lm_head tied.
+    """
+    if not options.rotate:
+        return "--rotate off"
+    found = find_rotation(checkpoint, linears, options.seed)
+    return found if isinstance(found, str) else rotate(checkpoint, found, directory)
+
+
+def quantize(
+    work: Work,
+    texts: Texts,
+    chosen: Sequence[Site],
+    options: Options,
+    notes: Mapping[str, object],
+    more: Texts = (),
+) -> Plan:
+    """Make the model; gives what was written. `chosen` are the linears to quantize.
+
+    `more` are texts that only widen the reach of K and V.
+    """
+    dtype = config_dtype(work.checkpoint)
+    caches = cached(work.program, work.checkpoint)
+    linears = {site.module: part_types(*site.shape, dtype) for site in chosen}
+    widths = {cache.name: cache.width for cache in caches} if options.kv else {}
+    plan = Plan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
+    entries = plan.entries()
+    writer = work.writer(entries)
+    widening = [*random_texts(work, options.seed), *more] if options.kv else []
+    recipe = _Recipe(work, plan, writer, chosen, caches, options, len(widening))
+    work.sweep([*widening, *texts], recipe.layer)
+    copy_rest(plan, writer, entries, {f"{site.module}.weight" for site in chosen})
+    return plan
+
+
+def random_texts(work: Work, seed: int) -> list[list[int]]:
+    """Texts of tokens that follow no language: what K and V reach there, text may reach too."""
+    random = torch.Generator().manual_seed(seed)
+    size = (RANDOM_TEXTS, RANDOM_TOKENS)
+    drawn: list[list[int]] = torch.randint(
+        vocabulary(work.program), size, generator=random
+    ).tolist()
+    return drawn
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """What the work on each layer needs."""
+
+    work: Work
+    plan: Plan
+    writer: ModelWriter
+    chosen: Sequence[Site]
+    caches: Sequence[Cached]
+    options: Options
+    widening: int  # the first so many texts only widen the reach of K and V
+
+    def layer(self, layer: Layer) -> Mapping[str, Tensor]:
+        """Measure a layer on all texts, and write it."""
+        calls = set(layer.stage.calls)
+        linears = [site for site in self.chosen if site.linear in calls]
+        caches = [c for c in self.caches if c.rows in calls] if self.plan.kv else []
+        # Also what float linears read is looked at: a broken layer is found where it breaks.
+        read = {site.source for site in sites(self.work.program) if site.linear in calls}
+        quantized = {site.source for site in linears}
+        seen = _Seen(self, layer, read, quantized, caches)
+        for index in range(len(layer.texts)):
+            seen.text(index)
+            layer.run(index, layer.weights, seen.observe)
+        for source in quantized:
+            self._write([s for s in linears if s.source is source], seen, layer.weights)
+        for cache in caches:
+            self._write_cache(cache, seen)
+        return {}
+
+    def _write(self, group: Sequence[Site], seen: "_Seen", weights: Mapping[Node, Tensor]) -> None:
+        """Write the linears that read one value."""
+        source = group[0].source
+        range_ = clipped(seen.ranges[source], seen.samples[source].values())
+        rounding = partial(compensated, hessian=seen.hessians[source])
+        for site in group:
+            bias = weights[site.bias] if site.bias is not None else None
+            parts = quantize_linear(weights[site.weight], bias, range_, self.plan.dtype, rounding)
+            for part in ("weight_scale", "input_scale"):
+                sound(f"{site.module}.{part}", parts[part])
+            for part, tensor in parts.items():
+                self.writer.put(f"{site.module}.{part}", tensor)
+
+    def _write_cache(self, cache: Cached, seen: "_Seen") -> None:
+        reach = seen.reaches[cache.rows]
+        assert reach.top is not None
+        margin = reach.margin(seen.queries.get(cache.rows), seen.floors.get(cache.rows))
+        name = f"{cache.name}.kv_cache_scale"
+        scale = sound(name, kv_scale(reach.top * margin, self.plan.dtype))
+        self.writer.put(name, scale)
+        self.writer.put(f"{cache.name}.kv_cache_offset", torch.zeros_like(scale))
+
+
+@dataclass
+class _Seen:
+    """What was measured of a layer so far."""
+
+    recipe: _Recipe
+    layer: Layer
+    read: set[Node]
+    quantized: set[Node]
+    caches: Sequence[Cached]
+    ranges: dict[Node, Range] = field(default_factory=dict)
+    samples: dict[Node, Sample] = field(default_factory=dict)
+    hessians: dict[Node, Tensor] = field(default_factory=dict)
+    reaches: dict[Node, Reach] = field(default_factory=dict)
+    queries: dict[Node, Tensor] = field(default_factory=dict)  # squared, by rows of K
+    floors: dict[Node, Tensor] = field(default_factory=dict)  # of margins, by rows of K
+    real: bool = False  # whether the text is one of the user's
+    held_back: bool = False
+
+    def __post_init__(self) -> None:
+        self.plain = plain(self.recipe.work.checkpoint, attend_in_float32)
+        self.turnings = {
+            turning.source: (cache.rows, turning)
+            for cache in self.caches
+            if cache.side == "k" and (turning := find_turning(cache.rows))
+        }
+        turned = {rows for rows, _ in self.turnings.values()}
+        self.rows = {cache.rows for cache in self.caches} - turned
+
+    def text(self, index: int) -> None:
+        """Say which text comes next."""
+        real = index - self.recipe.widening
+        self.real = real >= 0
+        self.held_back = real >= (len(self.layer.texts) - self.recipe.widening) // 2 > 0
+
+    def observe(self, call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+        """Evaluate a call, and look at what it gives."""
+        value = self.plain(call, args, kwargs)
+        if is_call(call, ops.paged_attention) and self.caches:
+            self._attention(call, args[0])
+        if not isinstance(value, Tensor):
+            return value
+        if call in self.read:
+            self._input(call, value)
+        if call in self.rows:
+            self._rows(call, value)
+        if call in self.turnings:
+            self._turned(*self.turnings[call], value)
+        return value
+
+    def _input(self, call: Node, value: Tensor) -> None:
+        low, high = (float(end) for end in torch.aminmax(value))
+        new = Range(low, high)
+        if not finite(new):
+            what = "gives a value that is not finite"
+            where = call.meta.get("origin") or call.name
+            raise ModelError(f"{where}: {what}; check the model's weights")
+        if not self.real or call not in self.quantized:
+            return
+        old = self.ranges.get(call, new)
+        self.ranges[call] = Range(min(old.low, low), max(old.high, high))
+        self.samples.setdefault(call, Sample(SAMPLE)).add(value)
+        flat = value.reshape(-1, value.shape[-1])
+        self.hessians[call] = self.hessians.get(call, 0) + flat.t() @ flat
+
+    def _turned(self, rows: Node, turning: Turning, output: Tensor) -> None:
+        tokens, stored = output.shape[1], self.recipe.work.checkpoint.tensors
+        last = max(self.recipe.options.positions - tokens, 0)
+        starts = [round(last * i / (PLACES - 1)) for i in range(PLACES)]
+        step = max(ROWS // tokens, 1)
+        place = partial(
+            rows_at, turning, weights=self.layer.weights, read=lambda n: load(stored[n])
+        )
+        made = [place(output, starts[at : at + step]) for at in range(0, PLACES, step)]
+        self._rows(rows, torch.cat(made))
+        if rows not in self.floors:
+            ones = torch.ones(1, 1, output.shape[2])
+            still = hardly_turned(place(ones, (0, self.recipe.options.positions - 1)).flatten(1))
+            self.floors[rows] = torch.where(still, STILL_MARGIN, K_MARGIN)
+
+    def _rows(self, rows: Node, value: Tensor) -> None:
+        flat = value.flatten(1).float()
+        if not math.isfinite(float(flat.abs().max())):
+            what = "caches a value that is not finite"
+            raise ModelError(f"{rows.meta.get('origin')}: {what}; check the model's weights")
+        self.reaches.setdefault(rows, Reach()).add(flat, self.held_back)
+
+    def _attention(self, call: Node, query: Value) -> None:
+        assert isinstance(query, Tensor)
+        rows = argument(argument(call, 1), 1)
+        heads = int(rows.meta["type"].shape[1])
+        grouped = query.float().unflatten(1, (heads, -1))  # [T, H, G, D]
+        squared = grouped.square().sum((0, 2)).flatten().double()
+        self.queries[rows] = self.queries.get(rows, 0) + squared

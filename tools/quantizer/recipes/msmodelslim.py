@@ -1,0 +1,328 @@
+"""The recipe `msmodelslim`: what the vendor's convert_quant_weights.py makes, bit for bit.
+
+Two sweeps over the layers. The first runs the float model: it chooses m3's scales, and finds how
+far K and V reach and which layers hurt. The second runs the texts with rounded weights and
+inputs, each linear with the range it has seen so far, and writes what comes out.
+
+What is peculiar about msModelSlim stands where it is done, here and in vendor_math.py,
+observers.py and smoothing.py:
+
+    K is measured before RoPE, and clips after it; kvc8-compile repairs that (repair_rope_scales)
+    m3 looks at the first text only, and at the float model without the other layers' scales
+    ranges for method 3 and for --disable-level come from the first five texts
+    a linear's quantizer sees texts one by one, and rounds the first with what it knows by then
+    --disable-level leaves out single linears, also of q, k and v, which runtimes pack into one
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.checkpoint.layouts import layer_index
+from kvc8.ir.checkpoint.w8a8 import part_types
+from kvc8.ir.errors import ModelError
+from kvc8.ir.expression import stored_names
+from kvc8.ir.program import argument, expression_of
+from kvc8.ir.run import Value
+from kvc8.tools.quantizer import eager
+from kvc8.tools.quantizer.layers import plain
+from kvc8.tools.quantizer.model import Layout, Parts, Plan, copy_rest, is_norm
+from kvc8.tools.quantizer.observers import WIDE, Histogram, MinMax
+from kvc8.tools.quantizer.recipes.mixtures import experts
+from kvc8.tools.quantizer.recipes.vendor_math import (
+    Params,
+    fake_quantize,
+    fake_quantized_weight,
+    linear_parts,
+    params,
+)
+from kvc8.tools.quantizer.sites import Site, cached, disabled_by_name, is_down, sites
+from kvc8.tools.quantizer.transforms.smoothing import Group, groups, scales, smooth
+from kvc8.tools.quantizer.work import Layer, Texts, Work
+from kvc8.tools.quantizer.writer import ModelWriter
+
+FEATURES = 5  # texts that a linear's range and deviation are taken from
+LARGE, LARGE_FLOAT = 8192, 5  # the hidden size of 70B models, and their first layers left float
+Found = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the vendor's script can be told."""
+
+    act_method: int  # 1, 2 or 3
+    m3: bool
+    level: int  # how many linears --disable-level leaves out
+    disabled: Sequence[str]
+    down_proj: bool
+    kv: bool
+    symmetric: bool
+    dtype: torch.dtype
+    layout: Layout
+
+
+def quantize(work: Work, texts: Texts, options: Options) -> Plan:
+    """Make the model; gives what was written."""
+    linears = sites(work.program)
+    if mixed := experts(work.program):
+        what = "--recipe msmodelslim does not know linears of experts"
+        raise ModelError(f"{mixed[0].modules[0][0]}: {what}; use --recipe minmax")
+    if options.kv:
+        _refuse_normed_keys(work)
+    grouped = groups(linears) if options.m3 else []
+    # With m3 the first text runs once more, through the model as it was.
+    runs = [texts[0], *texts] if options.m3 else texts
+    layers = work.sweep(runs, lambda layer: _measure(work, layer, linears, grouped, options))
+    found = {name: tensor for layer in layers for name, tensor in layer.items()}
+    chosen = _choose(work, linears, found, options)
+    plan = _plan(work, chosen, found, options)
+    entries = plan.entries()
+    writer = work.writer(entries)
+    work.sweep(texts, lambda layer: _write(work, layer, chosen, grouped, found, plan, writer))
+    smoothed = {_stored(group.norm) for group in grouped}
+    copy_rest(plan, writer, entries, smoothed)
+    _write_norms(plan, writer, smoothed)
+    return plan
+
+
+def _measure(
+    work: Work, layer: Layer, linears: Sequence[Site], grouped: Sequence[Group], options: Options
+) -> Found:
+    """Smooth a layer, run the texts, and measure K, V and what linears read."""
+    found: dict[str, Tensor] = {}
+    base = plain(work.checkpoint, eager.attend)
+    if mine := [group for group in grouped if group.norm in layer.weights]:
+        held: dict[Node, Tensor] = {}
+        sources = {group.source for group in mine}
+
+        def hold(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+            value = base(call, args, kwargs)
+            if call in sources and isinstance(value, Tensor):
+                held[call] = value
+            return value
+
+        layer.run(0, layer.weights, hold)
+        for group in mine:
+            s = scales(held[group.source], [layer.weights[w] for w in group.weights])
+            found[f"smooth {_stored(group.norm)}"] = s
+        for group in mine:
+            smooth(layer.weights, group, found[f"smooth {_stored(group.norm)}"])
+    watch = _Watch({site.linear: site.module for site in linears}, options.kv)
+    for index in range(int(options.m3), len(layer.texts)):
+
+        def observe(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+            value = base(call, args, kwargs)
+            watch.see(call, args, value)
+            return value
+
+        layer.run(index, layer.weights, observe)
+        watch.text += 1
+    return {**found, **watch.found()}
+
+
+class _Watch:
+    """How far K and V reach over all texts, and what linears read in the first five."""
+
+    def __init__(self, modules: Mapping[Node, str], kv: bool) -> None:
+        self._modules, self._kv = modules, kv
+        self.text = 0
+        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
+        self._read: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def see(self, call: Node, args: Sequence[Value], value: Value) -> None:
+        """See a call."""
+        module = self._modules.get(call)
+        if module is None or not isinstance(value, Tensor):
+            return
+        if self._kv and module.endswith((".k_proj", ".v_proj")):
+            rows = value.view(-1, value.shape[-1])
+            low, high = rows.amin(0), rows.amax(0)
+            old = self._ends.get(module, (low, high))
+            self._ends[module] = torch.min(old[0], low), torch.max(old[1], high)
+        if self.text < FEATURES and isinstance(x := args[0], Tensor):
+            self._read[module] = _features(x, self._read.get(module))
+
+    def found(self) -> Found:
+        """By name: the ends of K and V, and how many deviations a linear's input reaches."""
+        made: dict[str, Tensor] = {}
+        for module, (low, high) in self._ends.items():
+            made |= {f"low {module}": low, f"high {module}": high}
+        for module, (high, low, deviation) in self._read.items():
+            made[f"range {module}"] = torch.maximum(high.abs(), low.abs()) / deviation
+        return made
+
+
+def _features(
+    x: Tensor, old: tuple[Tensor, Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The greatest and least value, and the greatest deviation.
+
+    The deviation is taken after a shift by the sum of each channel's extremes; half of the sum
+    would center it, and msModelSlim does not halve.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    deviation = torch.std(rows - (rows.amax(0) + rows.amin(0)))
+    if old is None:
+        return x.max(), x.min(), deviation
+    high, low, widest = old
+    return torch.max(high, x.max()), torch.min(low, x.min()), torch.max(widest, deviation)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    linears: Mapping[str, Site]  # to be quantized, by module
+    histograms: frozenset[str]  # those whose range is a histogram's
+
+
+def _choose(work: Work, linears: Sequence[Site], found: Found, options: Options) -> _Chosen:
+    """Leave out what the script's rules, the user and --disable-level name."""
+    left = disabled_by_name(linears, options.disabled)
+    left |= {site.module for site in linears if is_down(site) and not options.down_proj}
+    bf16 = config_dtype(work.checkpoint) is torch.bfloat16
+    if work.checkpoint.config.get("hidden_size") == LARGE and not bf16:
+        early = [s.module for s in linears if (layer_index(s.module.split(".")) or 0) < LARGE_FLOAT]
+        left |= set(early)
+    reach = {site.module: float(found[f"range {site.module}"]) for site in linears}
+    hardest = sorted((m for m in reach if m not in left), key=lambda m: -reach[m])
+    left |= set(hardest[: options.level])
+    chosen = {site.module: site for site in linears if site.module not in left}
+    method = options.act_method
+    wide = [m for m in chosen if method == 2 or (method == 3 and reach[m] <= WIDE)]
+    return _Chosen(chosen, frozenset(wide))
+
+
+def _plan(work: Work, chosen: _Chosen, found: Found, options: Options) -> Plan:
+    kv: dict[str, int] = {}
+    for cache in cached(work.program, work.checkpoint) if options.kv else []:
+        if f"low {cache.name}" not in found:
+            what = "is no linear of this model, whose output msModelSlim would measure"
+            raise ModelError(f"{cache.name}: {what}; use --recipe minmax")
+        kv[cache.name] = cache.width
+    linears = {
+        module: _types(site, options.dtype, module in chosen.histograms)
+        for module, site in chosen.linears.items()
+    }
+    floats, smoothed = options.dtype, options.m3
+    checkpoint, program, layout = work.checkpoint, work.program, options.layout
+    asymmetric = not options.symmetric
+    return Plan(
+        checkpoint, program, options.dtype, linears, kv, floats, smoothed, layout, asymmetric
+    )
+
+
+def _refuse_normed_keys(work: Work) -> None:
+    """A norm between k_proj and RoPE: K's scales would be those of another value.
+
+    msModelSlim takes such a model's graph apart wrongly and fails.
+    """
+    for node in work.program.graph.nodes:
+        if (origin := str(node.meta.get("origin", ""))).endswith(".k_norm"):
+            what = "norms K, and msModelSlim measures it before"
+            raise ModelError(f"{origin}: {what}; use --recipe minmax, which measures after RoPE")
+
+
+def _types(site: Site, dtype: torch.dtype, histogram: bool) -> Parts:
+    """A histogram is float32 whatever the model is, and so are its scale and offset.
+
+    In a bfloat16 model they are rounded to that.
+    """
+    types = dict(part_types(*site.shape, dtype))
+    if histogram and dtype is not torch.bfloat16:
+        types |= {part: (torch.float32, (1,)) for part in ("input_scale", "input_offset")}
+    return types
+
+
+def _write(
+    work: Work,
+    layer: Layer,
+    chosen: _Chosen,
+    grouped: Sequence[Group],
+    found: Found,
+    plan: Plan,
+    writer: ModelWriter,
+) -> Found:
+    """Run the texts through a layer that rounds, and write what it has become."""
+    weights = layer.weights
+    mine = {s.linear: s for s in chosen.linears.values() if s.weight in weights}
+    for group in grouped:
+        if group.norm in weights:
+            smooth(weights, group, found[f"smooth {_stored(group.norm)}"])
+            _write_norm(plan, writer, _stored(group.norm), weights[group.norm])
+    inputs = _Inputs({s.source: m in chosen.histograms for m, s in chosen.linears.items()})
+    _run_rounded(work, layer, mine, inputs)
+    for site in mine.values():
+        bias = weights[site.bias] if site.bias is not None else None
+        parts = linear_parts(weights[site.weight], bias, inputs.params[site.source])
+        for part, tensor in parts.items():
+            writer.put(f"{site.module}.{part}", tensor)
+    for name in plan.kv:
+        if layer_index(name.split(".")) == layer.stage.layer:
+            at = params(found[f"low {name}"], found[f"high {name}"], not plan.asymmetric)
+            writer.put(f"{name}.kv_cache_scale", at.scale)
+            writer.put(f"{name}.kv_cache_offset", at.offset)
+    return {}
+
+
+class _Inputs:
+    """The quantizers of what linears read; q, k and v have one each, which see the same."""
+
+    def __init__(self, histograms: Mapping[Node, bool]) -> None:
+        self._observers = {n: Histogram() if h else MinMax() for n, h in histograms.items()}
+        self.params: dict[Node, Params] = {}
+        self._rounded: dict[Node, Tensor] = {}
+
+    def rounded(self, source: Node, x: Tensor) -> Tensor:
+        """A text's values with the range of this text and those before."""
+        if source not in self._rounded:
+            observer = self._observers[source]
+            observer.update(x)
+            at = params(*observer.range(), symmetric=False)
+            if x.dtype is torch.bfloat16:
+                at = Params(at.scale.to(x.dtype), at.offset.to(x.dtype))
+            self.params[source] = at
+            self._rounded[source] = fake_quantize(x, at)
+        return self._rounded[source]
+
+    def next_text(self) -> None:
+        """Forget the values of a text."""
+        self._rounded.clear()
+
+
+def _run_rounded(work: Work, layer: Layer, mine: Mapping[Node, Site], inputs: _Inputs) -> None:
+    base = plain(work.checkpoint, eager.attend)
+    new = {s.weight: fake_quantized_weight(layer.weights[s.weight]) for s in mine.values()}
+
+    def evaluate(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
+        if call in mine and isinstance(args[0], Tensor):
+            args = [inputs.rounded(argument(call, 0), args[0]), *args[1:]]
+        return base(call, args, kwargs)
+
+    for index in range(len(layer.texts)):
+        layer.run(index, {**layer.weights, **new}, evaluate)
+        inputs.next_text()
+
+
+def _write_norms(plan: Plan, writer: ModelWriter, smoothed: set[str]) -> None:
+    """The norms that m3 leaves as they are; it makes each of them one with a bias."""
+    for name, tensor in plan.checkpoint.tensors.items():
+        module = name.rpartition(".")[0]
+        if plan.smoothed and is_norm(module) and name not in smoothed:
+            writer.put(f"{module}.bias", torch.zeros(tensor.shape))
+            if plan.layout == "safe_tensor":
+                writer.copy(f"{module}.module.weight", tensor)
+                writer.put(f"{module}.module.bias", torch.zeros(tensor.shape))
+
+
+def _write_norm(plan: Plan, writer: ModelWriter, name: str, weight: Tensor) -> None:
+    module = name.rpartition(".")[0]
+    for prefix in (module, f"{module}.module")[: 1 + (plan.layout == "safe_tensor")]:
+        writer.put(f"{prefix}.weight", weight)
+        writer.put(f"{prefix}.bias", torch.zeros(len(weight)))
+
+
+def _stored(parameter: Node) -> str:
+    return next(stored_names(expression_of(parameter)))

@@ -1,0 +1,1 @@
+"""Changes of weights that keep the float model and make it easier to quantize."""

@@ -1,0 +1,195 @@
+"""What a compiled program costs and why it is what it is: `--report`, `--explain` and `--json`."""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from kvc8.backends.npu.cost import Cost, Device, Workload, by_op, total
+from kvc8.backends.npu.explain import explain
+from kvc8.backends.npu.launches import launches
+from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.ir.program import Program
+
+Programs = Mapping[str, Program]  # by phase
+Told = Mapping[tuple[str, str], int]  # sites by pass and why they were left alone ("": rewritten)
+Report = dict[str, object]
+BOUND = "a bound from documents; nothing was measured"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ask for a report of an NPU program, and that say for what."""
+    add = parser.add_argument
+    device, work = Device(), Workload()
+    add(
+        "--report",
+        nargs="?",
+        const=True,
+        type=page_path,
+        metavar="R.html",
+        help="print what a step costs: launches, bytes, time; or write a page with this, what each "
+        "pass did and, with --check, what it does to the numbers",
+    )
+    add("--times", action="store_true", help="with how long each pass took, on the page")
+    add("--explain", action="store_true", help="print why each op was chosen, and which were not")
+    add("--json", action="store_true", help="print all of this as one JSON object, nothing else")
+    for name, value, unit, what in (
+        ("--batch", work.batch, "N", "sequences of the reported step"),
+        ("--context", work.context, "N", "tokens of each sequence"),
+        ("--bandwidth", device.bandwidth / 1e12, "TB/S", "of the device's memory"),
+        ("--int8-rate", device.int8 / 1e12, "TOPS", "its int8 operations"),
+        ("--half-rate", device.half / 1e12, "TFLOPS", "its float16 operations"),
+    ):
+        kind = _count if isinstance(value, int) else _rate
+        add(name, type=kind, default=value, metavar=unit, help=f"{what}; default: {value:g}")
+
+
+def page_path(text: str) -> Path:
+    """The file of a page, as an argument names it."""
+    if not text.endswith(".html"):
+        raise argparse.ArgumentTypeError(f"{text} is no .html file; to print, put --report last")
+    return Path(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return value
+
+
+def device(args: argparse.Namespace) -> Device:
+    """The device that the arguments describe."""
+    rates = [x * 1e12 for x in (args.bandwidth, args.int8_rate, args.half_rate)]
+    public = Device()
+    given = rates != [public.bandwidth, public.int8, public.half]
+    bandwidth, int8, half = rates
+    return Device(bandwidth, int8, half, "as given" if given else public.source)
+
+
+def workload(args: argparse.Namespace) -> Workload:
+    """The step that the arguments describe."""
+    return Workload(args.batch, args.context, args.block_size)
+
+
+def report(programs: Programs, unfused: Programs, work: Workload, on: Device) -> Report:
+    """What each phase costs, against a float16 cache and against the unfused lowering."""
+    phases = {
+        phase: _phase(program, unfused[phase], phase, work, on)
+        for phase, program in programs.items()
+    }
+    return {"workload": asdict(work), "device": asdict(on), "note": BOUND, "phases": phases}
+
+
+def _phase(program: Program, unfused: Program, phase: str, work: Workload, on: Device) -> Report:
+    each = by_op(program, phase, work, on)
+    whole, plain = total(each), total(by_op(unfused, phase, work, on))
+    layout = kv_layout(program)
+    growth = layout.float16_bytes_per_token / layout.bytes_per_token - 1
+    more = int((whole.cache_read + whole.cache_written) * growth)
+    tokens = work.size(phase, "T")
+    return {
+        "tokens": tokens,
+        "launches_in_a_layer": launches_in_a_layer(program),
+        "ops": {name: _as_json(cost, whole) for name, cost in each.items()},
+        "total": _as_json(whole, whole),
+        "bytes_a_token": whole.bytes / tokens,
+        "with_float16_cache": {
+            "bytes_a_token": (whole.bytes + more) / tokens,
+            "seconds": whole.seconds + more / on.bandwidth,
+        },
+        "unfused": {
+            "launches": plain.launches,
+            "launches_in_a_layer": launches_in_a_layer(unfused),
+            "bytes_a_token": plain.bytes / tokens,
+            "seconds": plain.seconds,
+        },
+    }
+
+
+def launches_in_a_layer(program: Program) -> dict[str, int]:
+    """How many layers have how many launches, "10": 80."""
+    counts = Counter(each.total() for each in launches(program).values())
+    return {str(count): layers for count, layers in sorted(counts.items())}
+
+
+def _as_json(cost: Cost, whole: Cost) -> dict[str, float]:
+    found = {f.name: getattr(cost, f.name) for f in fields(cost)}
+    return {**found, "bytes": cost.bytes, "share": cost.bytes / max(whole.bytes, 1)}
+
+
+def explained(programs: Programs, told: Told, soc: str, block_size: int) -> Report:
+    """Why each phase calls what it calls, and why passes left sites alone."""
+    choices = {
+        phase: [choice.as_json() for choice in explain(program, soc, block_size)]
+        for phase, program in programs.items()
+    }
+    alone = [{"pass": n, "sites": count, "why": why} for (n, why), count in told.items() if why]
+    return {"choices": choices, "left_alone": alone}
+
+
+def explain_lines(programs: Programs, told: Told, soc: str, block_size: int) -> Iterator[str]:
+    """The same as text."""
+    for phase, program in programs.items():
+        yield f"{phase}:"
+        for choice in explain(program, soc, block_size):
+            yield from (f"  {line}" for line in choice.lines())
+    yield "left alone:"
+    yield from (f"  {name}: {count} sites: {why}" for (name, why), count in told.items() if why)
+
+
+COLUMNS = "{:<40}{:>9}{:>12}{:>11}{:>13}{:>8}{:>10}"
+
+
+def report_lines(found: Report) -> Iterator[str]:
+    """A report as tables."""
+    phases, on, work = found["phases"], found["device"], found["workload"]
+    assert isinstance(phases, dict)
+    assert isinstance(on, dict)
+    assert isinstance(work, dict)
+    for phase, each in phases.items():
+        what = f"{work['batch']} of {work['context']:,} tokens"
+        yield f"{phase}, {what}: {_launches(each['total']['launches'], each)}"
+        yield COLUMNS.format("", "launches", "weights MB", "cache MB", "activ. MB", "share", "ms")
+        for name, cost in [*each["ops"].items(), ("total", each["total"])]:
+            yield _row(name, cost)
+        yield from (f"  {line}" for line in _comparisons(each))
+    rates = f"{on['bandwidth'] / 1e12:g} TB/s, {on['int8'] / 1e12:g} TOPS in int8"
+    yield f"at {rates}, {on['half'] / 1e12:g} TFLOPS in float16 ({on['source']}); {found['note']}"
+
+
+def _launches(count: int, each: dict[str, dict[str, int]]) -> str:
+    layers = [f"{n} in each of {of} layers" for n, of in each["launches_in_a_layer"].items()]
+    return ", ".join([f"{count:,} launches", *layers])
+
+
+def _row(name: str, cost: dict[str, float]) -> str:
+    cache, activations = (
+        cost["cache_read"] + cost["cache_written"],
+        cost["read"] + cost["written"],
+    )
+    megabytes = [f"{x / 1e6:,.1f}" for x in (cost["weights"], cache, activations)]
+    share, time = f"{cost['share']:.1%}", f"{cost['seconds'] * 1e3:,.3f}"
+    return COLUMNS.format(name, f"{int(cost['launches']):,}", *megabytes, share, time)
+
+
+def _comparisons(each: dict[str, Any]) -> Iterator[str]:
+    bytes_, seconds = each["bytes_a_token"], each["total"]["seconds"]
+    yield f"{bytes_ / 1e6:,.1f} MB a token, at least {seconds * 1e3:,.3f} ms a step"
+    for name, key in (("a float16 cache", "with_float16_cache"), ("--fuse off", "unfused")):
+        other = each[key]
+        more = f"{other['bytes_a_token'] / bytes_ - 1:+.1%} bytes"
+        time = f"{other['seconds'] / seconds - 1:+.1%} time"
+        launched = f", {int(other['launches']):,} launches" if "launches" in other else ""
+        yield f"with {name}: {more}, {time}{launched}"

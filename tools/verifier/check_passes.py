@@ -1,0 +1,109 @@
+"""Every pass that a compile runs, held to its contract on a recorded prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.program import Program
+from kvc8.passes import pipeline
+from kvc8.passes.rewrite import Step
+from kvc8.tools.verifier.contracts import Call, Checked, check
+from kvc8.tools.verifier.recording import Feed, Parameters, empty, feed, record
+from kvc8.tools.verifier.values import Values, by_name
+from kvc8.tools.verifier.verdicts import Verdict
+
+Phases = dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]
+PROMPT, CHUNK = 13, 3  # tokens: more than a window of the tests, less than a block
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides which passes run; see kvc8-compile."""
+
+    dtype: torch.dtype | None = None
+    kv_scales: str = "repair"
+    prefill_kv: str = "float"
+    fold: str = "offsets"
+    fuse: str = "on"
+    kv_format: str = "nd"
+    npu: bool = True  # or stop at QUANTIZED, where ONNX does
+
+    @property
+    def quantize(self) -> tuple[Step, ...]:
+        """The passes up to QUANTIZED."""
+        return pipeline.QUANTIZE if self.kv_scales == "repair" else pipeline.AS_IS
+
+    @property
+    def phases(self) -> Phases:
+        """The passes of each phase after that."""
+        return (
+            pipeline.phases(self.prefill_kv, self.fold, self.fuse, self.kv_format)
+            if self.npu
+            else {}
+        )
+
+
+def check_passes(
+    checkpoint: Checkpoint,
+    choices: Choices,
+    see: Callable[[Checked], None] = lambda checked: None,
+) -> list[Verdict]:
+    """Run a prompt and a decode step before and after each pass of a compile."""
+    return check_steps(checkpoint, choices.quantize, choices.phases, choices.dtype, see)
+
+
+def check_steps(
+    checkpoint: Checkpoint,
+    quantize: tuple[Step, ...],
+    phases: Phases,
+    dtype: torch.dtype | None = None,
+    see: Callable[[Checked], None] = lambda checked: None,
+) -> list[Verdict]:
+    """The same for any passes: those up to QUANTIZED, and those of each phase after it.
+
+    What phases share is run once, on the inputs of the first of them.
+    """
+    program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
+    prompt, chunk, step = _feeds(checkpoint)
+    lineage = {node.name: node.name for node in program.graph.nodes}
+    calls = [Call(prompt), Call(step)]
+    found = check(program, quantize, calls, parameters, see, lineage)
+    if found and found[-1].refused:
+        return found
+    begun: dict[tuple[Step, ...], tuple[Program, dict[str, str]]] = {(): (program, lineage)}
+    state = record(program, parameters, prompt.inputs(program), empty(program)).caches
+    call = {"prefill": Call(prompt), "chunk": Call(chunk, state), "decode": Call(step, state)}
+    for phase, (shared, own) in phases.items():
+        if shared not in begun:
+            begun[shared] = program.copy(), dict(lineage)
+            started, line = begun[shared]
+            found += check(started, shared, [call[phase]], parameters, see, line)
+            if found[-1].refused:
+                return found
+        started, line = begun[shared]
+        found += check(started.copy(), own, [call[phase]], parameters, see, dict(line))
+        if found[-1].refused:
+            return found
+    return found
+
+
+def _feeds(checkpoint: Checkpoint) -> tuple[Feed, Feed, Feed]:
+    """A prompt, a chunk of tokens after it, and one token after it."""
+    vocabulary = int(str(checkpoint.config["vocab_size"]))
+    tokens = [(5 + 37 * i) % vocabulary for i in range(PROMPT + CHUNK)]
+    return feed(tokens[:PROMPT]), feed(tokens[PROMPT:], PROMPT), feed(tokens[-1:], PROMPT)
+
+
+def watch_values(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Values:
+    """What measures values against the CAPTURED program, on the tokens of `check_steps`."""
+    program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
+    prompt, chunk, step = _feeds(checkpoint)
+    first = record(program, parameters, prompt.inputs(program), empty(program))
+    captured = {prompt.phase: by_name(first)}
+    for each in (chunk, step):
+        made = record(program, parameters, each.inputs(program), first.caches)
+        captured[each.phase] = by_name(made)
+    return Values(captured, first.results[0].name)

@@ -1,0 +1,122 @@
+"""The table of `kvc8-verify DIR`: each form of a model beside another that was fed the same tokens.
+
+Which promises a form makes, and why float32 can make so few, stands in tools/verify.py.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.precision.widen import widen
+from kvc8.ir.program import Program
+from kvc8.ir.types import dtype_name
+from kvc8.passes import pipeline
+from kvc8.tools.verifier import phases
+from kvc8.tools.verifier.compare import Row, compare
+from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled
+from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program, replay
+from kvc8.tools.verifier.pass_table import decibels
+
+F32, F64 = "reference f32", "reference f64"
+ONNX_F64 = "ONNX Runtime f64"
+EXACT = (ONNX_F64, *phases.EXACT)  # must agree with what they stand against, whatever the sums
+LOGITS = 1e-3
+
+
+def single_rows(
+    checkpoint: Checkpoint,
+    captured: Program,
+    reference: Program,
+    own: Program,
+    tokens: Tokens,
+    compiled: Sequence[Path] = (),
+) -> list[Row]:
+    """The forms as they run, and what was compiled of them, against the reference in float32."""
+    base = one_program(reference, checkpoint, tokens)
+    same, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
+    device, _ = pipeline.lower_for_npu(own, "float")
+    dtype = dtype_name(config_dtype(checkpoint))
+    forms: dict[str, Callable[[], Run]] = {
+        "float cache f32": lambda: one_program(captured, checkpoint, tokens),
+        F64: lambda: one_program(widen(reference), checkpoint, tokens),
+        "NPU emulated f32": lambda: replay(same, checkpoint, tokens),
+        "ONNX Runtime f32": lambda: in_onnxruntime(reference, checkpoint, tokens),
+        f"NPU emulated {dtype}": lambda: replay(device, checkpoint, tokens),
+    }
+    if not has_offsets(reference):  # which GroupQueryAttention has not
+        forms["ONNX Runtime gqa"] = lambda: in_gqa(reference, checkpoint, tokens)
+    for out in compiled:
+        forms[str(out)] = partial(of_compiled, out, tokens)
+    return [compare(form, run(), F32, base, tokens) for form, run in forms.items()]
+
+
+def double_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
+    """What must agree, whatever the order of sums."""
+    wide = widen(reference)
+    base, made = (run(wide, checkpoint, tokens) for run in (one_program, in_onnxruntime))
+    return [compare(ONNX_F64, made, F64, base, tokens)]
+
+
+def broken_promises(row: Row) -> list[str]:
+    """What a form promised and did not keep, one sentence each."""
+    found = []
+    if row.codes and row.codes.same_inputs:
+        what = f"{row.codes.same_inputs} int8 codes differ though their inputs are equal"
+        found.append(f"{row.form}: {what}; report it with the output of --json")
+    exact = row.form in EXACT
+    if exact and row.codes and row.codes.differ:
+        what = f"{row.codes.differ} of {row.codes.of} int8 codes differ from {row.against}"
+        found.append(f"{row.form}: {what}; report it with the output of --json")
+    if exact and row.greedy < row.calls:
+        what = f"{row.calls - row.greedy} greedy tokens differ from {row.against}"
+        found.append(f"{row.form}: {what}; report it with the output of --json")
+    agree = row.codes is not None and row.codes.differ == 0
+    if (exact or (agree and row.form.endswith("f32"))) and not row.logits.largest <= LOGITS:
+        what = f"logits differ by {row.logits.largest:.2g} from {row.against}, more than {LOGITS}"
+        found.append(f"{row.form}: {what}; compile with --dump and compare the programs")
+    return found
+
+
+def print_rows(rows: Sequence[Row], tokens: Tokens) -> None:
+    """A table for each form that others stand against."""
+    print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
+    wide = max(len(row.form) for row in rows)  # a directory's name may be longer than any form's
+    for against in dict.fromkeys(row.against for row in rows):
+        Console(width=106 + max(18, wide)).print(
+            _table([row for row in rows if row.against == against], against)
+        )
+    print("NPU rows are emulated as the ops are documented; they were not verified on a device")
+
+
+def _table(rows: list[Row], against: str) -> Table:
+    table = Table(title=f"against {against}", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True, min_width=18)
+    for name in ("logits, max", "dB", "KL, mean", "greedy", "codes differ", "by 1, by 2, by more"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("at most", "at end", "first", "same inputs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        noise, greedy = decibels(row.logits.snr), f"{row.greedy}/{row.calls}"
+        figures = (f"{row.logits.largest:.2g}", noise, f"{row.kl:.2g}", greedy)
+        table.add_row(row.form, *figures, *_codes(row))
+    return table
+
+
+def _codes(row: Row) -> tuple[str, ...]:
+    if row.codes is None:
+        return ("float", *[""] * 5)
+    codes = row.codes
+    first = "-" if codes.first is None else f"layer {codes.first}"
+    by = " ".join(_share(count, codes.of) for count in codes.by) if codes.differ else ""
+    same = "" if codes.same_inputs is None else str(codes.same_inputs)
+    ends = f"{codes.saturated:.2%}"
+    return (_share(codes.differ, codes.of), by, str(codes.most), ends, first, same)
+
+
+def _share(count: int, of: int) -> str:
+    return f"{count / of:.2%}" if count else "0"

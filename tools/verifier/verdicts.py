@@ -1,0 +1,59 @@
+"""What the check of a pass found: each value that was compared, and the sentence of a breach."""
+
+from dataclasses import dataclass, field
+
+from kvc8.tools.verifier.gaps import Codes, Gap
+
+
+@dataclass(frozen=True)
+class Site:
+    """One value that was compared: the largest difference beyond its bound, or else the largest."""
+
+    phase: str
+    layer: str
+    node: str
+    old: str
+    figure: float
+    bound: float
+    call: int  # the number of its call
+    own: Gap | Codes  # from what it was, in the program's own dtypes; not judged
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is within its bound."""
+        return self.figure <= self.bound
+
+
+@dataclass
+class Verdict:
+    """What the check of one pass found. `refused` is why verify refused what it gave."""
+
+    name: str
+    contract: str
+    sites: list[Site] = field(default_factory=list)
+    kept: int = 0  # values that no pass touched, found equal to the last bit
+    refused: str = ""
+    node: str = ""  # that verify refused
+
+    @property
+    def breaches(self) -> list[Site]:
+        """Sites beyond their bound, the first offender first."""
+        return [site for site in self.sites if not site.holds]
+
+    @property
+    def worst(self) -> Site | None:
+        """The first breach, or the site that comes nearest to its bound."""
+        ranked = sorted(self.sites, key=lambda s: -(s.figure / s.bound if s.bound else s.figure))
+        return next(iter([*self.breaches, *ranked]), None)
+
+    @property
+    def sentence(self) -> str:
+        """What is wrong, or nothing."""
+        if self.refused:
+            return f"{self.name}: {self.refused}"
+        if not self.breaches:
+            return ""
+        site = self.breaches[0]
+        what = f"{site.node} differs from {site.old} by {site.figure:.3g}, bound {site.bound:.3g}"
+        told = f"{self.name}: breaks its contract {self.contract} in {site.layer}, {site.phase}"
+        return f"{told}: {what}; see its repro by kvc8-verify --bisect"
