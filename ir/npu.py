@@ -222,6 +222,58 @@ def _swiglu_quant(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _gating_top_k_softmax(
+    x: Tensor, finished: Tensor | None = None, k: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (*x.shape[:-1], k)
+    experts, rows = (x.new_empty(shape, dtype=torch.int32) for _ in range(2))
+    return x.new_empty(shape), experts, rows
+
+
+def _gating_top_k(x: Tensor, k: int, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (x.shape[0], k)
+    experts = x.new_empty(shape, dtype=torch.int32)
+    return x.new_empty(shape), experts, x.new_empty(x.shape, dtype=torch.float32)
+
+
+def _init_routing(
+    x: Tensor, expert_idx: Tensor, *, expert_num: int = -1, quant_mode: int = -1, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0] * expert_idx.shape[1]
+    dtype = torch.int8 if quant_mode in (0, 1) else x.dtype
+    return (
+        x.new_empty((rows, x.shape[1]), dtype=dtype),
+        x.new_empty((rows,), dtype=torch.int32),
+        x.new_empty((expert_num,), dtype=torch.int64),
+        x.new_empty((rows,), dtype=torch.float32),
+    )
+
+
+def _grouped_matmul(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    *,
+    split_item: int | None = 0,
+    output_dtype: int | None = None,
+    **_: Any,
+) -> list[Tensor]:
+    if len(x) != 1 or len(weight) != 1 or split_item not in (2, 3) or weight[0].ndim != 3:
+        raise TargetError(
+            f"npu_grouped_matmul: {len(x)} inputs by {len(weight)} weights, split_item "
+            f"{split_item}; give one input, one weight [experts, in, out] and split_item 2"
+        )
+    dtype = dtype_of("npu_grouped_matmul", output_dtype, x[0].dtype)
+    return [x[0].new_empty((x[0].shape[0], weight[0].shape[2]), dtype=dtype)]
+
+
+def _token_unpermute(
+    permuted_tokens: Tensor, sorted_indices: Tensor, probs: Tensor | None = None, *_: Any, **__: Any
+) -> Tensor:
+    each = 1 if probs is None else probs.shape[1]
+    rows = sorted_indices.shape[0] // each
+    return permuted_tokens.new_empty((rows, permuted_tokens.shape[1]))
+
+
 def _shape_rules() -> dict[str, Callable[..., Any]]:
     return {
         "npu_quantize": _quantize,
@@ -247,6 +299,11 @@ def _shape_rules() -> dict[str, Callable[..., Any]]:
         "npu_swiglu": _swiglu,
         "npu_swiglu_quant": _swiglu_quant,
         "npu_dequant_swiglu_quant": _swiglu_quant,
+        "npu_moe_gating_top_k_softmax": _gating_top_k_softmax,
+        "npu_moe_gating_top_k": _gating_top_k,
+        "npu_moe_init_routing_v2": _init_routing,
+        "npu_grouped_matmul": _grouped_matmul,
+        "npu_moe_token_unpermute": _token_unpermute,
         "_npu_reshape_and_cache": _nothing,
         "_npu_paged_attention": _nothing,
         "_npu_paged_attention_quant": _nothing,
@@ -293,6 +350,11 @@ npu_qkv_rms_norm_rope_cache = torch.ops.npu.npu_qkv_rms_norm_rope_cache.default
 npu_swiglu = torch.ops.npu.npu_swiglu.default
 npu_swiglu_quant = torch.ops.npu.npu_swiglu_quant.default
 npu_dequant_swiglu_quant = torch.ops.npu.npu_dequant_swiglu_quant.default
+npu_moe_gating_top_k_softmax = torch.ops.npu.npu_moe_gating_top_k_softmax.default
+npu_moe_gating_top_k = torch.ops.npu.npu_moe_gating_top_k.default
+npu_moe_init_routing_v2 = torch.ops.npu.npu_moe_init_routing_v2.default
+npu_grouped_matmul = torch.ops.npu.npu_grouped_matmul.default
+npu_moe_token_unpermute = torch.ops.npu.npu_moe_token_unpermute.default
 atb_reshape_and_cache = torch.ops.atb._npu_reshape_and_cache.default
 atb_paged_attention = torch.ops.atb._npu_paged_attention.default
 atb_paged_attention_quant = torch.ops.atb._npu_paged_attention_quant.default

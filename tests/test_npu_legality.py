@@ -7,6 +7,7 @@ refused.json changes of those calls (null leaves an argument out) with the sente
 import json
 import re
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ def call(name: str, **changes: Any) -> Program:
     head = ", ".join(f"{k}: {v}" for k, v in types.items())
     program = parse(f"def lowered({head}):\n    return [{next(iter(types))}]")
     nodes = dict(zip(types, program.inputs(), strict=True))
-    given = {k: nodes.get(k, v) for k, v in arguments.items()}
+    lists = {a.name for a in op._schema.arguments if "List[Tensor]" in str(a.type)}
+    given = {k: [nodes[k]] if k in lists else nodes.get(k, v) for k, v in arguments.items()}
     order = [a.name for a in op._schema.arguments if not a.kwarg_only]
-    positional = [given.pop(k) for k in order if k in given]
+    positional = [given.pop(k) for k in takewhile(given.__contains__, order)]
     output = next(iter(reversed(program.graph.nodes)))
     program.call(output, op, *positional, kwargs=given, name="call")
     return program

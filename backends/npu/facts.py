@@ -195,6 +195,34 @@ def _swiglu(made: Call) -> Facts:
     return _known(**{"gate and up width": shape[-1]})
 
 
+def _gating(made: Call) -> Facts:
+    """Of npu_moe_gating_top_k: experts a group, and all of them where each group fills 32s."""
+    groups, experts = made.number("group_count"), made.shape("x")[-1]
+    if groups < 2 or not isinstance(experts, int):
+        return {}
+    each = experts // groups
+    return {"experts a group": each, "aligned experts": -(-each // 32) * 32 * groups}
+
+
+def _grouped(made: Call) -> Facts:
+    """Of npu_grouped_matmul, whose tensors come in lists of one."""
+    found: Facts = {}
+    for name in ("x", "weight", "scale", "per_token_scale"):
+        items = made.arguments[name]
+        if isinstance(items, list | tuple) and len(items) == 1:
+            type_ = tensor_type(items[0])
+            found |= {f"{name} dtype": dtype_name(type_.dtype), f"{name} rank": len(type_.shape)}
+            shape = type_.shape
+            if name == "weight" and len(shape) == 3:
+                found |= _known(
+                    **{"groups": shape[0], "inner size": shape[1], "outer size": shape[2]}
+                )
+    result = type_of(made.node)
+    if isinstance(result, tuple) and result and isinstance(result[0], TensorType):
+        found["output dtype"] = dtype_name(result[0].dtype)
+    return found
+
+
 DERIVED: Mapping[str, Callable[[Call], Facts]] = MappingProxyType(
     {
         "npu_quant_matmul": _matmul,
@@ -209,5 +237,7 @@ DERIVED: Mapping[str, Callable[[Call], Facts]] = MappingProxyType(
         "npu_swiglu": _swiglu,
         "npu_swiglu_quant": _swiglu,
         "npu_dequant_swiglu_quant": _swiglu,
+        "npu_moe_gating_top_k": _gating,
+        "npu_grouped_matmul": _grouped,
     }
 )
