@@ -27,12 +27,16 @@ from kvc8.passes.lower_norms import lower_norms
 from kvc8.passes.lower_paged_attention import lower_paged_attention
 from kvc8.passes.lower_rope import lower_rope
 from kvc8.passes.lower_swiglu import lower_swiglu
+from kvc8.passes.options import Options
 from kvc8.passes.remove_cache_copies import remove_cache_copies
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
 from kvc8.passes.rewrite import Pass, Remark, Step, name_of, pass_of
 
 log = logging.getLogger("kvc8")
+
+Phases = dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]
+DEFAULT = Options()
 
 # What a checkpoint means, with its cache in int8: all targets start here, and ONNX ends here.
 QUANTIZE: tuple[Step, ...] = (
@@ -93,6 +97,11 @@ FUSE: tuple[Step, ...] = (fuse_rope_quant_cache, fuse_norm_quant, fuse_swiglu_qu
 FUSE_NZ: tuple[Step, ...] = (fuse_norm_rope_quant_cache, fuse_norm_quant, fuse_swiglu_quant)
 
 
+def quantize_passes(options: Options) -> tuple[Step, ...]:
+    """The passes up to QUANTIZED."""
+    return QUANTIZE if options.kv_scales == "repair" else AS_IS
+
+
 def reading(passes: tuple[Step, ...], read: Read) -> tuple[Step, ...]:
     """The passes, with stored tensors shown to the one whose remarks tell of them."""
     return tuple(partial(p, read=read) if p is repair_rope_scales else p for p in passes)
@@ -145,21 +154,14 @@ def run(
 
 
 def lower_for_npu(
-    program: Program,
-    prefill_kv: str = "float",
-    see: See | None = None,
-    fold: str = "offsets",
-    fuse: str = "on",
-    kv_format: str = "nd",
+    program: Program, options: Options = DEFAULT, see: See | None = None
 ) -> tuple[dict[str, Program], list[tuple[str, Remark]]]:
     """The program of each phase of a QUANTIZED one, which stays as it is, and the remarks.
 
-    `prefill_kv` is what a fresh prompt sees of itself, "float" or "int8"; `fold` is "offsets" or
-    "kv", which folds the scales as well; with `fuse` "off" each op of the unfused form stays;
-    `kv_format` is that of int8 caches, "nd" or "nz". `see` is that of `run`.
+    `see` is that of `run`.
     """
     of_int8, told = program.copy(), list[tuple[str, Remark]]()
-    plan = phases(prefill_kv, fold, fuse, kv_format)
+    plan = phases(options)
     shared, _ = plan["decode"]
     told += run(of_int8, shared, see, "int8", len(QUANTIZE))
     lowered = {}
@@ -169,16 +171,14 @@ def lower_for_npu(
     return lowered, told
 
 
-def phases(
-    prefill_kv: str = "float", fold: str = "offsets", fuse: str = "on", kv_format: str = "nd"
-) -> dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]:
-    """The passes of each phase, for the options of `lower_for_npu`: the shared, then its own."""
-    int8 = prefill_kv == "int8"
+def phases(options: Options = DEFAULT) -> Phases:
+    """The passes of each phase, after those up to QUANTIZED: the shared ones, then its own."""
+    int8, nz = options.prefill_kv == "int8", options.kv_format == "nz"
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
-    offsets = FOLD_ALL_OFFSETS if kv_format == "nz" else FOLD_OFFSETS
-    shared = (*(every if fold == "kv" else offsets), *LAYER)
-    fusing = FUSE_NZ if kv_format == "nz" else FUSE
-    last = (*(NZ if kv_format == "nz" else ()), *(fusing if fuse == "on" else ()))
+    offsets = FOLD_ALL_OFFSETS if nz else FOLD_OFFSETS
+    shared = (*(every if options.fold == "kv" else offsets), *LAYER)
+    fusing = FUSE_NZ if nz else FUSE
+    last = (*(NZ if nz else ()), *(fusing if options.fuse == "on" else ()))
     return {
         "prefill": (shared, (*NPU_PREFILL_INT8, *last)) if int8 else ((), (*NPU_PREFILL, *last)),
         "chunk": (shared, (*NPU_CHUNK, *last)),

@@ -49,7 +49,7 @@ TOP_LEVEL = {
 }
 LEFT_BY_BUILDS = ["build", "dist", "*.egg-info", "__pycache__"]
 NAMELESS = {"base", "common", "helpers", "misc", "util", "utils"}
-NOT_PASSES = {"__init__", "pipeline", "rewrite", "attention_site", "cache_site"}
+NOT_PASSES = {"__init__", "options", "pipeline", "rewrite"}
 MOST_LINES = 400
 
 MUTATORS = {

@@ -9,6 +9,7 @@ from support import planted
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.passes.rewrite import name_of
 from kvc8.tools import command, opt, verify
 from kvc8.tools.verifier import repro
@@ -51,7 +52,7 @@ def models() -> dict[str, Model]:
 
 def passes(name: str, phase: str, **options):
     """The passes of a phase up to the one of that name."""
-    shared, own = pipeline.phases(**options)[phase]
+    shared, own = pipeline.phases(Options(**options))[phase]
     found = (*shared, *own)
     return found[: [name_of(step) for step in found].index(name) + 1]
 

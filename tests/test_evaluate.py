@@ -12,16 +12,17 @@ from transformers import AutoModelForCausalLM
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.run import run
+from kvc8.passes.options import Options
 from kvc8.tools import command, compile, evaluate
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.evaluator.divergence import ROWS, Figures
-from kvc8.tools.evaluator.forms import Options, open_float, open_form
+from kvc8.tools.evaluator.forms import Setup, open_float, open_form
 from kvc8.tools.evaluator.plot import AROUND, smoothed
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 QUANTIZED = CHECKPOINTS / "llama_fp16_m3" / "quant"
 TEXT = "The cache keeps what was said, in int8; this is text enough for windows of some tokens. "
-FLOAT32 = Options(torch.float32, "repair", float_cache=False)
+FLOAT32 = Setup(torch.float32, Options(), float_cache=False)
 
 
 def ran(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -121,7 +122,7 @@ def test_all_forms_in_one_table(compiled, text, capsys):
 
 @pytest.mark.slow
 def test_a_float_cache_leaves_what_w8a8_costs(compiled):
-    opened = open_form(QUANTIZED, Options(torch.float32, "repair", float_cache=True), 16)
+    opened = open_form(QUANTIZED, Setup(torch.float32, Options(), float_cache=True), 16)
     assert opened.kind == "reference, float cache"
     whole = open_form(QUANTIZED, FLOAT32, 16)
     alone = open_float(QUANTIZED, 16)

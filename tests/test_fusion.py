@@ -14,6 +14,7 @@ from kvc8.backends.npu import legality
 from kvc8.backends.npu.launches import launches
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.passes.rewrite import name_of
 
 pytestmark = pytest.mark.slow  # captures models
@@ -169,7 +170,7 @@ def test_a_float_model_is_the_same_bit_for_bit_in_float16(model, kind):
 def reasons(program: Program, **options: str) -> set[tuple[str, str]]:
     """Why the fusing passes left sites of the second layer alone, in any phase."""
     own = {name_of(step) for step in (*pipeline.LAYER, *pipeline.FUSE)}
-    _, told = pipeline.lower_for_npu(program, **options)
+    _, told = pipeline.lower_for_npu(program, Options(**options))
     found = {(n, r.why_not) for n, r in told if r.why_not and "layers.1" in r.origin and n in own}
     return {(n, why.partition(" model_")[0]) for n, why in found}
 

@@ -13,6 +13,7 @@ from kvc8.ir.program import Program, type_of
 from kvc8.ir.text import parse
 from kvc8.ir.types import IntsType, IntType, TensorType
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 MODELS = ["llama_fp16_m3", "qwen2_fp16_none_asym", "v1_qwen2_fp16_w8a8c8"]
@@ -95,7 +96,7 @@ def test_every_call_fits_its_recorded_schema(model: str, fuse: str) -> None:
     for dtype in DTYPES:
         program = captured(CHECKPOINTS / model / "quant", dtype)
         pipeline.run(program, pipeline.QUANTIZE)
-        for phase, lowered in pipeline.lower_for_npu(program, fuse=fuse)[0].items():
+        for phase, lowered in pipeline.lower_for_npu(program, Options(fuse=fuse))[0].items():
             for node in npu_calls(lowered):
                 assert misfits(node) == [], (phase, node.format_node())
                 seen[str(node.target)] += 1

@@ -34,6 +34,7 @@ from kvc8.passes import pipeline
 from kvc8.passes.fuse_norm_rope_quant_cache import fuse_norm_rope_quant_cache
 from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
+from kvc8.passes.options import Options
 from kvc8.tools import command, compile
 from kvc8.tools.verifier.contracts import Call, check
 from kvc8.tools.verifier.recording import Parameters, empty, feed, record
@@ -299,7 +300,7 @@ def test_the_layout_and_the_fusion_keep_their_contracts(model, phase):
     tokens = [(5 + 37 * i) % 120 for i in range(16)]
     state = record(program, parameters, feed(tokens[:13]).inputs(program), empty(program)).caches
     given = feed(tokens[13:], 13) if phase == "chunk" else feed(tokens[13:14], 13)
-    shared, own = pipeline.phases(kv_format="nz")[phase]
+    shared, own = pipeline.phases(Options(kv_format="nz"))[phase]
     at = own.index(lower_caches_to_nz)
     pipeline.run(program, (*shared, *own[:at]))
     verdicts = check(program, own[at : at + 3], [Call(given, state)], parameters)

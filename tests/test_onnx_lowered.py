@@ -27,6 +27,7 @@ from kvc8.ir.program import argument
 from kvc8.ir.run import run
 from kvc8.ir.text import parse
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 
 pytestmark = pytest.mark.slow  # a minute in all
 
@@ -35,7 +36,7 @@ BLOCK, BLOCKS, STEPS = 32, 12, 32
 
 
 def lower(program, prefill_kv="int8", fuse="on"):
-    return pipeline.lower_for_npu(program, prefill_kv, fuse=fuse)[0]
+    return pipeline.lower_for_npu(program, Options(prefill_kv=prefill_kv, fuse=fuse))[0]
 
 
 def agree(phases, directory, out, seed=1, steps=STEPS):

@@ -17,7 +17,7 @@ from kvc8.passes import pipeline
 from kvc8.passes.rewrite import Pass, name_of
 
 FOLDER = Path(pipeline.__file__).parent
-NOT_PASSES = ("rewrite", "pipeline", "attention_site", "cache_site")
+NOT_PASSES = ("options", "pipeline", "rewrite")
 PASSES = sorted(p.stem for p in FOLDER.glob("[!_]*.py") if p.stem not in NOT_PASSES)
 PROGRAMS = re.compile(r"(before:\n)(.*?)(\n\nafter:\n)(.*?)(\n(?:\n(?!    )|\Z))", re.DOTALL)
 

@@ -19,6 +19,7 @@ from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.tools.verifier.forms import Run
 from kvc8.tools.verifier.forms import watch as watch_rows
 
@@ -62,7 +63,9 @@ class Model:
         program = capture(self.checkpoint, torch.float32)
         pipeline.run(program, pipeline.QUANTIZE)
         self.reference = {phase: program for phase in ("prefill", "chunk", "decode")}
-        self.lowered, _ = pipeline.lower_for_npu(program, prefill_kv, None, fold, fuse, kv_format)
+        self.lowered, _ = pipeline.lower_for_npu(
+            program, Options(prefill_kv=prefill_kv, fold=fold, fuse=fuse, kv_format=kv_format)
+        )
 
     def load(self, programs=None):
         read = self.checkpoint.read

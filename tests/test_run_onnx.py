@@ -14,6 +14,7 @@ from kvc8.backends.onnx.lowered import emit_lowered
 from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.tools import run
 
 pytestmark = pytest.mark.slow  # loads ONNX Runtime
@@ -28,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One program as an artifact and in every flavor, all in float32 and from the same int8 K."""
     program, checkpoint = quantized(GOLDEN), open_checkpoint(GOLDEN)
     folder = tmp_path_factory.mktemp("run")
-    lowered, _ = pipeline.lower_for_npu(program, "int8")
+    lowered, _ = pipeline.lower_for_npu(program, Options(prefill_kv="int8"))
     write(folder / "npu", checkpoint, lowered, Target("ascend910b", 32))
     emit(program, checkpoint, folder / "standard")
     emit(program, checkpoint, folder / "gqa", "gqa")

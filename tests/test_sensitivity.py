@@ -48,7 +48,7 @@ def logits(checkpoint: Checkpoint, captured: Program, quantized: list[int]) -> t
 @pytest.mark.parametrize("directory", [LLAMA, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 def test_each_figure_is_that_of_a_program_with_only_that_cache_in_int8(directory):
     checkpoint = open_checkpoint(directory)
-    costs = sensitivity(checkpoint, PROMPT, "repair")
+    costs = sensitivity(checkpoint, PROMPT)
     captured = capture(checkpoint, torch.float32)
     base = logits(checkpoint, captured, [])
     count = len(costs) - 1

@@ -11,7 +11,7 @@ import json
 import sys
 import warnings
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,8 +25,10 @@ from kvc8.ir.errors import IRError, ModelError, TargetError
 from kvc8.ir.expression import Read
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.passes.rewrite import Remark
 from kvc8.tools.command import entry
+from kvc8.tools.driver.arguments import add_options, options_of
 from kvc8.tools.reporter import costs, pass_dump
 from kvc8.tools.reporter.compiled import write_page
 from kvc8.tools.reporter.heat import Heat
@@ -58,41 +60,12 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(DTYPES),
         help="compute in this; if unset config.json's for an NPU, and float32 for ONNX",
     )
-    found.add_argument(
-        "--kv-scales",
-        choices=("repair", "as-is"),
-        default="repair",
-        help="widen K scales that were measured before RoPE (default), or use them as they are",
-    )
+    add_options(found)
     add_kv_calibrated(found)
     found.add_argument(
         "--check",
         action="store_true",
         help="hold each pass to its numeric contract on a recorded prompt; refuse where one breaks",
-    )
-    found.add_argument(
-        "--prefill-kv",
-        choices=("float", "int8"),
-        default="float",
-        help="what a prompt sees of itself: its own K and V, or what the cache gives back of them",
-    )
-    found.add_argument(
-        "--fold",
-        choices=("offsets", "kv"),
-        default="offsets",
-        help="drop the cache's offsets where that is exact (default), or fold its scales as well",
-    )
-    found.add_argument(
-        "--fuse",
-        choices=("on", "off"),
-        default="on",
-        help="do by one launch what one op does that takes several (default), or leave them apart",
-    )
-    found.add_argument(
-        "--kv-format",
-        choices=("nd", "nz"),
-        default="nd",
-        help="how int8 caches lie in memory; nz fits few models (docs/phases.md)",
     )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write what each pass did")
     costs.add_arguments(found)
@@ -112,7 +85,7 @@ def work(args: argparse.Namespace) -> int:
     program = capture(checkpoint, dtype)
     steps = Steps()
     see = _watchers(args, steps)
-    told = quantize(program, args.kv_scales, see, checkpoint.read)
+    told = quantize(program, options_of(args), see, checkpoint.read)
     if args.target == "onnx":
         told += _onnx(args, checkpoint, program, see)
         _tell(args, sites_of(told), program)
@@ -154,13 +127,12 @@ def _check_passes(
     args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype | None
 ) -> list[Heat]:
     from kvc8.tools.reporter.figures import of_passes  # these take all of the emulation
-    from kvc8.tools.verifier.check_passes import Choices, check_passes, watch_values
+    from kvc8.tools.verifier.check_passes import check_passes, watch_values
 
     on_npu = args.target == "npu" or args.flavor == "lowered"
-    choices = Choices(dtype, args.kv_scales, **_choices(args), npu=on_npu)
     values = watch_values(checkpoint, dtype) if isinstance(args.report, Path) else None
-    watching = [values.see] if values else []
-    verdicts = check_passes(checkpoint, choices, *watching)
+    see = values.see if values else None
+    verdicts = check_passes(checkpoint, options_of(args), dtype, see, on_npu)
     first, *others = [v.sentence for v in verdicts if v.sentence] or [""]
     if first:
         error = IRError(first)
@@ -201,33 +173,25 @@ def unsupported(checkpoint: Checkpoint) -> list[str]:
 
 
 def quantize(
-    program: Program, kv_scales: str, see: pipeline.See | None = None, read: Read | None = None
+    program: Program,
+    options: Options = pipeline.DEFAULT,
+    see: pipeline.See | None = None,
+    read: Read | None = None,
 ) -> Told:
     """Bring a captured program to QUANTIZED; with `read`, of stored tensors, remarks say more."""
-    passes = pipeline.QUANTIZE if kv_scales == "repair" else pipeline.AS_IS
+    passes = pipeline.quantize_passes(options)
     passes = pipeline.reading(passes, read) if read else passes
     return pipeline.run(program, passes, see)
-
-
-def _lower(
-    args: argparse.Namespace, program: Program, see: pipeline.See | None = None, **others: str
-) -> tuple[dict[str, Program], Told]:
-    """The programs that the arguments ask for, but for `others`."""
-    return pipeline.lower_for_npu(program, see=see, **{**_choices(args), **others})
-
-
-def _choices(args: argparse.Namespace) -> dict[str, str]:
-    return {name: getattr(args, name) for name in ("prefill_kv", "fold", "fuse", "kv_format")}
 
 
 def _npu(
     args: argparse.Namespace, checkpoint: Checkpoint, program: Program, see: pipeline.See | None
 ) -> tuple[dict[str, Program], Told]:
-    lowered, told = _lower(args, program, see)
+    options = options_of(args)
+    lowered, told = pipeline.lower_for_npu(program, options, see)
     for phase in lowered.values():
         legality.check(phase, args.soc, args.block_size)
-    notes = {"kv_scales": args.kv_scales, **_choices(args)}
-    target = artifact.Target(args.soc, args.block_size, notes)
+    target = artifact.Target(args.soc, args.block_size, asdict(options))
     artifact.write(args.output, checkpoint, lowered, target)
     return lowered, told
 
@@ -240,7 +204,7 @@ def _onnx(
     if args.flavor != "lowered":
         emitter.emit(program, checkpoint, args.output, args.flavor or "standard")
         return []
-    phases, told = _lower(args, program, see)
+    phases, told = pipeline.lower_for_npu(program, options_of(args), see)
     lowered.emit_lowered(phases, checkpoint, args.output)
     return told
 
@@ -269,7 +233,7 @@ def _tell_all(
 def _report(
     args: argparse.Namespace, program: Program, lowered: dict[str, Program]
 ) -> costs.Report:
-    unfused, _ = _lower(args, program, fuse="off")
+    unfused, _ = pipeline.lower_for_npu(program, replace(options_of(args), fuse="off"))
     return costs.report(lowered, unfused, costs.workload(args), costs.device(args))
 
 

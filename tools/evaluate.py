@@ -22,11 +22,13 @@ from rich.table import Table
 
 from kvc8.ir.checkpoint.model_files import place, shown
 from kvc8.ir.errors import ModelError
+from kvc8.passes.options import Options
 from kvc8.tools.command import entry
 from kvc8.tools.compile import add_kv_calibrated
+from kvc8.tools.driver.arguments import add_options
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.evaluator.divergence import Figures
-from kvc8.tools.evaluator.forms import Form, Options, open_float, open_form, with_scales
+from kvc8.tools.evaluator.forms import Form, Setup, open_float, open_form, with_scales
 from kvc8.tools.evaluator.plot import Curve, draw
 from kvc8.tools.verifier.sensitivity import sensitivity
 
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--text", type=Path, required=True, help="a file of text, not calibrated on")
     found.add_argument("--windows", type=_count, default=8, help="so many windows of it (8)")
     found.add_argument("--window", type=_count, default=1024, help="tokens of a window (1024)")
-    found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
+    add_options(found, ("kv_scales",))
     add_kv_calibrated(found)
     found.add_argument(
         "--float-cache", action="store_true", help="model directories: W8A8 alone, without C8"
@@ -70,14 +72,15 @@ def work(args: argparse.Namespace) -> int:
     """Evaluate and print; gives the exit status."""
     windows = _windows(args)
     base = open_float(args.against, args.window)
-    options = Options(DTYPES[args.dtype], args.kv_scales, args.float_cache, args.kv_calibrated)
-    forms = [open_form(path, options, args.window) for path in args.out]
+    passes = Options(kv_scales=args.kv_scales)
+    setup = Setup(DTYPES[args.dtype], passes, args.float_cache, args.kv_calibrated)
+    forms = [open_form(path, setup, args.window) for path in args.out]
     with _progress(len(windows) * (1 + len(forms))) as step:
         figures = _evaluate(base, forms, windows, step)
     tokens = sum(len(window) - 1 for window in windows)
     if args.plot:
         title = f"against {base.name}, {len(windows)} windows"
-        draw(args.plot, title, _curves(args, options, windows[0], figures[1:]))
+        draw(args.plot, title, _curves(args, setup, windows[0], figures[1:]))
     if args.json:
         print(json.dumps(_as_json(args, base, forms, figures, tokens), indent=1))
     else:
@@ -86,13 +89,13 @@ def work(args: argparse.Namespace) -> int:
 
 
 def _curves(
-    args: argparse.Namespace, options: Options, window: list[int], figures: Sequence[Figures]
+    args: argparse.Namespace, setup: Setup, window: list[int], figures: Sequence[Figures]
 ) -> list[Curve]:
     """What --plot draws: each OUT by position, and model directories by cache too."""
     curves = []
     for path, seen in zip(args.out, figures, strict=True):
-        checkpoint = with_scales(path, options)
-        costs = sensitivity(checkpoint, window[:MAPPED], args.kv_scales) if checkpoint else []
+        checkpoint = with_scales(path, setup)
+        costs = sensitivity(checkpoint, window[:MAPPED], setup.passes) if checkpoint else []
         by_cache = [(cost.cache, cost.kl) for cost in costs]
         curves.append(Curve(str(path), seen.kl_by_position, by_cache))
     return curves

@@ -60,7 +60,7 @@ def _with_reasons(args: argparse.Namespace, text: str) -> str:
     from kvc8.tools.reporter.costs import explain_lines, explained
 
     program = capture(open_calibrated(args.directory, args.kv_calibrated))
-    told = quantize(program, "repair")
+    told = quantize(program)
     lowered, more = pipeline.lower_for_npu(program)
     for phase in lowered.values():
         check(phase, SOC, BLOCK_SIZE)

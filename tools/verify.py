@@ -40,6 +40,7 @@ from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.tools.command import entry
 from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
+from kvc8.tools.driver.arguments import add_options, options_of
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.reporter.costs import page_path
 from kvc8.tools.reporter.figures import of_passes, of_sensitivity
@@ -47,7 +48,7 @@ from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.verified import write_page
 from kvc8.tools.verifier import dumps
 from kvc8.tools.verifier.bisection import Bisection
-from kvc8.tools.verifier.check_passes import Choices, check_passes, watch_values
+from kvc8.tools.verifier.check_passes import check_passes, watch_values
 from kvc8.tools.verifier.compare import Row
 from kvc8.tools.verifier.contracts import Checked
 from kvc8.tools.verifier.form_table import broken_promises, double_rows, print_rows, single_rows
@@ -61,12 +62,6 @@ PARTS = {
     "sensitivity": "tell what quantizing K or V of each layer costs",
     "phases": "take a prompt whole, in chunks and by tokens",
     "all": "all forms, all passes and the sensitivity of the layers",
-}
-CHOICES = {
-    "prefill-kv": ("float", "int8"),
-    "fold": ("offsets", "kv"),
-    "fuse": ("on", "off"),
-    "kv-format": ("nd", "nz"),
 }
 TEXT = """A paged cache keeps the keys and values of each sequence in blocks of a fixed size, and a
 table says which blocks belong to which sequence. When a sequence grows past the end of its last
@@ -91,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--text", type=Path, help="a file whose text is the prompt")
     found.add_argument("--tokens", type=int, default=200, help="of the prompt")
     found.add_argument("--steps", type=int, default=32, help="decode steps after it")
-    found.add_argument("--kv-scales", choices=("repair", "as-is"), default="repair")
+    add_options(found)
     add_kv_calibrated(found)
     _add_parts(found.add_mutually_exclusive_group())
     found.add_argument(
@@ -100,8 +95,6 @@ def parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="with a directory for a repro of the first breach that --passes finds, if any",
     )
-    for name, choices in CHOICES.items():
-        found.add_argument(f"--{name}", choices=choices, default=choices[0])
     found.add_argument("--json", action="store_true", help="print the table as JSON")
     found.add_argument(
         "--report",
@@ -174,9 +167,9 @@ def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     """Every form of the model beside the reference."""
     captured = capture(checkpoint, torch.float32)
     reference = captured.copy()
-    quantize(reference, args.kv_scales)
+    quantize(reference, options_of(args))
     own = capture(checkpoint, config_dtype(checkpoint))
-    quantize(own, args.kv_scales)
+    quantize(own, options_of(args))
     tokens = generate(reference, checkpoint, _prompt(args), args.steps)
     rows = single_rows(checkpoint, captured, reference, own, tokens, args.compiled)
     return _rows(args, [*rows, *double_rows(checkpoint, reference, tokens)], tokens)
@@ -185,7 +178,7 @@ def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
 def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     """A prompt taken whole, in chunks, and by tokens."""
     reference = capture(checkpoint, torch.float32)
-    quantize(reference, args.kv_scales)
+    quantize(reference, options_of(args))
     tokens = generate(reference, checkpoint, _prompt(args), args.steps)
     return _rows(args, phase_rows(checkpoint, reference, tokens), tokens)
 
@@ -199,16 +192,15 @@ def _rows(args: argparse.Namespace, rows: list[Row], tokens: Tokens) -> Part:
 
 def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     """Each pass held to its contract."""
-    choices = Choices(None, args.kv_scales, args.prefill_kv, args.fold, args.fuse, args.kv_format)
     if args.bisect:
         refuse_existing(args.bisect)
-    repro, values = Bisection(args.bisect, checkpoint.read), watch_values(checkpoint, choices.dtype)
+    repro, values = Bisection(args.bisect, checkpoint.read), watch_values(checkpoint, None)
 
     def see(checked: Checked) -> None:
         repro.see(checked)
         values.see(checked)
 
-    verdicts = check_passes(checkpoint, choices, see)
+    verdicts = check_passes(checkpoint, options_of(args), see=see)
     if not args.json:
         print_passes(verdicts, values.passes)
     broken = [verdict.sentence for verdict in verdicts if verdict.sentence]
@@ -219,7 +211,7 @@ def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
 def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     """What quantizing the K or the V of one layer costs."""
     prompt = _prompt(args)
-    costs = sensitivity(checkpoint, prompt, args.kv_scales)
+    costs = sensitivity(checkpoint, prompt, options_of(args))
     if not args.json:
         print_costs(costs, len(prompt))
     return Part([asdict(cost) for cost in costs], [], [of_sensitivity(costs)])

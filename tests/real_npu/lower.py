@@ -25,6 +25,7 @@ from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program
 from kvc8.ir.text import show
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 # Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
@@ -98,7 +99,7 @@ def main(out: str) -> None:
 def write(folder: Path, name: str, program: Program, kv_format: str) -> None:
     """Write the fused and the unfused program of each phase."""
     for fuse, mark in (("on", ""), ("off", "-unfused")):
-        phases, _ = pipeline.lower_for_npu(program, fuse=fuse, kv_format=kv_format)
+        phases, _ = pipeline.lower_for_npu(program, Options(fuse=fuse, kv_format=kv_format))
         for phase, lowered in phases.items():
             legality.check(lowered, SOC, BLOCK_SIZE)
             (folder / f"{name}{mark}-{phase}.py").write_text(show(lowered) + "\n")

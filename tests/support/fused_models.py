@@ -17,6 +17,7 @@ from kvc8.ir.expression import Expression, cast, make
 from kvc8.ir.program import Program, argument, expression_of
 from kvc8.ir.run import run
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 
 TOKENS = [5, 9, 17, 33, 65, 12, 101, 7, 44, 3, 25, 18, 90]
 TABLE = [[7, 2, 11, 5]]
@@ -93,7 +94,7 @@ def prompt(block: int = 4) -> dict[str, torch.Tensor]:
 
 
 def lowered(program: Program, fuse: str, **options: str) -> dict[str, Program]:
-    return pipeline.lower_for_npu(program, fuse=fuse, **options)[0]
+    return pipeline.lower_for_npu(program, Options(fuse=fuse, **options))[0]
 
 
 def in_turn(

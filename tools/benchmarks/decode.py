@@ -48,7 +48,7 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Callable[[]
 
 def _compiled(checkpoint: Checkpoint, out: Path, threads: int) -> Session:
     program = capture(checkpoint, torch.float32)
-    quantize(program, "repair")
+    quantize(program)
     emit(program, checkpoint, out, "gqa")
     return load(out, threads)
 

@@ -24,6 +24,7 @@ from kvc8.ir.expression import make
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
 from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.passes.options import Options
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.tools.compile import open_calibrated
 
@@ -41,16 +42,16 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Options:
+class Setup:
     """How a model directory is to be run; artifacts and ONNX models say that themselves."""
 
     dtype: torch.dtype | None  # the config's, where None
-    kv_scales: str  # repair or as-is
+    passes: Options  # those up to QUANTIZED are read
     float_cache: bool  # W8A8 without C8
     kv_calibrated: Calibrated | None = None  # where K was measured; as the layout implies, if None
 
 
-def open_form(path: Path, options: Options, window: int) -> Form:
+def open_form(path: Path, setup: Setup, window: int) -> Form:
     """Open what lies at `path`, for windows of so many tokens.
 
     Raises ModelError, TargetError or IRError where it is none of the three, or damaged.
@@ -58,7 +59,7 @@ def open_form(path: Path, options: Options, window: int) -> Form:
     manifest = model_file(path, "manifest.json") if "manifest.json" in file_names(path) else None
     if manifest and read_json(manifest).get("format") == "kvc8-onnx":
         return _onnx(path, window)
-    return _artifact(path, window) if manifest else _directory(path, options, window)
+    return _artifact(path, window) if manifest else _directory(path, setup, window)
 
 
 def open_float(path: Path, window: int) -> Form:
@@ -68,22 +69,22 @@ def open_float(path: Path, window: int) -> Form:
     return Form(str(path), "float", _program(program, checkpoint, window))
 
 
-def with_scales(path: Path, options: Options) -> Checkpoint | None:
+def with_scales(path: Path, setup: Setup) -> Checkpoint | None:
     """The checkpoint at `path` if it is a model directory whose int8 cache was judged."""
-    if options.float_cache or "manifest.json" in file_names(path):
+    if setup.float_cache or "manifest.json" in file_names(path):
         return None
-    checkpoint = open_calibrated(path, options.kv_calibrated)
+    checkpoint = open_calibrated(path, setup.kv_calibrated)
     return checkpoint if checkpoint.kv else None
 
 
-def _directory(path: Path, options: Options, window: int) -> Form:
-    checkpoint = open_calibrated(path, options.kv_calibrated)
-    program = capture(checkpoint, options.dtype)
+def _directory(path: Path, setup: Setup, window: int) -> Form:
+    checkpoint = open_calibrated(path, setup.kv_calibrated)
+    program = capture(checkpoint, setup.dtype)
     if not checkpoint.kv and not checkpoint.w8a8:
         return Form(str(path), "float", _program(program, checkpoint, window))
-    float_cache = options.float_cache or not checkpoint.kv
-    whole = pipeline.QUANTIZE if options.kv_scales == "repair" else pipeline.AS_IS
-    pipeline.run(program, LINEARS_ONLY if float_cache else whole)
+    float_cache = setup.float_cache or not checkpoint.kv
+    quantizing = pipeline.quantize_passes(setup.passes)
+    pipeline.run(program, LINEARS_ONLY if float_cache else quantizing)
     kind = "reference, float cache" if float_cache else "reference"
     return Form(str(path), kind, _program(program, checkpoint, window))
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.program import Program
+from kvc8.passes.options import NAMES
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, Table, write
 from kvc8.tools.reporter.steps import Steps
 
 Explained = Mapping[str, Any]  # costs.explained
-OPTIONS = ("kv_scales", "prefill_kv", "fold", "fuse", "kv_format")
 UNMEASURED = "Nothing was measured: compile with --check, which runs each pass on recorded tokens."
 
 
@@ -51,7 +51,7 @@ def facts(args: argparse.Namespace, program: Program) -> dict[str, str]:
     """What a page says first, of a QUANTIZED program and of the arguments that choose passes."""
     layout = kv_layout(program)
     ratio = layout.bytes_per_token / layout.float16_bytes_per_token
-    chosen = {f"--{n.replace('_', '-')}": str(getattr(args, n)) for n in OPTIONS}
+    chosen = {f"--{n.replace('_', '-')}": str(getattr(args, n)) for n in NAMES}
     return {
         "KV cache": f"{layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16",
         **chosen,

@@ -7,6 +7,7 @@ from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools.compile import quantize
+from kvc8.tools.driver.arguments import options_of
 from kvc8.tools.reporter.compiled import facts
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, write
@@ -21,9 +22,9 @@ def write_page(args: argparse.Namespace, checkpoint: Checkpoint, heats: Sequence
     Raises TargetError where the file cannot be written.
     """
     steps, program = Steps(), capture(checkpoint)
-    quantize(program, args.kv_scales, steps.see, checkpoint.read)
-    options = {name: getattr(args, name) for name in ("prefill_kv", "fold", "fuse", "kv_format")}
-    pipeline.lower_for_npu(program, see=steps.see, **options)
+    options = options_of(args)
+    quantize(program, options, steps.see, checkpoint.read)
+    pipeline.lower_for_npu(program, options, steps.see)
     page = Page(args.directory.resolve().name, facts(args, program), steps)
     page.absent = "This page is of kvc8-verify; kvc8-compile --report R.html tells of these."
     page.heats, page.measured = heats, MEASURED if heats else UNMEASURED

@@ -1,7 +1,6 @@
 """Every pass that a compile runs, held to its contract on a recorded prompt."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
@@ -9,50 +8,34 @@ from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
+from kvc8.passes.pipeline import Phases
 from kvc8.passes.rewrite import Step
 from kvc8.tools.verifier.contracts import Call, Checked, check
 from kvc8.tools.verifier.recording import Feed, Parameters, empty, feed, record
 from kvc8.tools.verifier.values import Values, by_name
 from kvc8.tools.verifier.verdicts import Verdict
 
-Phases = dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]
 PROMPT, CHUNK = 13, 3  # tokens: more than a window of the tests, less than a block
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What decides which passes run; see kvc8-compile."""
-
-    dtype: torch.dtype | None = None
-    kv_scales: str = "repair"
-    prefill_kv: str = "float"
-    fold: str = "offsets"
-    fuse: str = "on"
-    kv_format: str = "nd"
-    npu: bool = True  # or stop at QUANTIZED, where ONNX does
-
-    @property
-    def quantize(self) -> tuple[Step, ...]:
-        """The passes up to QUANTIZED."""
-        return pipeline.QUANTIZE if self.kv_scales == "repair" else pipeline.AS_IS
-
-    @property
-    def phases(self) -> Phases:
-        """The passes of each phase after that."""
-        return (
-            pipeline.phases(self.prefill_kv, self.fold, self.fuse, self.kv_format)
-            if self.npu
-            else {}
-        )
+def ignore(checked: Checked) -> None:
+    """Watch nothing."""
 
 
 def check_passes(
     checkpoint: Checkpoint,
-    choices: Choices,
-    see: Callable[[Checked], None] = lambda checked: None,
+    options: Options,
+    dtype: torch.dtype | None = None,
+    see: Callable[[Checked], None] | None = None,
+    npu: bool = True,
 ) -> list[Verdict]:
-    """Run a prompt and a decode step before and after each pass of a compile."""
-    return check_steps(checkpoint, choices.quantize, choices.phases, choices.dtype, see)
+    """Run a prompt and a decode step before and after each pass of a compile.
+
+    Without `npu` the passes stop at QUANTIZED, where ONNX does.
+    """
+    phases = pipeline.phases(options) if npu else {}
+    return check_steps(checkpoint, pipeline.quantize_passes(options), phases, dtype, see or ignore)
 
 
 def check_steps(
@@ -60,7 +43,7 @@ def check_steps(
     quantize: tuple[Step, ...],
     phases: Phases,
     dtype: torch.dtype | None = None,
-    see: Callable[[Checked], None] = lambda checked: None,
+    see: Callable[[Checked], None] = ignore,
 ) -> list[Verdict]:
     """The same for any passes: those up to QUANTIZED, and those of each phase after it.
 

@@ -16,6 +16,7 @@ from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program
 from kvc8.ir.types import dtype_name
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.tools.verifier import phases
 from kvc8.tools.verifier.compare import Row, compare
 from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled
@@ -38,8 +39,8 @@ def single_rows(
 ) -> list[Row]:
     """The forms as they run, and what was compiled of them, against the reference in float32."""
     base = one_program(reference, checkpoint, tokens)
-    same, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
-    device, _ = pipeline.lower_for_npu(own, "float")
+    same, _ = pipeline.lower_for_npu(reference, Options(prefill_kv="int8", fuse="off"))
+    device, _ = pipeline.lower_for_npu(own)
     dtype = dtype_name(config_dtype(checkpoint))
     forms: dict[str, Callable[[], Run]] = {
         "float cache f32": lambda: one_program(captured, checkpoint, tokens),

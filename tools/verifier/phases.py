@@ -11,6 +11,7 @@ from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
+from kvc8.passes.options import Options
 from kvc8.tools.verifier.compare import Row, compare
 from kvc8.tools.verifier.forms import Tokens, replay
 
@@ -28,10 +29,11 @@ def phase_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> li
 
 def _lowered(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
     against, rows = "whole, int8 f32", list[Row]()
-    int8, _ = pipeline.lower_for_npu(reference, "int8", fuse="off")
+    int8, _ = pipeline.lower_for_npu(reference, Options(prefill_kv="int8", fuse="off"))
     base = replay(int8, checkpoint, tokens)
     for prefill_kv in ("int8", "float"):
-        lowered, _ = pipeline.lower_for_npu(reference, prefill_kv, fuse="off")
+        options = Options(prefill_kv=prefill_kv, fuse="off")
+        lowered, _ = pipeline.lower_for_npu(reference, options)
         for way, chunk in WAYS.items():
             if (way, prefill_kv) != ("whole", "int8"):
                 made = replay(lowered, checkpoint, tokens, chunk)

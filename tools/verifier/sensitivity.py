@@ -34,6 +34,7 @@ from kvc8.ir.run import Value, last_uses
 from kvc8.passes import pipeline
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.passes.options import Options
 from kvc8.tools.evaluator.divergence import Figures
 from kvc8.tools.verifier.forms import BLOCK
 
@@ -71,7 +72,9 @@ class Site:
         return self.write.target(cache, back, slots)  # type: ignore[operator]
 
 
-def sensitivity(checkpoint: Checkpoint, prompt: Sequence[int], kv_scales: str) -> list[Cost]:
+def sensitivity(
+    checkpoint: Checkpoint, prompt: Sequence[int], options: Options = pipeline.DEFAULT
+) -> list[Cost]:
     """The cost of each cache alone, in the order of the layers, and last of all at once.
 
     Raises ModelError where the checkpoint has no scales for any cache, or `prompt` has fewer than
@@ -80,7 +83,7 @@ def sensitivity(checkpoint: Checkpoint, prompt: Sequence[int], kv_scales: str) -
     if len(prompt) < 2:
         raise ModelError("the prompt: has fewer than 2 tokens; give a longer one, by --text")
     program = capture(checkpoint, torch.float32)
-    steps = pipeline.QUANTIZE if kv_scales == "repair" else pipeline.AS_IS
+    steps = pipeline.quantize_passes(options)
     left_out = insert_linear_quant, insert_kv_quant
     pipeline.run(program, tuple(step for step in steps if step not in left_out))
     sites = list(_sites(program, checkpoint))

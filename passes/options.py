@@ -1,0 +1,37 @@
+"""What may be chosen of the passes that a compile runs."""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+from kvc8.ir.errors import TargetError
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices that decide which passes run. Raises TargetError where one is not of its list."""
+
+    # K scales that were measured before RoPE: widened to bounds after it, or used as they are.
+    kv_scales: Literal["repair", "as-is"] = "repair"
+    # What a prompt sees of itself: its own float K and V, or what the cache gives back of them.
+    prefill_kv: Literal["float", "int8"] = "float"
+    # The cache's offsets leave the attention where that is exact, or its scales as well.
+    fold: Literal["offsets", "kv"] = "offsets"
+    # Several launches become one where an op does them all, or stay apart.
+    fuse: Literal["on", "off"] = "on"
+    # How int8 caches lie in memory (ir/nz.py).
+    kv_format: Literal["nd", "nz"] = "nd"
+
+    def __post_init__(self) -> None:
+        for name in NAMES:
+            given, allowed = getattr(self, name), choices(name)
+            if given not in allowed:
+                what = f"is {given!r} and should be {' or '.join(map(repr, allowed))}"
+                raise TargetError(f"{name}: {what}; correct it")
+
+
+NAMES = tuple(field.name for field in fields(Options))
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """What an option may be, its default first."""
+    return get_args(get_type_hints(Options)[name])

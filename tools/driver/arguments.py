@@ -1,0 +1,27 @@
+"""Arguments that several commands take."""
+
+import argparse
+
+from kvc8.passes.options import NAMES, Options, choices
+
+HELP = {
+    "kv_scales": "widen K scales that were measured before RoPE (default), or use them as they are",
+    "prefill_kv": "what a prompt sees of itself: its own K and V (default), or what the cache "
+    "gives back of them",
+    "fold": "drop the cache's offsets where that is exact (default), or fold its scales as well",
+    "fuse": "do by one launch what one op does that takes several (default), or leave them apart",
+    "kv_format": "how int8 caches lie in memory; nz fits few models (docs/phases.md)",
+}
+
+
+def add_options(to: argparse.ArgumentParser, names: tuple[str, ...] = NAMES) -> None:
+    """Add an argument for each of passes.options.Options, or for some of them."""
+    for name in names:
+        allowed = choices(name)
+        flag = f"--{name.replace('_', '-')}"
+        to.add_argument(flag, choices=allowed, default=allowed[0], help=HELP[name])
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """The Options that a command was given."""
+    return Options(**{name: getattr(args, name) for name in NAMES})
