@@ -22,6 +22,7 @@ from kvc8.tools.evaluator.plot import AROUND, smoothed
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 QUANTIZED = CHECKPOINTS / "llama_fp16_m3" / "quant"
 TEXT = "The cache keeps what was said, in int8; this is text enough for windows of some tokens. "
+FLAVORS = ("standard", "gqa", "lowered")
 FLOAT32 = Setup(torch.float32, Options(), float_cache=False)
 
 
@@ -86,15 +87,16 @@ def test_the_float_model_against_itself_and_transformers(tiny_model, text, capsy
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The quantized golden model in every form there is."""
     folder = tmp_path_factory.mktemp("forms")
-    for target in ("npu", "onnx"):
-        out = ("-o", str(folder / target), "--dtype", "float16" if target == "npu" else "float32")
-        given = [str(QUANTIZED), "--target", target, *out]
+    for name in ("npu", *FLAVORS):
+        target = ("npu",) if name == "npu" else ("onnx", "--flavor", name)
+        out = ("-o", str(folder / name), "--dtype", "float16" if name == "npu" else "float32")
+        given = [str(QUANTIZED), "--target", *target, *out]
         assert command.entry(compile.parser(), compile.work, given) == 0
-    return {"directory": QUANTIZED, "npu": folder / "npu", "onnx": folder / "onnx"}
+    return {"directory": QUANTIZED, **{name: folder / name for name in ("npu", *FLAVORS)}}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["directory", "npu", "onnx"])
+@pytest.mark.parametrize("form", ["directory", "npu", *FLAVORS])
 def test_each_window_is_a_prompt_of_its_own(form, compiled):
     """No window sees the one before it, and a token's logits depend on no later token."""
     opened = open_form(compiled[form], FLOAT32, 24)
@@ -115,8 +117,8 @@ def test_all_forms_in_one_table(compiled, text, capsys):
     options = ("--against", source, "--text", text, "--windows", 1, "--window", 32)
     status, said, _ = ran(capsys, *compiled.values(), *options)
     assert status == 0
-    for kind in ("float", "reference", "NPU, emulated", "ONNX Runtime"):
-        assert kind in said
+    kinds = ("float", "reference", "NPU, emulated", "ONNX Runtime, gqa", "ONNX Runtime, lowered")
+    assert all(kind in said for kind in kinds)
     assert said.endswith("they were not verified on a device\n")
 
 

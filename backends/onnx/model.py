@@ -47,9 +47,23 @@ class Model:
         for session in self.sessions.values():
             session.kept = self.sessions["decode"].kept
 
-    def prefill(self, prompts: Sequence[Sequence[int]], tables: Sequence[Sequence[int]]) -> Tensor:
-        """Take fresh prompts into the blocks of `tables`; logits [B, vocabulary]."""
-        return self.mixed([Rows(p, 0, table) for p, table in zip(prompts, tables, strict=True)])
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tables: Sequence[Sequence[int]],
+        every: bool = False,
+    ) -> Tensor:
+        """Take fresh prompts into the blocks of `tables`; logits [B, vocabulary].
+
+        With `every`, those of each token: [tokens of all prompts, vocabulary].
+        """
+        batch = [Rows(p, 0, table) for p, table in zip(prompts, tables, strict=True)]
+        if not every:
+            return self.mixed(batch)
+        if self.flavor == "gqa":
+            return torch.cat([self._alone(rows, every=True) for rows in batch])
+        phase = "prefill" if "prefill" in self.sessions else "decode"
+        return torch.cat([self._paged(phase, [rows], every=True) for rows in batch])
 
     def mixed(self, batch: Sequence[Rows]) -> Tensor:
         """Take the next tokens of sequences, of any kind; logits [B, vocabulary]."""
@@ -81,17 +95,18 @@ class Model:
         batch = [Rows([token], length - 1, table) for token, length, table in each]
         return self._together(batch) if self.flavor == "gqa" else self._paged("decode", batch)
 
-    def _paged(self, phase: str, batch: Sequence[Rows]) -> Tensor:
+    def _paged(self, phase: str, batch: Sequence[Rows], every: bool = False) -> Tensor:
         session = self.sessions[phase]
         names = [port.name for port in session.inputs]
-        given = inputs(batch, self.block_size, CPU, names=names)
+        given = inputs(batch, self.block_size, CPU, every=every, names=names)
         return session.run({name: torch.as_tensor(x) for name, x in given.items()})[0]
 
-    def _alone(self, rows: Rows) -> Tensor:
+    def _alone(self, rows: Rows, every: bool = False) -> Tensor:
         """A sequence in its own row of the cache, so that none is padded to another's length."""
         [row] = rows.table
         count, places = len(rows.tokens), list(range(rows.start, rows.length))
-        given = _dense([list(rows.tokens)], [places], [rows.length], [count], [count - 1])
+        wanted = list(range(count)) if every else [count - 1]
+        given = _dense([list(rows.tokens)], [places], [rows.length], [count], wanted)
         return self.sessions["decode"].run(given, slice(row, row + 1))[0]
 
     def _together(self, batch: Sequence[Rows]) -> Tensor:

@@ -22,7 +22,7 @@ from kvc8.passes.pipeline import QUANTIZE
 from kvc8.passes.pipeline import run as run_passes
 
 KINDS = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "gemma3")
-CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
+CHECKPOINTS = Path(__file__).parent.parent / "golden" / "checkpoints"
 QUANTIZED = [
     CHECKPOINTS / "llama_fp16_m3" / "quant",  # symmetric
     CHECKPOINTS / "qwen2_fp16_none_asym" / "quant",  # with zero points and biases

@@ -2,7 +2,7 @@
 
     a model directory   its program as a CPU runs it, QUANTIZED where it has scales or W8A8
     an NPU artifact     its prefill program, emulated as the vendor documents its ops
-    an ONNX model       run by ONNX Runtime
+    an ONNX model       of any flavor, run by ONNX Runtime
 
 Each window is a fresh prompt, and each token's logits are asked for.
 """
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.runtime import model as runtime
-from kvc8.backends.runtime.inputs import Rows, inputs
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.model_files import file_names, model_file, read_json
 from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
@@ -58,7 +57,7 @@ def open_form(path: Path, setup: Setup, window: int) -> Form:
     """
     manifest = model_file(path, "manifest.json") if "manifest.json" in file_names(path) else None
     if manifest and read_json(manifest).get("format") == "kvc8-onnx":
-        return _onnx(path, window)
+        return _onnx(path)
     return _artifact(path, window) if manifest else _directory(path, setup, window)
 
 
@@ -115,20 +114,17 @@ def _prefill(model: runtime.Model, block: int) -> Callable[[list[int]], Tensor]:
     return logits
 
 
-def _onnx(path: Path, window: int) -> Form:
-    from kvc8.backends.onnx.runner import load  # takes a second to import; the others need none
+def _onnx(path: Path) -> Form:
+    from kvc8.backends.onnx.model import open_model  # takes a second to import
 
-    session = load(path, threads=torch.get_num_threads())
-    blocks = _blocks(window, BLOCK)
+    model = open_model(path, threads=torch.get_num_threads())
 
     def logits(tokens: list[int]) -> Tensor:
-        session.allocate(blocks, BLOCK)
-        rows = Rows(tokens, 0, range(blocks))
-        given = inputs([rows], BLOCK, torch.device("cpu"), every=True)
-        step = {name: value for name, value in given.items() if isinstance(value, Tensor)}
-        return session.run(step)[0]
+        model.allocate(None, [len(tokens)])
+        return model.prefill([tokens], [range(_blocks(len(tokens), model.block_size))], every=True)
 
-    return Form(str(path), "ONNX Runtime", logits)
+    kind = "ONNX Runtime" + f", {model.flavor}" * (model.flavor != "standard")
+    return Form(str(path), kind, logits)
 
 
 def _blocks(tokens: int, block: int) -> int:
