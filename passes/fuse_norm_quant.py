@@ -88,6 +88,8 @@ def fuse_norm_quant(program: Program) -> Iterator[Remark]:
         total, quantize = _sum(norm), _quantizer(norm)
         if total is None and quantize is None:
             yield miss(norm, "it is of no sum, and not read by a single quantizer of one scale")
+        elif total is None and len(tensor_type(argument(norm, 1)).shape) > 1:
+            yield miss(norm, "it is over several dimensions, and npu_rms_norm_quant over the last")
         elif total is None:
             assert quantize is not None
             yield hit(_norm_quant(program, norm, quantize))

@@ -12,7 +12,8 @@ from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz
 from kvc8.ir.program import Program
 from kvc8.ir.run import run
-from kvc8.ir.text import parse
+from kvc8.ir.text import parse, show
+from kvc8.passes.fuse_norm_quant import fuse_norm_quant
 
 NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 # Half a unit in the last place, relative to the value.
@@ -135,6 +136,26 @@ def test_fuse_norm_quant(dtype, scale, zero):
     assert gap(got[0], want[0]) <= most[0]
     assert gap(got[1], want[1]) <= most[1]
     assert torch.equal(got[2], want[2])  # a norm without a quantizer; its input is the first sum
+
+
+def test_a_norm_over_several_dimensions_is_not_fused_with_its_quantizer():
+    """npu_rms_norm is over all dimensions of its weight, npu_rms_norm_quant over the last."""
+    text = """
+def lowered(
+    x: f16[T, 4, 64],
+    w: f16[4, 64] = stored("w"),
+    s: f32[1] = stored("is"),
+    z: i32[1] = cast(stored("io"), i32),
+):
+    norm: (f16[T, 4, 64], f32[T, 1, 1]) = npu.npu_rms_norm(x, w, 1e-05)
+    normed: f16[T, 4, 64] = norm[0]
+    x8: i8[T, 4, 64] = npu.npu_quantize(normed, s, z, 1, -1, True)
+    return [x8]
+"""
+    program = parse(text)
+    [remark] = fuse_norm_quant(program)
+    assert remark.why_not == "it is over several dimensions, and npu_rms_norm_quant over the last"
+    assert show(program) == show(parse(text))
 
 
 @pytest.mark.parametrize("dtype", ALL)

@@ -169,7 +169,8 @@ def test_each_op_is_one_function_or_few_and_the_models_are_valid(tmp_path):
 INPUTS = """
 def lowered(
     x: {f}[T, 64], y: {f}[T, 64], k8: i8[T, 2, 16], w: i8[64, 32], x8: i8[T, 64],
-    x32: i32[T, 64], gamma: {f}[64],
+    x32: i32[T, 64], gamma: {f}[64], beta: {f}[64],
+    gamma_row: {f}[1, 64], beta_row: {f}[1, 64],
     wide: f32[64], whole: i32[64], packed: i64[32], deq: f32[32], bias: i32[32], slots: i32[T],
     heads: {f}[1, T, 4, 16], cos: {f}[1, T, 1, 16], sin: {f}[1, T, 1, 16], qkv: {f}[T, 128],
     cos2: {f}[T, 16], sin2: {f}[T, 16], per: f32[2, 16], off: f32[2, 16], row: f32[1, 64],
@@ -191,7 +192,9 @@ CALLS = {
     "swiglu": "a: {f}[T, 32] = npu.npu_swiglu(x)",
     "norm": "a: ({f}[T, 64], f32[T, 1]) = npu.npu_rms_norm(x, gamma, 1e-5)",
     "add and norm": "a: ({f}[T, 64], f32[T, 1], {f}[T, 64]) = npu.npu_add_rms_norm(x, y, gamma)",
-    "norm, quantize": "a: i8[T, 64] = npu.npu_rms_norm_quant(x, gamma, y, unit, offset8, 1e-5)",
+    "norm, quantize": "a: i8[T, 64] = npu.npu_rms_norm_quant(x, gamma, beta, unit, offset8, 1e-5)",
+    "norm of a row, quantize": "a: i8[T, 64] = "
+    "npu.npu_rms_norm_quant(x, gamma_row, beta_row, unit, offset8, 1e-5)",
     "add, norm, quantize": "a: (i8[T, 64], i8[T, 64], {f}[T, 64]) = "
     "npu.npu_add_rms_norm_quant(x, y, gamma, wide, whole, scales2=wide)",
     "dequantize, swiglu, quantize": "a: (i8[T, 32], f32[T]) = npu.npu_dequant_swiglu_quant(x32, "
@@ -249,10 +252,9 @@ def test_a_function_rounds_at_most_where_its_op_might(name, kind, stored, tmp_pa
     No op here rounds more than 16 times, its sum of 64 squares aside, which adds 64 units of
     float32. Values are of size 4 at most before they are normalized.
     """
-    items = {"norm": 2, "add and norm": 3, "add, norm, quantize": 3, "rotary": 1}
-    count = items.get(
-        name, {"swiglu": 1, "norm, quantize": 1, "dequantize, swiglu, quantize": 2}.get(name, 5)
-    )
+    items = {"norm": 2, "add and norm": 3, "add, norm, quantize": 3}
+    items |= {"norm, quantize": 1, "norm of a row, quantize": 1, "dequantize, swiglu, quantize": 2}
+    count = (items | {"rotary": 1, "swiglu": 1}).get(name, 5)
     line = CALLS[name]
     if count > 1:
         types = line[4 : line.index(") = ")].replace("], ", "]; ").split("; ")

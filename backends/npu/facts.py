@@ -190,6 +190,11 @@ def _qkv_cache(made: Call) -> Facts:
     return _known(**{"block size": cache[2] if len(cache) == 4 else None})
 
 
+def _norm_quant(made: Call) -> Facts:
+    gamma = made.shape("gamma")
+    return _known(**{"gamma rows": gamma[0] if len(gamma) == 2 else 1})
+
+
 def _swiglu(made: Call) -> Facts:
     shape = made.shape("x" if "x" in made.arguments else "input")
     return _known(**{"gate and up width": shape[-1]})
@@ -234,6 +239,7 @@ DERIVED: Mapping[str, Callable[[Call], Facts]] = MappingProxyType(
         "npu_scatter_pa_kv_cache_functional": _scatter,
         "_npu_reshape_and_cache": _scatter,
         "npu_qkv_rms_norm_rope_cache": _qkv_cache,
+        "npu_rms_norm_quant": _norm_quant,
         "npu_swiglu": _swiglu,
         "npu_swiglu_quant": _swiglu,
         "npu_dequant_swiglu_quant": _swiglu,

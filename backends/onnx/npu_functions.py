@@ -122,9 +122,9 @@ def rms_norm_quant(c: Call) -> Sequence[Value]:
     """npu_rms_norm_quant: clamp(rint(half((x * rstd * gamma + beta) * (1 / scale) + offset)))."""
     c.only("x", "gamma", "beta", "scale", "offset", "epsilon", "dst_dtype")
     x = c.float32("x")
-    rstd = _rstd(c, x, len(c.types["gamma"].shape))
-    normed = c.b.op("Mul", c.b.op("Mul", x, rstd), c.float32("gamma"))
-    normed = c.b.op("Add", normed, c.float32("beta"))
+    gamma, beta = (c.b.op("Reshape", c.float32(name), [-1]) for name in ("gamma", "beta"))
+    normed = c.b.op("Mul", c.b.op("Mul", x, _rstd(c, x, 1)), gamma)  # [1, D] is one row too
+    normed = c.b.op("Add", normed, beta)
     value = c.b.op("Mul", normed, c.b.op("Reciprocal", c.float32("scale")))
     value = c.b.op("Add", value, c.float32("offset"))
     if c.types["x"].dtype is not F32:

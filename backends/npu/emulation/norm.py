@@ -65,11 +65,17 @@ def npu_rms_norm_quant(
     It divides by scale: the kernels and three goldens do, although two documents say it multiplies
     (ATB kernels/norm/common/op_kernel/common_quant.h:57, ops-nn rms_norm_quant.h:441). The kernel
     multiplies by 1 / scale in float32 and rounds to float16 before it rounds to an integer. x,
-    gamma, beta and scale [1] are of one dtype, offset int8 [1].
+    gamma, beta and scale [1] are of one dtype, offset int8 [1]. gamma and beta are [D] or [1, D],
+    and unlike npu_rms_norm it normalizes over the last dimension in both forms (its golden).
     """
     require_float("npu_rms_norm_quant", "x", x)
-    rstd = reciprocal_deviation(x, gamma.ndim, epsilon)
-    normed = x.float() * rstd * gamma.float() + beta.float()
+    width = x.shape[-1:]
+    for name, given in (("gamma", gamma), ("beta", beta)):
+        if given.shape not in (width, (1, *width)):
+            what = f"npu_rms_norm_quant: {name} is {list(given.shape)} and x {list(x.shape)}"
+            raise TargetError(f"{what}; give one value for each of the last dimension of x")
+    rstd = reciprocal_deviation(x, 1, epsilon)
+    normed = x.float() * rstd * gamma.float().flatten() + beta.float().flatten()
     value = normed * (1 / scale.float()) + offset.float()
     if x.dtype != torch.float32:
         value = value.half()
