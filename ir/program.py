@@ -23,7 +23,7 @@ from torch.fx.node import Argument
 
 from kvc8.ir.errors import IRError
 from kvc8.ir.expression import Expression
-from kvc8.ir.shapes import Shapes, Target
+from kvc8.ir.shapes import Op, Shapes
 from kvc8.ir.types import TensorType, Type
 
 CACHES = ("cache", "cache_nz")  # expressions
@@ -47,7 +47,7 @@ class Program:
     shapes: Shapes = field(default_factory=Shapes)
     _last: Node | None = field(default=None, repr=False)  # the last placeholder, to add after it
 
-    def calls(self, *ops: Target) -> list[Node]:
+    def calls(self, *ops: Op) -> list[Node]:
         """Every call of one of `ops`, in order; the graph may be edited while going over them."""
         return [node for node in self.graph.nodes if is_call(node, *ops)]
 
@@ -66,7 +66,7 @@ class Program:
     def call(
         self,
         before: Node,
-        op: Target,
+        op: Op,
         *args: Argument,
         name: str = "",
         kwargs: Mapping[str, Argument] | None = None,
@@ -78,7 +78,7 @@ class Program:
         return node
 
     def append(
-        self, op: Target, args: tuple[Argument, ...], kwargs: Mapping[str, Argument], name: str
+        self, op: Op, args: tuple[Argument, ...], kwargs: Mapping[str, Argument], name: str
     ) -> Node:
         """Put a call at the graph's insertion point and infer its type."""
         node = self.graph.create_node("call_function", op, args, dict(kwargs), name)
@@ -133,7 +133,7 @@ class Program:
         return Program(graph, self.stage, self.shapes)
 
 
-def is_call(node: object, *ops: Target) -> bool:
+def is_call(node: object, *ops: Op) -> bool:
     """Whether something is a node that calls one of `ops`."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in ops
 
@@ -159,7 +159,7 @@ def _made_by(node: Node) -> str | None:
     return expression_of(node).op if found else None
 
 
-def op_name(op: Target) -> str:
+def op_name(op: Op) -> str:
     """What an op is called, without namespace and overload."""
     if isinstance(op, OpOverload):
         return str(op._schema.name.split("::")[1])

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from kvc8.ir.errors import IRError
 from kvc8.ir.types import Dim, IntsType, IntType, TensorType, Type, dim, size
 
-Target = Callable[..., object]
+Op = Callable[..., object]
 
 # Values the sizes stand for while a shape rule runs. Distinct primes, so that no two sizes and no
 # product of one with a power of two look equal to it.
@@ -34,14 +34,14 @@ class Shapes:
         self._symbols: dict[sympy.Symbol, SymInt] = {}
         self._seen: dict[object, Type] = {}
 
-    def infer(self, target: Target, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
+    def infer(self, target: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
         """The type that target(*args, **kwargs) gives, where types stand in place of values."""
         key = target, _frozen(args), _frozen(kwargs)
         if key not in self._seen:
             self._seen[key] = self._run(target, args, kwargs)
         return self._seen[key]
 
-    def _run(self, target: Target, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
+    def _run(self, target: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
         args, kwargs = _fixed(target, args, kwargs, self._hint)
         try:
             with self._fake:
@@ -54,7 +54,7 @@ class Shapes:
         self._check_free(target)
         return self._type(result)
 
-    def _check_free(self, target: Target) -> None:
+    def _check_free(self, target: Op) -> None:
         """A rule that looked at a size's value would fix it to its hint, here and ever after."""
         for symbol, number in self._env.replacements.items():
             names = [str(name) for name, sym in self._symbols.items() if sym.node._expr == symbol]
@@ -119,7 +119,7 @@ class Shapes:
 
 
 def _fixed(
-    target: Target,
+    target: Op,
     args: tuple[object, ...],
     kwargs: dict[str, object],
     hint: Callable[[IntType], int],

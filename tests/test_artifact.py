@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kvc8.backends.npu import emulation as _emulated  # noqa: F401
-from kvc8.backends.npu.artifact import PHASES, DiskUse, Target, disk_use, write
+from kvc8.backends.npu.artifact import PHASES, CompiledFor, DiskUse, disk_use, write
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.ir.checkpoint import new_directory
 from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
@@ -44,7 +44,7 @@ def lowered(
     logits: f16[R, 16] = aten.matmul(wanted, head)
     return [logits, k_cache_0, v_cache_0]
 """  # noqa: E501
-TARGET = Target("ascend910b", 32, {"prefill_kv": "float"})
+TARGET = CompiledFor("ascend910b", 32, {"prefill_kv": "float"})
 
 
 def programs(text: str = TEXT) -> dict[str, Program]:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
 from kvc8.backends.npu.dumps import Recording, again, read_dump
 from kvc8.backends.npu.embed import load_steps
@@ -82,7 +82,7 @@ def compiled(directory: Path, out: Path) -> Artifact:
     program = capture(checkpoint)
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program)
-    write(out, checkpoint, lowered, Target("ascend910b", BLOCK))
+    write(out, checkpoint, lowered, CompiledFor("ascend910b", BLOCK))
     return read(out)
 
 

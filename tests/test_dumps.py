@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.npu.dumps import Recording
 from kvc8.backends.runtime import model as runtime
@@ -31,7 +31,7 @@ def test_in_a_dump_the_culprit_is_told_from_its_victims(tmp_path, capsys):
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program)
     out, dump = tmp_path / "out", tmp_path / "values.safetensors"
-    write(out, checkpoint, lowered, Target("ascend910b", 32))
+    write(out, checkpoint, lowered, CompiledFor("ascend910b", 32))
     device = read(out)
     culprit = device.programs["decode"].calls(npu.npu_swiglu)[1]
     culprit.target = shifted

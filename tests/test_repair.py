@@ -19,6 +19,7 @@ from kvc8.passes.repair_rope_scales import __doc__ as document
 from kvc8.passes.repair_rope_scales import repair_rope_scales
 from kvc8.tools import command
 from kvc8.tools import compile as tool
+from kvc8.tools.driver.compiling import open_calibrated
 from kvc8.tools.inspect import find
 from kvc8.tools.inspector.seen import look
 
@@ -222,7 +223,7 @@ def test_where_k_was_measured_can_be_overruled(
 def test_overruling_wants_scales() -> None:
     directory = GOLDEN / "llama_fp16_m3" / "orig"
     with pytest.raises(ModelError) as raised:
-        tool.open_calibrated(directory, "pre-rope")
+        open_calibrated(directory, "pre-rope")
     assert str(raised.value) == (
         f"{directory}: holds no KV scales for --kv-calibrated to speak of; "
         "leave it out, or quantize with kvc8-quantize"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.onnx_models import QUANTIZED, quantized
 
-from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.onnx.emitter import emit
 from kvc8.backends.onnx.lowered import emit_lowered
 from kvc8.ir.checkpoint.model_files import place
@@ -30,7 +30,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     program, checkpoint = quantized(GOLDEN), open_checkpoint(GOLDEN)
     folder = tmp_path_factory.mktemp("run")
     lowered, _ = pipeline.lower_for_npu(program, Options(prefill_kv="int8"))
-    write(folder / "npu", checkpoint, lowered, Target("ascend910b", 32))
+    write(folder / "npu", checkpoint, lowered, CompiledFor("ascend910b", 32))
     emit(program, checkpoint, folder / "standard")
     emit(program, checkpoint, folder / "gqa", "gqa")
     emit_lowered(lowered, checkpoint, folder / "lowered")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.device import load_torch_npu
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
@@ -34,7 +34,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program)
     path = tmp_path_factory.mktemp("run") / "out"
-    write(path, checkpoint, lowered, Target("ascend910b", 32))
+    write(path, checkpoint, lowered, CompiledFor("ascend910b", 32))
     return path
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvc8.backends.npu.artifact import Target, write
+from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
 from kvc8.backends.runtime.blocks import Blocks
 from kvc8.backends.runtime.generate import generate
@@ -39,7 +39,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program)
     out = tmp_path_factory.mktemp("artifact") / "out"
-    write(out, checkpoint, lowered, Target("ascend910b", BLOCK))
+    write(out, checkpoint, lowered, CompiledFor("ascend910b", BLOCK))
     return read(out)
 
 
@@ -250,7 +250,7 @@ def test_shards_without_data_compile_and_do_not_run(tmp_path: Path) -> None:
         program = capture(checkpoint)
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program)
-    write(tmp_path / "out", checkpoint, lowered, Target("ascend910b", BLOCK))
+    write(tmp_path / "out", checkpoint, lowered, CompiledFor("ascend910b", BLOCK))
     with pytest.raises(TargetError, match=r"has a KV scale that is zero, negative or not a number"):
         loaded(read(tmp_path / "out"))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import command, compile, verify
@@ -39,9 +40,10 @@ def test_codes_are_counted_by_how_far_they_are_off():
 def test_a_victim_has_no_error_of_its_own():
     """Quantizing the cache is the culprit; folding scales, which is exact, comes after it."""
     checkpoint = open_checkpoint(LLAMA)
-    values = watch_values(checkpoint, torch.float32)
+    captured = capture(checkpoint, torch.float32)
+    values = watch_values(checkpoint, captured)
     phases = {"decode": (pipeline.FOLD_OFFSETS[:1], ())}
-    verdicts = check_steps(checkpoint, pipeline.AS_IS, phases, torch.float32, values.see)
+    verdicts = check_steps(checkpoint, captured, pipeline.AS_IS, phases, values.see)
     assert [verdict.name for verdict in verdicts] == [measured.name for measured in values.passes]
     quantized, folded = values.passes[-2:]
     assert (quantized.name, folded.name) == ("insert_kv_quant", "fold_kv_scales")

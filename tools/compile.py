@@ -9,34 +9,28 @@ msModelSlim writes it. OUT is written whole or not at all.
 import argparse
 import json
 import sys
-import warnings
-from collections import Counter
-from dataclasses import asdict, replace
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from kvc8.backends.npu import artifact, legality
-from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
-from kvc8.backends.runtime.kv_layout import kv_layout
-from kvc8.ir.capture.trace import capture, config_dtype
-from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
-from kvc8.ir.errors import IRError, ModelError, TargetError
-from kvc8.ir.expression import Read
+from kvc8.backends.npu import artifact
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.errors import IRError, TargetError
 from kvc8.ir.program import Program
-from kvc8.passes import pipeline
-from kvc8.passes.options import Options
-from kvc8.passes.rewrite import Remark
+from kvc8.passes.pipeline import See
 from kvc8.tools.command import entry
-from kvc8.tools.driver.arguments import add_options, options_of
+from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, options_of
+from kvc8.tools.driver.compiling import (
+    DTYPES,
+    Compiled,
+    Target,
+    compile_model,
+    open_calibrated,
+)
 from kvc8.tools.reporter import costs, pass_dump
 from kvc8.tools.reporter.compiled import write_page
 from kvc8.tools.reporter.heat import Heat
-from kvc8.tools.reporter.pass_facts import reason
+from kvc8.tools.reporter.pass_facts import Sites, sites_of
 from kvc8.tools.reporter.steps import Steps
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-Told = list[tuple[str, Remark]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,65 +68,53 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Compile as the arguments say; gives the exit status."""
-    _check_options(args)
+    target = _target(args)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
-    for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
-        warnings.warn(warning, stacklevel=2)
-    for_cpu = args.target == "onnx" and args.flavor != "lowered"
-    unset = torch.float32 if for_cpu else None  # which a CPU computes fastest
-    dtype = DTYPES[args.dtype] if args.dtype else unset
-    heats = _check_passes(args, checkpoint, dtype) if args.check else []
-    program = capture(checkpoint, dtype)
-    steps = Steps()
-    see = _watchers(args, steps)
-    told = quantize(program, options_of(args), see, checkpoint.read)
-    if args.target == "onnx":
-        told += _onnx(args, checkpoint, program, see)
-        _tell(args, sites_of(told), program)
-    else:
-        lowered, more = _npu(args, checkpoint, program, see)
-        told += more
-        _tell_all(args, sites_of(told), program, lowered)
+    steps, heats = Steps(), list[Heat]()
+
+    def check(checkpoint: Checkpoint, captured: Program) -> None:
+        heats.extend(_check_passes(args, target, checkpoint, captured))
+
+    compiled = compile_model(
+        checkpoint,
+        args.output,
+        target,
+        options_of(args),
+        check=check if args.check else None,
+        watchers=_watchers(args, steps),
+    )
+    sites = sites_of(compiled.remarks)
+    _tell(args, compiled, sites)
     if isinstance(args.report, Path):
-        npu = None if args.target == "onnx" else _of_npu(args, sites_of(told), program, lowered)
-        write_page(args, program, steps, heats, npu)
+        npu = _of_npu(args, compiled, sites) if target.kind == "npu" else None
+        write_page(args, compiled.quantized, steps, heats, npu)
     return 0
 
 
-def _watchers(args: argparse.Namespace, steps: Steps) -> pipeline.See | None:
-    """What is shown each pass that ran: what writes a dump, and what keeps facts for a page."""
-    watching = [pass_dump.writer(args.dump)] if args.dump else []
-    watching += [steps.see] if isinstance(args.report, Path) else []
-
-    def see(ran: pipeline.Ran) -> None:
-        for watcher in watching:
-            watcher(ran)
-
-    return see if watching else None
-
-
-def _check_options(args: argparse.Namespace) -> None:
-    if args.output.exists():
-        raise TargetError(f"{args.output}: exists already; choose another directory or remove it")
-    if args.flavor and args.target != "onnx":
-        raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
-    if args.kv_format == "nz" and args.target != "npu":
-        raise TargetError("--kv-format: nz is of --target npu; leave it out, or compile for npu")
+def _target(args: argparse.Namespace) -> Target:
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    target = Target(args.target, args.soc, args.block_size, args.flavor, dtype)
     for option in ("report", "explain", "json"):
-        if getattr(args, option) is True and args.target != "npu":
+        if getattr(args, option) is True and target.kind != "npu":
             raise TargetError(f"--{option}: is of --target npu; leave it out, or compile for npu")
+    return target
+
+
+def _watchers(args: argparse.Namespace, steps: Steps) -> Sequence[See]:
+    """What is shown each pass that ran: what writes a dump, and what keeps facts for a page."""
+    watchers = [pass_dump.writer(args.dump)] if args.dump else []
+    return [*watchers, steps.see] if isinstance(args.report, Path) else watchers
 
 
 def _check_passes(
-    args: argparse.Namespace, checkpoint: Checkpoint, dtype: torch.dtype | None
+    args: argparse.Namespace, target: Target, checkpoint: Checkpoint, captured: Program
 ) -> list[Heat]:
-    from kvc8.tools.reporter.figures import of_passes  # these take all of the emulation
-    from kvc8.tools.verifier.check_passes import check_passes, watch_values
+    from kvc8.tools.reporter.figures import of_passes
+    from kvc8.tools.verifier.check_passes import check_passes, watch_values  # all of the emulation
 
-    on_npu = args.target == "npu" or args.flavor == "lowered"
-    values = watch_values(checkpoint, dtype) if isinstance(args.report, Path) else None
+    values = watch_values(checkpoint, captured) if isinstance(args.report, Path) else None
     see = values.see if values else None
-    verdicts = check_passes(checkpoint, options_of(args), dtype, see, on_npu)
+    verdicts = check_passes(checkpoint, captured, options_of(args), see, target.lowered)
     first, *others = [v.sentence for v in verdicts if v.sentence] or [""]
     if first:
         error = IRError(first)
@@ -145,140 +127,55 @@ def _check_passes(
     return of_passes(verdicts, values.passes) if values else []
 
 
-def add_kv_calibrated(to: argparse.ArgumentParser) -> None:
-    """Add the argument of `open_calibrated`."""
-    to.add_argument(
-        "--kv-calibrated",
-        choices=("pre-rope", "post-rope"),
-        help="where K was measured; what the directory's layout implies if unset",
-    )
-
-
-def open_calibrated(directory: Path, calibrated: Calibrated | None) -> Checkpoint:
-    """Open a model directory, of which someone may know better where its K was measured."""
-    checkpoint = open_checkpoint(directory)
-    if calibrated and not checkpoint.kv:
-        what = "holds no KV scales for --kv-calibrated to speak of"
-        raise ModelError(f"{directory}: {what}; leave it out, or quantize with kvc8-quantize")
-    return replace(checkpoint, kv_calibrated=calibrated) if calibrated else checkpoint
-
-
-def unsupported(checkpoint: Checkpoint) -> list[str]:
-    """What the vendor does not support and kvc8 compiles all the same."""
-    found = []
-    if checkpoint.kv and config_dtype(checkpoint) is torch.bfloat16:
-        what = "a bfloat16 model with an int8 KV cache, which the vendor does not support"
-        found.append(f"config.json: {what}; compare its answers, or convert it to float16")
-    return found
-
-
-def quantize(
-    program: Program,
-    options: Options = pipeline.DEFAULT,
-    see: pipeline.See | None = None,
-    read: Read | None = None,
-) -> Told:
-    """Bring a captured program to QUANTIZED; with `read`, of stored tensors, remarks say more."""
-    passes = pipeline.quantize_passes(options)
-    passes = pipeline.reading(passes, read) if read else passes
-    return pipeline.run(program, passes, see)
-
-
-def _npu(
-    args: argparse.Namespace, checkpoint: Checkpoint, program: Program, see: pipeline.See | None
-) -> tuple[dict[str, Program], Told]:
-    options = options_of(args)
-    lowered, told = pipeline.lower_for_npu(program, options, see)
-    for phase in lowered.values():
-        legality.check(phase, args.soc, args.block_size)
-    target = artifact.Target(args.soc, args.block_size, asdict(options))
-    artifact.write(args.output, checkpoint, lowered, target)
-    return lowered, told
-
-
-def _onnx(
-    args: argparse.Namespace, checkpoint: Checkpoint, program: Program, see: pipeline.See | None
-) -> Told:
-    from kvc8.backends.onnx import emitter, lowered  # onnx takes a second to import
-
-    if args.flavor != "lowered":
-        emitter.emit(program, checkpoint, args.output, args.flavor or "standard")
-        return []
-    phases, told = pipeline.lower_for_npu(program, options_of(args), see)
-    lowered.emit_lowered(phases, checkpoint, args.output)
-    return told
-
-
-def sites_of(told: Told) -> Counter[tuple[str, str]]:
-    """Sites by pass and why they were left alone."""
-    return Counter((name, reason(remark)) for name, remark in told)
-
-
-def _tell_all(
-    args: argparse.Namespace,
-    sites: Counter[tuple[str, str]],
-    program: Program,
-    lowered: dict[str, Program],
-) -> None:
+def _tell(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> None:
     if args.json:
-        print(json.dumps(_as_json(args, sites, program, lowered), indent=1))
+        print(json.dumps(_as_json(args, compiled, sites), indent=1))
         return
-    _tell(args, sites, program)
+    _tell_sites(compiled, sites)
     if args.explain:
-        print(*costs.explain_lines(lowered, sites, args.soc, args.block_size), sep="\n")
+        print(*costs.explain_lines(compiled.phases, sites, args.soc, args.block_size), sep="\n")
     if args.report is True:
-        print(*costs.report_lines(_report(args, program, lowered)), sep="\n")
+        print(*costs.report_lines(_report(args, compiled)), sep="\n")
 
 
-def _report(
-    args: argparse.Namespace, program: Program, lowered: dict[str, Program]
-) -> costs.Report:
-    unfused, _ = pipeline.lower_for_npu(program, replace(options_of(args), fuse="off"))
-    return costs.report(lowered, unfused, costs.workload(args), costs.device(args))
+def _report(args: argparse.Namespace, compiled: Compiled) -> costs.Report:
+    work, device = costs.workload(args), costs.device(args)
+    return costs.report(compiled.phases, compiled.unfused(), work, device)
 
 
 def _of_npu(
-    args: argparse.Namespace,
-    sites: Counter[tuple[str, str]],
-    program: Program,
-    lowered: dict[str, Program],
+    args: argparse.Namespace, compiled: Compiled, sites: Sites
 ) -> tuple[costs.Report, costs.Report]:
-    explained = costs.explained(lowered, sites, args.soc, args.block_size)
-    return _report(args, program, lowered), explained
+    explained = costs.explained(compiled.phases, sites, args.soc, args.block_size)
+    return _report(args, compiled), explained
 
 
-def _as_json(
-    args: argparse.Namespace,
-    sites: Counter[tuple[str, str]],
-    program: Program,
-    lowered: dict[str, Program],
-) -> dict[str, object]:
-    layout, used = kv_layout(program), artifact.disk_use(args.output)
+def _as_json(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> dict[str, object]:
+    layout, used = compiled.layout, artifact.disk_use(compiled.out)
     passes = [{"pass": n, "sites": count, "why": why} for (n, why), count in sites.items()]
     return {
-        "output": str(args.output),
+        "output": str(compiled.out),
         "bytes": used.extra,
         "linked_bytes": used.weights,
         "kv_bytes_a_token": layout.bytes_per_token,
         "float16_kv_bytes_a_token": layout.float16_bytes_per_token,
         "passes": passes,
-        "report": _report(args, program, lowered),
-        "explain": costs.explained(lowered, sites, args.soc, args.block_size),
+        "report": _report(args, compiled),
+        "explain": costs.explained(compiled.phases, sites, args.soc, args.block_size),
     }
 
 
-def _tell(args: argparse.Namespace, sites: Counter[tuple[str, str]], program: Program) -> None:
+def _tell_sites(compiled: Compiled, sites: Sites) -> None:
     for (name, why), count in sites.items():
         counted = f"{count} site{'s' * (count != 1)}"
         print(f"{name}: {counted} {f'left alone: {why}' if why else 'rewritten'}")
-    layout = kv_layout(program)
+    layout = compiled.layout
     ratio = layout.bytes_per_token / layout.float16_bytes_per_token
-    size = f"{layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16"
-    print(f"KV cache: {size}")
-    if args.target == "npu":
-        used = artifact.disk_use(args.output)
+    print(f"KV cache: {layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16")
+    if compiled.target.kind == "npu":
+        used = artifact.disk_use(compiled.out)
         links = f"{used.weights / 1e6:,.1f} MB of linked weights"
-        print(f"{args.output}: {used.extra / 1e6:.2f} MB beside {links}")
+        print(f"{compiled.out}: {used.extra / 1e6:.2f} MB beside {links}")
 
 
 def main() -> int:

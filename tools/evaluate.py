@@ -24,8 +24,7 @@ from kvc8.ir.checkpoint.model_files import place, shown
 from kvc8.ir.errors import ModelError
 from kvc8.passes.options import Options
 from kvc8.tools.command import entry
-from kvc8.tools.compile import add_kv_calibrated
-from kvc8.tools.driver.arguments import add_options
+from kvc8.tools.driver.arguments import add_kv_calibrated, add_options
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.evaluator.divergence import Figures
 from kvc8.tools.evaluator.forms import Form, Setup, open_float, open_form, with_scales

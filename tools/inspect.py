@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from kvc8.tools.command import ERROR, entry
-from kvc8.tools.compile import add_kv_calibrated
+from kvc8.tools.driver.arguments import add_kv_calibrated
 from kvc8.tools.inspector.finding import Finding, parts
 from kvc8.tools.inspector.kv_findings import KV_CHECKS
 from kvc8.tools.inspector.model_findings import MODEL_CHECKS
@@ -56,8 +56,9 @@ def _with_reasons(args: argparse.Namespace, text: str) -> str:
     from kvc8.backends.npu.legality import check  # these take seconds that a plain look need not
     from kvc8.ir.capture.trace import capture
     from kvc8.passes import pipeline
-    from kvc8.tools.compile import open_calibrated, quantize, sites_of
+    from kvc8.tools.driver.compiling import open_calibrated, quantize
     from kvc8.tools.reporter.costs import explain_lines, explained
+    from kvc8.tools.reporter.pass_facts import sites_of
 
     program = capture(open_calibrated(args.directory, args.kv_calibrated))
     told = quantize(program)

@@ -41,8 +41,8 @@ from kvc8.tools.quantizer.options import (
     MOST_TOKENS,
     SWEEPS,
     add_options,
-    expression_of,
     kvc8_options,
+    recipe_of,
     run_dtype,
     settings_of,
     source_of,
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Measure and write; gives the exit status."""
-    source, recipe = source_of(args), expression_of(args)
+    source, recipe = source_of(args), recipe_of(args)
     refuse_existing(args.output)
     checkpoint = open_checkpoint(source)
     _check_float(checkpoint)

@@ -39,8 +39,8 @@ from kvc8.ir.checkpoint.new_directory import refuse_existing
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.tools.command import entry
-from kvc8.tools.compile import add_kv_calibrated, open_calibrated, quantize
-from kvc8.tools.driver.arguments import add_options, options_of
+from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, options_of
+from kvc8.tools.driver.compiling import open_calibrated, quantize
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.reporter.costs import page_path
 from kvc8.tools.reporter.figures import of_passes, of_sensitivity
@@ -194,13 +194,14 @@ def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     """Each pass held to its contract."""
     if args.bisect:
         refuse_existing(args.bisect)
-    repro, values = Bisection(args.bisect, checkpoint.read), watch_values(checkpoint, None)
+    captured = capture(checkpoint)
+    repro, values = Bisection(args.bisect, checkpoint.read), watch_values(checkpoint, captured)
 
     def see(checked: Checked) -> None:
         repro.see(checked)
         values.see(checked)
 
-    verdicts = check_passes(checkpoint, options_of(args), see=see)
+    verdicts = check_passes(checkpoint, captured, options_of(args), see)
     if not args.json:
         print_passes(verdicts, values.passes)
     broken = [verdict.sentence for verdict in verdicts if verdict.sentence]

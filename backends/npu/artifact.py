@@ -61,7 +61,7 @@ UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
-class Target:
+class CompiledFor:
     """What a model was compiled for, as the manifest has it."""
 
     soc: str
@@ -70,7 +70,7 @@ class Target:
 
 
 def write(
-    out: Path, checkpoint: Checkpoint, programs: Mapping[str, Program], target: Target
+    out: Path, checkpoint: Checkpoint, programs: Mapping[str, Program], target: CompiledFor
 ) -> None:
     """Write the artifact of a checkpoint's LOWERED programs, one for each of PHASES.
 
@@ -155,7 +155,7 @@ def _link_weights(part: Part, checkpoint: Checkpoint, programs: Mapping[str, Pro
 
 
 def _manifest(
-    checkpoint: Checkpoint, programs: Mapping[str, Program], target: Target
+    checkpoint: Checkpoint, programs: Mapping[str, Program], target: CompiledFor
 ) -> dict[str, object]:
     layout = kv_layout(programs["decode"])
     return {

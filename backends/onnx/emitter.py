@@ -41,7 +41,7 @@ from kvc8.ir.checkpoint.new_directory import Part, new_directory
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, Stage, is_call, substitute, tensor_type, type_of, users
-from kvc8.ir.shapes import Target
+from kvc8.ir.shapes import Op
 from kvc8.ir.types import IntType, dtype_name
 
 Flavor = Literal["standard", "gqa"]
@@ -81,7 +81,7 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
         carry(part, checkpoint.path)
 
 
-def check_caches(program: Program, *writes: Target) -> None:
+def check_caches(program: Program, *writes: Op) -> None:
     """Refuse a cache that is read as it was before a write: the runner writes caches in place."""
     for cache in program.caches():
         calls = list(users(cache))
@@ -105,7 +105,7 @@ def parameters(b: Builder, weights: Weights, nodes: Sequence[Node]) -> None:
         b.values[node] = weights.parameter(node)
 
 
-def lower(b: Builder, node: Node, lowerings: Mapping[Target, Lowering]) -> None:
+def lower(b: Builder, node: Node, lowerings: Mapping[Op, Lowering]) -> None:
     """Make a call of the program nodes of the model, the last of which has its name."""
     b.scope, b.origin = node.name, node.meta.get("origin", "")
     type_ = type_of(node)

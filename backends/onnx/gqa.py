@@ -30,7 +30,7 @@ from kvc8.backends.onnx.lowerings import Lowering
 from kvc8.ir import ops
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, argument, is_cache, is_call, tensor_type, users
-from kvc8.ir.shapes import Target
+from kvc8.ir.shapes import Op
 from kvc8.ir.types import TensorType, size
 
 DOMAIN = "com.microsoft"
@@ -199,7 +199,7 @@ def _add(b: Builder, node: Node, *args: object, **kwargs: object) -> object:
     return rotary(b, node) or STANDARD[torch.ops.aten.add.Tensor](b, node, *args, **kwargs)
 
 
-LOWERINGS: Mapping[Target, Lowering] = MappingProxyType(
+LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
     {
         **STANDARD,
         torch.ops.aten.add.Tensor: _add,

@@ -29,7 +29,7 @@ from kvc8.ir.checkpoint.new_directory import new_directory
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, Stage, expression_of, tensor_type, type_of
-from kvc8.ir.shapes import Target
+from kvc8.ir.shapes import Op
 from kvc8.ir.types import IntsType, TensorType
 
 
@@ -88,10 +88,10 @@ def _type(node: Node) -> TensorType:
     return tensor_type(node)
 
 
-def lowerings(functions: Functions) -> Mapping[Target, Lowering]:
+def lowerings(functions: Functions) -> Mapping[Op, Lowering]:
     """What each op becomes: ATen's as in the other flavors, the NPU's a call of a function."""
 
-    def caller(op: Target, body: Body) -> Lowering:
+    def caller(op: Op, body: Body) -> Lowering:
         writes = WRITES.get(op, ())
         return lambda b, node, *_, **__: functions.call(b, node, body, writes)
 

@@ -19,7 +19,7 @@ from kvc8.backends.onnx.quantization import dequantize, quant_linear, quantize
 from kvc8.ir import ops
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import argument, tensor_type, type_of
-from kvc8.ir.shapes import Target
+from kvc8.ir.shapes import Op
 from kvc8.ir.types import Dim
 
 Lowering = Callable[..., object]
@@ -185,7 +185,7 @@ def _softmax(b: Builder, node: Node, x: Value, dim: int, *_: object) -> Value:
     return b.op("Softmax", _cast(b, node, x), axis=dim)
 
 
-LOWERINGS: Mapping[Target, Lowering] = MappingProxyType(
+LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
     {
         **MIXTURES,
         ops.quantize: quantize,

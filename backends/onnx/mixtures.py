@@ -15,7 +15,7 @@ from kvc8.backends.onnx.builder import Builder, Value
 from kvc8.ir import ops
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import argument, is_call, tensor_type
-from kvc8.ir.shapes import Target
+from kvc8.ir.shapes import Op
 from kvc8.ir.types import Dim
 
 I64 = torch.int64
@@ -117,7 +117,7 @@ def _sum(
     return b.op("ReduceSum", x, dims, keepdims=int(keepdim))
 
 
-MIXTURES: Mapping[Target, Callable[..., object]] = MappingProxyType(
+MIXTURES: Mapping[Op, Callable[..., object]] = MappingProxyType(
     {
         ops.grouped_linear: _grouped_linear,
         aten.arange.default: _arange,

@@ -13,7 +13,7 @@ from kvc8.backends.onnx.builder import Builder, Value
 from kvc8.backends.onnx.functions import Body, Call
 from kvc8.ir import npu
 from kvc8.ir.npu import codes_of, dtype_of
-from kvc8.ir.shapes import Target
+from kvc8.ir.shapes import Op
 
 F32, I64 = torch.float32, torch.int64
 FP19 = 0xFFFFE000  # the bits of a float32 that a packed scale keeps
@@ -277,7 +277,7 @@ def rope_quant_kvcache(c: Call) -> Sequence[Value]:
     return [*given, *caches, *caches]
 
 
-BODIES: Mapping[Target, Body] = MappingProxyType(
+BODIES: Mapping[Op, Body] = MappingProxyType(
     {
         npu.npu_quantize: quantize,
         npu.npu_anti_quant: anti_quant,
@@ -296,7 +296,7 @@ BODIES: Mapping[Target, Body] = MappingProxyType(
     }
 )
 # The arguments that an op writes to in place, in the order in which its body gives them.
-WRITES: Mapping[Target, tuple[str, ...]] = MappingProxyType(
+WRITES: Mapping[Op, tuple[str, ...]] = MappingProxyType(
     {
         npu.npu_scatter_pa_kv_cache: ("key_cache", "value_cache"),
         npu.npu_rope_quant_kvcache: ("k_cache", "v_cache"),

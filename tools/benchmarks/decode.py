@@ -13,7 +13,7 @@ from kvc8.backends.onnx.runner import Session, load
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.tools.benchmarks import plain as bench_plain
-from kvc8.tools.compile import quantize
+from kvc8.tools.driver.compiling import quantize
 
 CONTEXTS = (128, 2048, 8192)
 TOKEN = 5  # any

@@ -25,3 +25,12 @@ def add_options(to: argparse.ArgumentParser, names: tuple[str, ...] = NAMES) -> 
 def options_of(args: argparse.Namespace) -> Options:
     """The Options that a command was given."""
     return Options(**{name: getattr(args, name) for name in NAMES})
+
+
+def add_kv_calibrated(to: argparse.ArgumentParser) -> None:
+    """Add the argument of driver.compiling.open_calibrated."""
+    to.add_argument(
+        "--kv-calibrated",
+        choices=("pre-rope", "post-rope"),
+        help="where K was measured; what the directory's layout implies if unset",
+    )

@@ -25,7 +25,7 @@ from kvc8.passes import pipeline
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.options import Options
 from kvc8.passes.remove_identities import remove_identities
-from kvc8.tools.compile import open_calibrated
+from kvc8.tools.driver.compiling import open_calibrated
 
 LINEARS_ONLY = (remove_identities, insert_linear_quant)  # and the cache stays float
 BLOCK = 128  # tokens; a program may take any

@@ -146,7 +146,7 @@ def source_of(args: argparse.Namespace) -> Path:
     return source
 
 
-def expression_of(args: argparse.Namespace) -> str:
+def recipe_of(args: argparse.Namespace) -> str:
     """The recipe; the vendor's own options ask for the vendor's."""
     own = {
         "--act-method": args.act_method is not None,

@@ -129,3 +129,11 @@ def _ranges(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
         if i + 1 == len(numbers) or numbers[i + 1] != n + 1:
             yield start, n
             start = None
+
+
+Sites = Counter[tuple[str, str]]  # sites by pass and why they were left alone
+
+
+def sites_of(remarks: Iterable[tuple[str, Remark]]) -> Sites:
+    """How many sites each pass rewrote, and left alone for each reason."""
+    return Counter((name, reason(remark)) for name, remark in remarks)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.passes import pipeline
-from kvc8.tools.compile import quantize
 from kvc8.tools.driver.arguments import options_of
+from kvc8.tools.driver.compiling import quantize
 from kvc8.tools.reporter.compiled import facts
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, write

@@ -2,9 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
-from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
@@ -25,31 +22,33 @@ def ignore(checked: Checked) -> None:
 
 def check_passes(
     checkpoint: Checkpoint,
+    captured: Program,
     options: Options,
-    dtype: torch.dtype | None = None,
     see: Callable[[Checked], None] | None = None,
     npu: bool = True,
 ) -> list[Verdict]:
     """Run a prompt and a decode step before and after each pass of a compile.
 
-    Without `npu` the passes stop at QUANTIZED, where ONNX does.
+    `captured` stays as it is. Without `npu` the passes stop at QUANTIZED, where ONNX does.
     """
     phases = pipeline.phases(options) if npu else {}
-    return check_steps(checkpoint, pipeline.quantize_passes(options), phases, dtype, see or ignore)
+    return check_steps(
+        checkpoint, captured, pipeline.quantize_passes(options), phases, see or ignore
+    )
 
 
 def check_steps(
     checkpoint: Checkpoint,
+    captured: Program,
     quantize: tuple[Step, ...],
     phases: Phases,
-    dtype: torch.dtype | None = None,
     see: Callable[[Checked], None] = ignore,
 ) -> list[Verdict]:
     """The same for any passes: those up to QUANTIZED, and those of each phase after it.
 
     What phases share is run once, on the inputs of the first of them.
     """
-    program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
+    program, parameters = captured.copy(), Parameters(checkpoint.read)
     prompt, chunk, step = _feeds(checkpoint)
     lineage = {node.name: node.name for node in program.graph.nodes}
     calls = [Call(prompt), Call(step)]
@@ -80,9 +79,9 @@ def _feeds(checkpoint: Checkpoint) -> tuple[Feed, Feed, Feed]:
     return feed(tokens[:PROMPT]), feed(tokens[PROMPT:], PROMPT), feed(tokens[-1:], PROMPT)
 
 
-def watch_values(checkpoint: Checkpoint, dtype: torch.dtype | None) -> Values:
+def watch_values(checkpoint: Checkpoint, program: Program) -> Values:
     """What measures values against the CAPTURED program, on the tokens of `check_steps`."""
-    program, parameters = capture(checkpoint, dtype), Parameters(checkpoint.read)
+    parameters = Parameters(checkpoint.read)
     prompt, chunk, step = _feeds(checkpoint)
     first = record(program, parameters, prompt.inputs(program), empty(program))
     captured = {prompt.phase: by_name(first)}
