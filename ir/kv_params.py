@@ -108,7 +108,9 @@ def derive(
         )
     made: list[Tensor] = []
     for channels in (k, v):
-        side = Side(stored("scale"), stored("zero"), channels.scale.dtype, channels.offset.dtype)
+        side = SideParams(
+            stored("scale"), stored("zero"), channels.scale.dtype, channels.offset.dtype
+        )
         made += _made(channels, quantizer(side, quant, model_dtype, head_dim), where)
         made += _made(channels, dequantizer(side, dequant, model_dtype), where)
     return KVParams(*made)
@@ -159,7 +161,7 @@ def shard_channels(channels: Channels, kv_heads: int, rank: int, ranks: int) -> 
 
 
 @dataclass(frozen=True)
-class Side:
+class SideParams:
     """What the scale and the zero point of a K or V are made of, [C] each, and their dtypes."""
 
     scale: Expression
@@ -181,7 +183,7 @@ def _as(expression: Expression, has: torch.dtype, dtype: torch.dtype) -> Express
 
 
 def quantizer(
-    side: Side, form: QuantForm, model: torch.dtype, head_dim: int
+    side: SideParams, form: QuantForm, model: torch.dtype, head_dim: int
 ) -> tuple[Expression, Expression]:
     """Scale and offset of one who quantizes; `model` is the dtype the model computes in."""
     match form:
@@ -200,7 +202,9 @@ def quantizer(
             return Expression("reshape", (both[0], heads)), Expression("reshape", (both[1], heads))
 
 
-def dequantizer(side: Side, form: DequantForm, model: torch.dtype) -> tuple[Expression, Expression]:
+def dequantizer(
+    side: SideParams, form: DequantForm, model: torch.dtype
+) -> tuple[Expression, Expression]:
     """Scale and offset of one who dequantizes; `model` is the dtype the model computes in."""
     match form:
         case "page":

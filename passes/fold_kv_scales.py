@@ -92,7 +92,7 @@ def _eight(
     flat_zero = (
         Expression("reshape", (expression_of(zero), (width,))) if isinstance(zero, Node) else flat
     )
-    side = kv_params.Side(flat, flat_zero, torch.float32, torch.float32)
+    side = kv_params.SideParams(flat, flat_zero, torch.float32, torch.float32)
     expressions = (
         *kv_params.quantizer(side, "divide", torch.float32, 1),
         *kv_params.dequantizer(side, "anti_quant", torch.float32),

@@ -110,7 +110,7 @@ class Turned:
 
 
 @dataclass(frozen=True)
-class Site:
+class NormedWriteSite:
     """A cache write and what its rows come from."""
 
     write: Node
@@ -133,7 +133,7 @@ def fuse_norm_rope_quant_cache(program: Program) -> Iterator[Remark]:
             yield hit(_fuse(program, site, shared))
 
 
-def _site(write: Node) -> Site | str:
+def _site(write: Node) -> NormedWriteSite | str:
     """The site of a cache write, or why it is none."""
     codes = codes_of(write, "PA_NZ", "its cache is in ND format, and the op writes NZ")
     if isinstance(codes, str):
@@ -166,7 +166,7 @@ def _turned(rotary: Node) -> Turned | str:
     )
 
 
-def _with_queries(write: Node, k: Turned, v: Node, codes: list[Node]) -> Site | str:
+def _with_queries(write: Node, k: Turned, v: Node, codes: list[Node]) -> NormedWriteSite | str:
     split = argument(k.part, 0)
     items = {item.args[1]: item for item in split.users}
     if [k.part, v] != [items.get(1), items.get(2)] or 0 not in items:
@@ -176,7 +176,7 @@ def _with_queries(write: Node, k: Turned, v: Node, codes: list[Node]) -> Site | 
         return "its queries are not normalized and rotated as its keys are"
     if readers(k.part) != {k.norm} or tensor_type(v) != tensor_type(k.part):
         return "its keys are read before they are normalized, or are not as wide as its values"
-    return Site(write, split, q, k, *codes)
+    return NormedWriteSite(write, split, q, k, *codes)
 
 
 def _queries(part: Node) -> Turned | None:
@@ -190,7 +190,7 @@ def _queries(part: Node) -> Turned | None:
     return Turned(part, found[1], found[3])
 
 
-def _fuse(program: Program, site: Site, shared: dict[Node, Node]) -> Node:
+def _fuse(program: Program, site: NormedWriteSite, shared: dict[Node, Node]) -> Node:
     heads, kv_heads = site.q.heads, site.k.heads
     every = heads + 2 * kv_heads
 
@@ -219,7 +219,7 @@ def _fuse(program: Program, site: Site, shared: dict[Node, Node]) -> Node:
     return fused
 
 
-def _slots(program: Program, site: Site, shared: dict[Node, Node]) -> Node:
+def _slots(program: Program, site: NormedWriteSite, shared: dict[Node, Node]) -> Node:
     """The slots in int64, which the op takes, once for all layers."""
     slots = argument(site.write, 4)
     if slots not in shared:

@@ -106,7 +106,7 @@ LINEARS = (ATEN.linear.default, npu.npu_quant_matmul)
 
 
 @dataclass
-class Site:
+class CacheWriteSite:
     """One cache write, and where what it writes comes from."""
 
     write: Node
@@ -147,7 +147,7 @@ def fuse_rope_quant_cache(program: Program) -> Iterator[Remark]:
         )
 
 
-def _site(write: Node) -> Site | str:
+def _site(write: Node) -> CacheWriteSite | str:
     """The site of a cache write, or why it is none."""
     codes = codes_of(write, "Norm", "its cache is in NZ format, which the op does not write")
     if isinstance(codes, str):
@@ -161,7 +161,9 @@ def _site(write: Node) -> Site | str:
     return _queries(write, turned, k, v, codes)
 
 
-def _queries(write: Node, turned: Node, k: Node, v: Node, codes: list[Node]) -> Site | str:
+def _queries(
+    write: Node, turned: Node, k: Node, v: Node, codes: list[Node]
+) -> CacheWriteSite | str:
     split = argument(k, 0)
     items = {item.args[1]: item for item in split.users}
     if [k, v] != [items.get(1), items.get(2)] or 0 not in items:
@@ -176,7 +178,7 @@ def _queries(write: Node, turned: Node, k: Node, v: Node, codes: list[Node]) -> 
         return "its cosines are not those of [1, T, 1, D]"
     if not is_call(argument(split, 0), *LINEARS) or not _fits_parts(split, turned, write):
         return "its q, k and v are not made by one linear"
-    return Site(write, argument(split, 0), split, q, turned, v, *codes)
+    return CacheWriteSite(write, argument(split, 0), split, q, turned, v, *codes)
 
 
 def _fits_parts(split: Node, turned: Node, write: Node) -> bool:
@@ -206,7 +208,7 @@ def _is_legal(width: int) -> bool:
     return width <= WIDTH and width % STEP == 0
 
 
-def _fuse(program: Program, site: Site, most: int, flat: dict[Node, Node]) -> Node:
+def _fuse(program: Program, site: CacheWriteSite, most: int, flat: dict[Node, Node]) -> Node:
     heads, kv_heads, dim = site.heads
     first, rest = (site.linear, None) if most == heads else _divide(program, site, most)
     rows = program.call(site.split, ATEN.reshape.default, first, [-1, (most + 2 * kv_heads) * dim])
@@ -225,7 +227,9 @@ def _fuse(program: Program, site: Site, most: int, flat: dict[Node, Node]) -> No
     return fused
 
 
-def _take(program: Program, site: Site, fused: Node, rest: Node | None, *, floats: bool) -> None:
+def _take(
+    program: Program, site: CacheWriteSite, fused: Node, rest: Node | None, *, floats: bool
+) -> None:
     """Put what the op gives where q, k, v and the caches were read."""
     heads, kv_heads, dim = site.heads
 
@@ -248,16 +252,16 @@ def _take(program: Program, site: Site, fused: Node, rest: Node | None, *, float
         cache.replace_all_uses_with(item(i, []), lambda user: user is not fused)
 
 
-def _quantizers(site: Site) -> tuple[Node, Node]:
+def _quantizers(site: CacheWriteSite) -> tuple[Node, Node]:
     return site.quantize_k, site.quantize_v
 
 
-def _float_readers(site: Site) -> bool:
+def _float_readers(site: CacheWriteSite) -> bool:
     """Whether something wants the float rows, as the attention of a fresh prompt does."""
     return readers(site.k) != {site.quantize_k} or readers(site.v) != {site.quantize_v}
 
 
-def _divide(program: Program, site: Site, most: int) -> tuple[Node, Node]:
+def _divide(program: Program, site: CacheWriteSite, most: int) -> tuple[Node, Node]:
     """The linear of what the op takes, and the rotated queries that it does not take."""
     heads, _, dim = site.heads
     first, second = divide(program, site.linear, heads * dim, most * dim)

@@ -92,8 +92,8 @@ from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type, unsh
 from kvc8.ir.types import IntsType, TensorType, size
 from kvc8.passes.matchers.attention import (
     TOKENS,
-    Side,
-    Site,
+    AttentionSite,
+    CacheSide,
     dequantized,
     find_side,
     in_dtype,
@@ -128,7 +128,7 @@ def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
 
 
 def _moved(
-    attention: Node, index: int, side: Side, look: Callable[[Node], Tensor]
+    attention: Node, index: int, side: CacheSide, look: Callable[[Node], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """What a cache gives back of the new rows, [T, H, D], and how far it is from them."""
     slots = look(argument(side.write, 2)).long()
@@ -155,7 +155,7 @@ def lower_paged_attention(
         if why or k is None or v is None:
             yield miss(node, why)
             continue
-        site = Site(program, node, k, v)
+        site = AttentionSite(program, node, k, v)
         caches = _scatter(site)
         if phase == "decode":
             out = _decode(site, caches)
@@ -166,7 +166,7 @@ def lower_paged_attention(
     _drop_inputs(program)
 
 
-def _why_not(node: Node, k: Side | None, v: Side | None) -> str:
+def _why_not(node: Node, k: CacheSide | None, v: CacheSide | None) -> str:
     softcap, sinks = node.args[8:10]
     if k is None or v is None:
         return "its K and V do not come out of a cache that this program writes"
@@ -175,7 +175,7 @@ def _why_not(node: Node, k: Side | None, v: Side | None) -> str:
     return ""
 
 
-def _scatter(site: Site) -> tuple[Node, Node]:
+def _scatter(site: AttentionSite) -> tuple[Node, Node]:
     """Write K and V of a layer by one op; gives the caches as they then are."""
     k, v = site.k.write, site.v.write
     codes = (argument(k, 1), argument(v, 1), argument(k, 0), argument(v, 0), argument(k, 2))
@@ -187,7 +187,7 @@ def _scatter(site: Site) -> tuple[Node, Node]:
     return new
 
 
-def _decode(site: Site, caches: tuple[Node, Node]) -> Node:
+def _decode(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
     """One query a sequence over its pages; the caches are [N, S, H*D] in layout BSH."""
     rows = site.call(ATEN.reshape.default, argument(site.node, 0), [-1, 1, width(site.node)])
     k, v = (site.call(ATEN.flatten.using_ints, cache, 2, 3) for cache in caches)
@@ -203,7 +203,7 @@ def _decode(site: Site, caches: tuple[Node, Node]) -> Node:
     return _attend(site, rows, k, v, options)
 
 
-def _in_all(site: Site) -> dict[str, Argument]:
+def _in_all(site: AttentionSite) -> dict[str, Argument]:
     """The pages and the length of each sequence; a token is a sequence."""
     table = argument(site.node, 3)
     table.meta["type"] = TensorType(torch.int32, (TOKENS, size("M")))
@@ -211,7 +211,7 @@ def _in_all(site: Site) -> dict[str, Argument]:
     return {"actual_seq_lengths_kv": kv_lens, "block_table": table}
 
 
-def _in_window(site: Site) -> dict[str, Argument]:
+def _in_window(site: AttentionSite) -> dict[str, Argument]:
     """The same of the blocks that a window touches, and what they hold that it does not see."""
     window = site.window
     blocks, slots = size(f"M{window}"), size(f"M{window}") * size("S")
@@ -224,7 +224,7 @@ def _in_window(site: Site) -> dict[str, Argument]:
     }
 
 
-def _antiquant(site: Site, name: str, side: Side) -> dict[str, Argument]:
+def _antiquant(site: AttentionSite, name: str, side: CacheSide) -> dict[str, Argument]:
     """Scale and offset of one side in the dtype of the query, [H*D]."""
     if side.back is None:
         return {}
@@ -236,7 +236,7 @@ def _antiquant(site: Site, name: str, side: Side) -> dict[str, Argument]:
     return {**made, f"{name}_antiquant_mode": 0}
 
 
-def _prefill(site: Site, prefill_kv: str) -> Node:
+def _prefill(site: AttentionSite, prefill_kv: str) -> Node:
     """Each prompt over itself, as float rows or as what the cache gives back of them."""
     k, v = (
         side.rows if prefill_kv == "float" else dequantized(site, side, argument(side.write, 1))
@@ -245,7 +245,7 @@ def _prefill(site: Site, prefill_kv: str) -> Node:
     return _several_rows(site, k, v, "query_ends")
 
 
-def _chunk(site: Site, caches: tuple[Node, Node]) -> Node:
+def _chunk(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
     """The new tokens of each sequence over all its tokens, gathered out of the pages."""
     slots = site.input("kv_slots", TensorType(torch.int32, (size("L"),)))
     k, v = (
@@ -255,12 +255,12 @@ def _chunk(site: Site, caches: tuple[Node, Node]) -> Node:
     return _several_rows(site, k, v, "kv_ends")
 
 
-def _gathered(site: Site, cache: Node, slots: Node) -> Node:
+def _gathered(site: AttentionSite, cache: Node, slots: Node) -> Node:
     flat = site.call(ATEN.flatten.using_ints, cache, 0, 1)
     return site.call(ATEN.index_select.default, flat, 0, slots)
 
 
-def _several_rows(site: Site, k: Node, v: Node, kv_ends: str) -> Node:
+def _several_rows(site: AttentionSite, k: Node, v: Node, kv_ends: str) -> Node:
     """Sequences end to end in layout TND, or one a call in BSH; the last row sees the last key."""
     q, window = argument(site.node, 0), site.window
     packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS
@@ -276,7 +276,7 @@ def _several_rows(site: Site, k: Node, v: Node, kv_ends: str) -> Node:
     return _attend(site, q, k, v, {**options, **site.heads, **band, **layout})
 
 
-def _attend(site: Site, q: Node, k: Node, v: Node, options: dict[str, Argument]) -> Node:
+def _attend(site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, Argument]) -> Node:
     both = site.call(npu.npu_fused_infer_attention_score, q, k, v, **options)
     out = site.call(getitem, both, 0)
     shape = [int(d) for d in tensor_type(site.node).shape[1:]]

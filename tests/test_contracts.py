@@ -14,7 +14,7 @@ from kvc8.passes.rewrite import name_of
 from kvc8.tools import command, opt, verify
 from kvc8.tools.verifier import repro
 from kvc8.tools.verifier.bisection import Bisection
-from kvc8.tools.verifier.contracts import Call, check
+from kvc8.tools.verifier.contracts import RecordedCall, check
 from kvc8.tools.verifier.recording import Parameters, empty, feed, record
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ class Model:
         """Run passes, and check the last of them."""
         program = self.program.copy()
         pipeline.run(program, passes[:-last])
-        call = Call(PROMPT) if phase == "prefill" else Call(STEP, self.state)
+        call = RecordedCall(PROMPT) if phase == "prefill" else RecordedCall(STEP, self.state)
         return check(program, passes[-last:], [call], self.parameters, see)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.sparse import LLAMA_70B, write_sparse
 
-from kvc8.backends.npu.cost import Cost, Device, Workload, by_op, total
+from kvc8.backends.npu.cost import Device, OpCost, Workload, by_op, total
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
@@ -64,9 +64,9 @@ def test_a_step_by_hand() -> None:
 
 def test_a_launch_takes_the_longer_of_moving_and_computing() -> None:
     slow = Device(bandwidth=100.0, int8=1e3, half=10.0)
-    assert Cost(weights=200).at(slow).seconds == 2.0
-    assert Cost(weights=200, half_ops=50).at(slow).seconds == 5.0
-    assert Cost(read=100, written=100, int8_ops=10**4).at(slow).seconds == 10.0
+    assert OpCost(weights=200).at(slow).seconds == 2.0
+    assert OpCost(weights=200, half_ops=50).at(slow).seconds == 5.0
+    assert OpCost(read=100, written=100, int8_ops=10**4).at(slow).seconds == 10.0
 
 
 @pytest.fixture(scope="module")

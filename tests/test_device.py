@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.artifact_reader import Artifact, read
-from kvc8.backends.npu.dumps import Recording, again, read_dump
+from kvc8.backends.npu.dumps import ValueDump, again, read_dump
 from kvc8.backends.npu.embed import load_steps
 from kvc8.backends.npu.graphs import Recorder
 from kvc8.backends.runtime.generate import generate
@@ -177,7 +177,7 @@ def test_a_dump_shows_the_op_at_fault_and_no_other(
     artifact: Artifact, device: type[Faulty] | None, tmp_path: Path
 ) -> None:
     model = load(artifact.programs, artifact.make, blocks=8, block_size=BLOCK)
-    recording = Recording(model.programs)
+    recording = ValueDump(model.programs)
     model.runner = recording
     with device() if device else nullcontext():
         generate(model, PROMPTS[:1], most=3, stops=frozenset())

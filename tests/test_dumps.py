@@ -8,7 +8,7 @@ import torch
 
 from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.artifact_reader import read
-from kvc8.backends.npu.dumps import Recording
+from kvc8.backends.npu.dumps import ValueDump
 from kvc8.backends.runtime import model as runtime
 from kvc8.ir import npu
 from kvc8.ir.capture.trace import capture
@@ -36,7 +36,7 @@ def test_in_a_dump_the_culprit_is_told_from_its_victims(tmp_path, capsys):
     culprit = device.programs["decode"].calls(npu.npu_swiglu)[1]
     culprit.target = shifted
     model = runtime.load(device.programs, device.make, blocks=2, block_size=32)
-    model.runner = recording = Recording(device.programs)
+    model.runner = recording = ValueDump(device.programs)
     model.prefill([[5, 6, 7]], [[1, 0]])
     model.decode([8], [4], [[1, 0]])
     recording.write(dump)

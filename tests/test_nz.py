@@ -14,7 +14,7 @@ from test_pass_docs import load as load_pass
 from kvc8.backends.npu import artifact_reader, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu.cost import Device, Workload, by_op, total
-from kvc8.backends.npu.dumps import Recording, again, read_dump
+from kvc8.backends.npu.dumps import ValueDump, again, read_dump
 from kvc8.backends.npu.explain import explain
 from kvc8.backends.npu.graphs import Recorder
 from kvc8.backends.npu.launches import launches
@@ -36,7 +36,7 @@ from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.passes.options import Options
 from kvc8.tools import command, compile
-from kvc8.tools.verifier.contracts import Call, check
+from kvc8.tools.verifier.contracts import RecordedCall, check
 from kvc8.tools.verifier.recording import Parameters, empty, feed, record
 
 # The smallest model whose heads the NPU's attention takes with NZ pages: 10 and 1 of 128.
@@ -303,7 +303,7 @@ def test_the_layout_and_the_fusion_keep_their_contracts(model, phase):
     shared, own = pipeline.phases(Options(kv_format="nz"))[phase]
     at = own.index(lower_caches_to_nz)
     pipeline.run(program, (*shared, *own[:at]))
-    verdicts = check(program, own[at : at + 3], [Call(given, state)], parameters)
+    verdicts = check(program, own[at : at + 3], [RecordedCall(given, state)], parameters)
     assert [verdict.sentence for verdict in verdicts] == ["", "", ""]
     assert all(verdict.sites for verdict in verdicts[:2])
 
@@ -330,7 +330,7 @@ def test_queries_that_an_op_writes_are_recorded_and_compared(model, tmp_path):
     program = quantized(directory, torch.bfloat16, w8a8=False, zeros=True)
     programs = lowered(program, "on", kv_format="nz")
     tokens = []
-    for runner in (run, Recorder(FakeNpu(), 8), Recording(programs)):
+    for runner in (run, Recorder(FakeNpu(), 8), ValueDump(programs)):
         made = load(programs, lambda r: make(r, read), blocks=8, block_size=BLOCK)
         made.runner = runner
         [sequence] = generate(made, [TOKENS], most=4).sequences

@@ -17,11 +17,11 @@ from kvc8.tools.reporter.heat import heat
 from kvc8.tools.reporter.layout import place, spread
 from kvc8.tools.reporter.page import Page, render
 from kvc8.tools.reporter.scenes import marks, parts, scene, shape
-from kvc8.tools.reporter.steps import Steps
-from kvc8.tools.verifier.gaps import Codes, Gap
-from kvc8.tools.verifier.sensitivity import Cost
-from kvc8.tools.verifier.values import Measured, Value
-from kvc8.tools.verifier.verdicts import Site, Verdict
+from kvc8.tools.reporter.steps import PassSteps
+from kvc8.tools.verifier.gaps import CodeGap, Gap
+from kvc8.tools.verifier.sensitivity import CacheCost
+from kvc8.tools.verifier.values import PassValues, Value
+from kvc8.tools.verifier.verdicts import ComparedValue, Verdict
 
 LAYER = """
     k_{n}: f32[T, 2, 4] = aten.reshape({given}, [-1, 2, 4])  # {at}
@@ -50,7 +50,7 @@ def ran(layers=2, name="self_attn"):
 
 
 def page(title="tiny", **given):
-    steps = Steps()
+    steps = PassSteps()
     steps.see(ran(**given))
     return Page(title=title, facts={"target": "npu"}, steps=steps, measured="not measured")
 
@@ -212,7 +212,7 @@ def test_a_page_has_times_only_where_they_are_asked_for():
 
 
 def site(layer, figure, bound, node="n"):
-    return Site("decode", layer, node, "old", figure, bound, 0, Gap(0.0, 0.0))
+    return ComparedValue("decode", layer, node, "old", figure, bound, 0, Gap(0.0, 0.0))
 
 
 def test_heat_is_the_largest_share_of_a_bound_in_a_layer():
@@ -251,10 +251,10 @@ def test_errors_of_a_pass_alone_stand_beside_those_that_add_up():
     values = [
         Value("decode", "layer 0", "a", "x", Gap(9.0, 1e-3), Gap(9.0, 1e-2)),
         Value("decode", "layer 0", "b", "", Gap(9.0, 2e-3), None),
-        Value("decode", "layer 1", "c", "", Codes((3, 1, 0), 16, 0.5), None),
+        Value("decode", "layer 1", "c", "", CodeGap((3, 1, 0), 16, 0.5), None),
         Value("decode", "layer 1", "d", "y", Gap(9.0, float("nan")), Gap(9.0, 1e-1)),
     ]
-    own, codes, total = of_values([Measured("p", values)])
+    own, codes, total = of_values([PassValues("p", values)])
     row = own.rows["p, decode"]
     assert {n: (cell.text, cell.note) for n, cell in row.items()} == {
         "0": ("2e-3", "b: 0.002"),
@@ -265,7 +265,7 @@ def test_errors_of_a_pass_alone_stand_beside_those_that_add_up():
 
 
 def test_sensitivity_is_of_each_layer_and_not_of_all():
-    costs = [Cost("layer 0", "K", 0.25, 0.5, 1.0), Cost("all", "K and V", 1.0, 1.0, 0.5)]
+    costs = [CacheCost("layer 0", "K", 0.25, 0.5, 1.0), CacheCost("all", "K and V", 1.0, 1.0, 0.5)]
     made = of_sensitivity(costs)
     assert {n: {c: x.figure for c, x in row.items()} for n, row in made.rows.items()} == {
         "K": {"0": 0.25}

@@ -16,13 +16,13 @@ from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import command, quantize
 from kvc8.tools.quantizer.options import _percent
-from kvc8.tools.quantizer.sensitivity import Group, roll_back, table
+from kvc8.tools.quantizer.sensitivity import LinearGroup, roll_back, table
 
 OUTLIER = 300.0
 
 
-def group(name: str, weights: int, error: float) -> Group:
-    return Group([f"model.layers.{name}"], weights, error)
+def group(name: str, weights: int, error: float) -> LinearGroup:
+    return LinearGroup([f"model.layers.{name}"], weights, error)
 
 
 def test_the_worst_for_their_size_go_first_and_the_budget_holds():
@@ -46,9 +46,9 @@ def test_the_worst_for_their_size_go_first_and_the_budget_holds():
 
 def test_the_map_has_a_row_a_layer_and_a_star_for_what_stays_float():
     groups = [
-        Group([f"model.layers.0.self_attn.{x}_proj" for x in "qkv"], 3, 0.00123),
+        LinearGroup([f"model.layers.0.self_attn.{x}_proj" for x in "qkv"], 3, 0.00123),
         group("0.mlp.up_proj", 1, 2.5e-6),
-        Group(["model.layers.1.mlp.up_proj"], 1, 0.5, rolled_back=True),
+        LinearGroup(["model.layers.1.mlp.up_proj"], 1, 0.5, rolled_back=True),
     ]
     text = io.StringIO()
     Console(width=90, file=text).print(table(groups))

@@ -12,7 +12,7 @@ from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes import pipeline
 from kvc8.tools import command, compile, verify
 from kvc8.tools.verifier.check_passes import check_steps, watch_values
-from kvc8.tools.verifier.gaps import Codes, Gap, codes, gap
+from kvc8.tools.verifier.gaps import CodeGap, Gap, codes, gap
 from kvc8.tools.verifier.pass_table import largest
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
@@ -33,7 +33,7 @@ def test_a_gap_is_the_largest_difference_and_the_noise():
 def test_codes_are_counted_by_how_far_they_are_off():
     old = torch.tensor([1, 2, 3, 4, -128], dtype=torch.int8)
     new = torch.tensor([1, 3, 1, 127, -128], dtype=torch.int8)
-    assert codes(old, new) == Codes(by=(1, 1, 1), of=5, saturated=0.4)
+    assert codes(old, new) == CodeGap(by=(1, 1, 1), of=5, saturated=0.4)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from kvc8.ir.precision.widen import widen
 from kvc8.ir.text import parse, show
 from kvc8.passes import pipeline
 from kvc8.tools import command, verify
-from kvc8.tools.verifier.compare import Codes, Row, compare
+from kvc8.tools.verifier.compare import CodesOfForm, FormRow, compare
 from kvc8.tools.verifier.form_table import broken_promises
 from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program
 from kvc8.tools.verifier.gaps import Gap
@@ -23,8 +23,8 @@ CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 LLAMA = CHECKPOINTS / "llama_fp16_m3" / "quant"
 ASYMMETRIC = CHECKPOINTS / "qwen2_fp16_none_asym" / "quant"
 SAME = {"by": (0, 0, 0), "saturated": 0.0}
-AGREE = Codes(differ=0, of=100, **SAME, most=0, first=None, same_inputs=0)
-ROW = Row("ONNX Runtime f64", "reference f64", Gap(1e-9, 1e-9), 0.0, 33, 33, AGREE)
+AGREE = CodesOfForm(differ=0, of=100, **SAME, most=0, first=None, same_inputs=0)
+ROW = FormRow("ONNX Runtime f64", "reference f64", Gap(1e-9, 1e-9), 0.0, 33, 33, AGREE)
 REPORT = "report it with the output of --json"
 
 
@@ -108,7 +108,7 @@ def test_a_code_that_differs_on_equal_inputs_is_counted():
     other[0, 1, 0] = torch.tensor([2, -1])
     made = Run([torch.zeros(1, 5)], {"k": other}, {"k": [rows + torch.tensor([0.0, 1.0])]})
     row = compare("made", made, "base", base, tokens)
-    assert row.codes == Codes(
+    assert row.codes == CodesOfForm(
         differ=2, of=4, by=(1, 1, 0), saturated=0.0, most=2, first=0, same_inputs=1
     )
 

@@ -30,7 +30,7 @@ from kvc8.tools.reporter import costs, pass_dump
 from kvc8.tools.reporter.compiled import write_page
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.pass_facts import Sites, sites_of
-from kvc8.tools.reporter.steps import Steps
+from kvc8.tools.reporter.steps import PassSteps
 
 
 def parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def work(args: argparse.Namespace) -> int:
     """Compile as the arguments say; gives the exit status."""
     target = _target(args)
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
-    steps, heats = Steps(), list[Heat]()
+    steps, heats = PassSteps(), list[Heat]()
 
     def check(checkpoint: Checkpoint, captured: Program) -> None:
         heats.extend(_check_passes(args, target, checkpoint, captured))
@@ -100,7 +100,7 @@ def _target(args: argparse.Namespace) -> Target:
     return target
 
 
-def _watchers(args: argparse.Namespace, steps: Steps) -> Sequence[See]:
+def _watchers(args: argparse.Namespace, steps: PassSteps) -> Sequence[See]:
     """What is shown each pass that ran: what writes a dump, and what keeps facts for a page."""
     watchers = [pass_dump.writer(args.dump)] if args.dump else []
     return [*watchers, steps.see] if isinstance(args.report, Path) else watchers

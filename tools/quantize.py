@@ -36,7 +36,7 @@ from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts, with_lines
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
-from kvc8.tools.quantizer.model import Plan, not_copied
+from kvc8.tools.quantizer.model import QuantPlan, not_copied
 from kvc8.tools.quantizer.options import (
     MOST_TOKENS,
     SWEEPS,
@@ -51,7 +51,7 @@ from kvc8.tools.quantizer.options import (
 from kvc8.tools.quantizer.recipes import kvc8, minmax, msmodelslim
 from kvc8.tools.quantizer.recipes.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.sensitivity import measure, roll_back, table
-from kvc8.tools.quantizer.sites import Site, choose, sites, vocabulary
+from kvc8.tools.quantizer.sites import LinearSite, choose, sites, vocabulary
 from kvc8.tools.quantizer.transforms.rotation import untied_bytes
 from kvc8.tools.quantizer.work import Report, Texts, Work
 
@@ -123,7 +123,7 @@ def _rotated(
     return found, capture(found, torch.float32)
 
 
-def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: Texts) -> Plan:
+def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: Texts) -> QuantPlan:
     if recipe == "msmodelslim":
         options = vendor_options(args, run_dtype(args, run.checkpoint, recipe))
         return msmodelslim.quantize(run, texts, options)
@@ -143,8 +143,8 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: 
 
 
 def _rolled_back(
-    run: Work, args: argparse.Namespace, texts: Texts, chosen: list[Site]
-) -> tuple[list[Site], Mapping[str, object]]:
+    run: Work, args: argparse.Namespace, texts: Texts, chosen: list[LinearSite]
+) -> tuple[list[LinearSite], Mapping[str, object]]:
     """The linears to quantize when the worst are left float, and what to note of that."""
     if args.rollback is None or not chosen:
         return chosen, {}
@@ -156,7 +156,7 @@ def _rolled_back(
     return [site for site in chosen if site.module not in left], notes
 
 
-def _summarize(args: argparse.Namespace, plan: Plan, recipe: str, texts: Texts) -> None:
+def _summarize(args: argparse.Namespace, plan: QuantPlan, recipe: str, texts: Texts) -> None:
     every = sum(len(modules) for kind in experts(plan.program) for modules in kind.modules)
     left = len(sites(plan.program)) + every - len(plan.linears)
     print(f"{args.output}: {len(plan.linears)} linears in W8A8, {left} float, lm_head float")

@@ -13,8 +13,8 @@ from kvc8.tools.command import entry
 if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should not wait for it
     import torch
 
-    from kvc8.backends.npu.dumps import Recording
-    from kvc8.backends.runtime.generate import Generation, Model, Statistics
+    from kvc8.backends.npu.dumps import ValueDump
+    from kvc8.backends.runtime.generate import Generation, Statistics, StepModel
     from kvc8.backends.runtime.scheduler import Sequence as Running
     from kvc8.tools.driver.tokenizer import Tokenizer
 
@@ -95,9 +95,9 @@ def run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _recording(given: argparse.Namespace, model: "Model") -> "Recording":
+def _recording(given: argparse.Namespace, model: "StepModel") -> "ValueDump":
     """What keeps the values of the first step of each phase."""
-    from kvc8.backends.npu.dumps import Recording
+    from kvc8.backends.npu.dumps import ValueDump
     from kvc8.backends.runtime.model import Model
     from kvc8.ir.errors import TargetError
 
@@ -106,11 +106,11 @@ def _recording(given: argparse.Namespace, model: "Model") -> "Recording":
         raise TargetError(f"--dump: {what}; leave out --graph, and name what was compiled for npu")
     if given.dump.exists():
         raise TargetError(f"{given.dump}: exists already; choose another file or remove it")
-    model.runner = Recording(model.programs)
+    model.runner = ValueDump(model.programs)
     return model.runner
 
 
-Opened = tuple[Callable[[list[list[int]]], "Model"], Mapping[str, object], str]
+Opened = tuple[Callable[[list[list[int]]], "StepModel"], Mapping[str, object], str]
 
 
 def _is_onnx(path: Path) -> bool:
@@ -131,7 +131,7 @@ def _open_onnx(given: argparse.Namespace, device: "torch.device") -> Opened:
         raise TargetError(f"--device: {what}; leave it out, or compile the model for npu")
     model = open_model(given.artifact, given.threads)
 
-    def allocated(prompts: list[list[int]]) -> "Model":
+    def allocated(prompts: list[list[int]]) -> "StepModel":
         tokens = [len(prompt) + given.max_new_tokens for prompt in prompts]
         model.allocate(given.blocks, tokens)
         return model
@@ -149,7 +149,7 @@ def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:
     artifact = read(given.artifact)
     size = artifact.block_size
 
-    def loaded(prompts: list[list[int]]) -> "Model":
+    def loaded(prompts: list[list[int]]) -> "StepModel":
         blocks = given.blocks or _enough(prompts, given.max_new_tokens, size)
         model = load(
             artifact.programs, artifact.make, blocks=blocks, block_size=size, device=device

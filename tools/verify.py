@@ -49,7 +49,7 @@ from kvc8.tools.reporter.verified import write_page
 from kvc8.tools.verifier import dumps
 from kvc8.tools.verifier.bisection import Bisection
 from kvc8.tools.verifier.check_passes import check_passes, watch_values
-from kvc8.tools.verifier.compare import Row
+from kvc8.tools.verifier.compare import FormRow
 from kvc8.tools.verifier.contracts import Checked
 from kvc8.tools.verifier.form_table import broken_promises, double_rows, print_rows, single_rows
 from kvc8.tools.verifier.forms import Tokens, generate
@@ -119,7 +119,7 @@ def _add_parts(to: argparse._MutuallyExclusiveGroup) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartResult:
     """What one part found: for --json, and the sentences of what is broken."""
 
     json: object
@@ -153,7 +153,9 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _parts(args: argparse.Namespace) -> list[Callable[[argparse.Namespace, Checkpoint], Part]]:
+def _parts(
+    args: argparse.Namespace,
+) -> list[Callable[[argparse.Namespace, Checkpoint], PartResult]]:
     if args.all:
         return [_forms, _passes, _sensitivity]
     if args.passes or args.bisect or (args.report and not (args.sensitivity or args.phases)):
@@ -163,7 +165,7 @@ def _parts(args: argparse.Namespace) -> list[Callable[[argparse.Namespace, Check
     return [_phases if args.phases else _forms]
 
 
-def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     """Every form of the model beside the reference."""
     captured = capture(checkpoint, torch.float32)
     reference = captured.copy()
@@ -175,7 +177,7 @@ def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     return _rows(args, [*rows, *double_rows(checkpoint, reference, tokens)], tokens)
 
 
-def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     """A prompt taken whole, in chunks, and by tokens."""
     reference = capture(checkpoint, torch.float32)
     quantize(reference, options_of(args))
@@ -183,14 +185,14 @@ def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
     return _rows(args, phase_rows(checkpoint, reference, tokens), tokens)
 
 
-def _rows(args: argparse.Namespace, rows: list[Row], tokens: Tokens) -> Part:
+def _rows(args: argparse.Namespace, rows: list[FormRow], tokens: Tokens) -> PartResult:
     if not args.json:
         print_rows(rows, tokens)
     broken = [problem for row in rows for problem in broken_promises(row)]
-    return Part([asdict(row) for row in rows], broken)
+    return PartResult([asdict(row) for row in rows], broken)
 
 
-def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     """Each pass held to its contract."""
     if args.bisect:
         refuse_existing(args.bisect)
@@ -206,16 +208,16 @@ def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
         print_passes(verdicts, values.passes)
     broken = [verdict.sentence for verdict in verdicts if verdict.sentence]
     heats = of_passes(verdicts, values.passes)
-    return Part(passes_as_json(verdicts, values.passes), broken, heats)
+    return PartResult(passes_as_json(verdicts, values.passes), broken, heats)
 
 
-def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> Part:
+def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     """What quantizing the K or the V of one layer costs."""
     prompt = _prompt(args)
     costs = sensitivity(checkpoint, prompt, options_of(args))
     if not args.json:
         print_costs(costs, len(prompt))
-    return Part([asdict(cost) for cost in costs], [], [of_sensitivity(costs)])
+    return PartResult([asdict(cost) for cost in costs], [], [of_sensitivity(costs)])
 
 
 def _prompt(args: argparse.Namespace) -> list[int]:

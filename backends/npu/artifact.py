@@ -25,7 +25,7 @@ from safetensors.torch import save
 
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.checkpoint.model_files import model_file, shown
-from kvc8.ir.checkpoint.new_directory import Part, new_directory
+from kvc8.ir.checkpoint.new_directory import PartialDirectory, new_directory
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import IRError
@@ -144,7 +144,9 @@ def _nbytes(type_: TensorType) -> int:
     return int(math.prod(type_.shape)) * type_.dtype.itemsize
 
 
-def _link_weights(part: Part, checkpoint: Checkpoint, programs: Mapping[str, Program]) -> None:
+def _link_weights(
+    part: PartialDirectory, checkpoint: Checkpoint, programs: Mapping[str, Program]
+) -> None:
     expressions = [expression_of(node) for p in programs.values() for node in p.parameters()]
     names = sorted({name for expression in expressions for name in stored_names(expression)})
     (part.path / WEIGHTS).mkdir()

@@ -71,7 +71,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Cost:
+class OpCost:
     """Of one launch, or of many."""
 
     launches: int = 0
@@ -84,22 +84,22 @@ class Cost:
     half_ops: int = 0
     seconds: float = 0.0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+    def __add__(self, other: "OpCost") -> "OpCost":
+        return OpCost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def bytes(self) -> int:
         """All bytes moved."""
         return self.weights + self.cache_read + self.cache_written + self.read + self.written
 
-    def at(self, device: Device) -> "Cost":
+    def at(self, device: Device) -> "OpCost":
         """The same with the time that one launch takes at least."""
         compute = self.int8_ops / device.int8 + self.half_ops / device.half
-        return self + Cost(seconds=max(self.bytes / device.bandwidth, compute))
+        return self + OpCost(seconds=max(self.bytes / device.bandwidth, compute))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepSizes:
     """Puts numbers in place of named sizes."""
 
     phase: str
@@ -135,30 +135,30 @@ def is_cache_type(type_: Type) -> bool:
 
 def costs(
     program: Program, phase: str, workload: Workload, device: Device
-) -> Iterator[tuple[Node, Cost]]:
+) -> Iterator[tuple[Node, OpCost]]:
     """Each launch of a step and what it costs."""
-    sizes = Sizes(phase, workload)
+    sizes = StepSizes(phase, workload)
     for node in program.graph.nodes:
         if is_launch(node):
             yield node, _launch(node, sizes).at(device)
 
 
-def by_op(program: Program, phase: str, workload: Workload, device: Device) -> Mapping[str, Cost]:
+def by_op(program: Program, phase: str, workload: Workload, device: Device) -> Mapping[str, OpCost]:
     """The cost of each op in a step, those that move most first."""
-    found: dict[str, Cost] = {}
+    found: dict[str, OpCost] = {}
     for node, cost in costs(program, phase, workload, device):
         assert callable(node.target)
         name = op_name(node.target)
-        found[name] = found.get(name, Cost()) + cost
+        found[name] = found.get(name, OpCost()) + cost
     return dict(sorted(found.items(), key=lambda item: -item[1].bytes))
 
 
-def total(each: Mapping[str, Cost]) -> Cost:
+def total(each: Mapping[str, OpCost]) -> OpCost:
     """The sum."""
-    return sum(each.values(), Cost())
+    return sum(each.values(), OpCost())
 
 
-def _launch(node: Node, sizes: Sizes) -> Cost:
+def _launch(node: Node, sizes: StepSizes) -> OpCost:
     operands = node.all_input_nodes
     if node.target in (*LOOKUPS, *PARTS):
         return _some_rows(node, sizes)
@@ -166,12 +166,12 @@ def _launch(node: Node, sizes: Sizes) -> Cost:
     made = sum(sizes.bytes(type_of(x)) for x in operands if is_call(x, NEW))  # and not read
     read = sum(sizes.bytes(type_of(x)) for x in operands if not _is_weight(x)) - made
     caches = [type_of(x) for x in operands if is_cache_type(type_of(x))]
-    cost = Cost(1, weights, read=read, written=_written(node, sizes) + made)
+    cost = OpCost(1, weights, read=read, written=_written(node, sizes) + made)
     if node.target in ATTENTION:
         return cost + _attention(node, caches, sizes)
     tokens = sizes.number(TOKENS)
     rows = sum(tokens * sizes.row(type_) for type_ in caches)
-    return cost + Cost(cache_written=rows) + _matmul(node, sizes)
+    return cost + OpCost(cache_written=rows) + _matmul(node, sizes)
 
 
 def _is_weight(x: Node) -> bool:
@@ -181,25 +181,25 @@ def _is_weight(x: Node) -> bool:
     return is_parameter(x)
 
 
-def _written(node: Node, sizes: Sizes) -> int:
+def _written(node: Node, sizes: StepSizes) -> int:
     """The bytes of the results that somebody uses."""
     if not isinstance(type_of(node), tuple):
         return sizes.bytes(type_of(node))
     return sum(sizes.bytes(type_of(item)) for item in node.users if item.users)
 
 
-def _some_rows(node: Node, sizes: Sizes) -> Cost:
+def _some_rows(node: Node, sizes: StepSizes) -> OpCost:
     source, *others = node.all_input_nodes
     result = _written(node, sizes)
     index = sum(sizes.bytes(type_of(x)) for x in others)
     if is_cache_type(type_of(source)):
-        return Cost(1, cache_read=result, read=index, written=result)
+        return OpCost(1, cache_read=result, read=index, written=result)
     if _is_weight(source):
-        return Cost(1, weights=result, read=index, written=result)
-    return Cost(1, read=result + index, written=result)
+        return OpCost(1, weights=result, read=index, written=result)
+    return OpCost(1, read=result + index, written=result)
 
 
-def _attention(node: Node, caches: list[Type], sizes: Sizes) -> Cost:
+def _attention(node: Node, caches: list[Type], sizes: StepSizes) -> OpCost:
     """Pages read, and products of queries with keys and of weights with values.
 
     A token sees what comes before it, of a prompt half of it on average. Of pages a window reads
@@ -210,10 +210,10 @@ def _attention(node: Node, caches: list[Type], sizes: Sizes) -> Cost:
     query = type_of(node.all_input_nodes[0])
     assert isinstance(query, TensorType)
     width = prod(map(sizes.number, query.shape)) // tokens  # values of a token's query
-    return Cost(cache_read=pages, half_ops=int(2 * 2 * tokens * seen * width))
+    return OpCost(cache_read=pages, half_ops=int(2 * 2 * tokens * seen * width))
 
 
-def _seen(node: Node, sizes: Sizes) -> float:
+def _seen(node: Node, sizes: StepSizes) -> float:
     """The tokens that a token of a step sees on average, itself among them."""
     context = sizes.workload.context
     table = node.kwargs.get("block_table")
@@ -224,13 +224,13 @@ def _seen(node: Node, sizes: Sizes) -> float:
     return context - (sizes.workload.new(sizes.phase) - 1) / 2
 
 
-def _matmul(node: Node, sizes: Sizes) -> Cost:
+def _matmul(node: Node, sizes: StepSizes) -> OpCost:
     """Multiplications and additions of a product of matrices."""
     if node.target not in (npu.npu_quant_matmul, ATEN.linear.default):
-        return Cost()
+        return OpCost()
     x, weight = (type_of(operand) for operand in node.all_input_nodes[:2])
     assert isinstance(x, TensorType)
     assert isinstance(weight, TensorType)
     rows = prod(map(sizes.number, x.shape[:-1]))
     ops = 2 * int(rows * prod(map(sizes.number, weight.shape)))
-    return Cost(int8_ops=ops) if x.dtype is torch.int8 else Cost(half_ops=ops)
+    return OpCost(int8_ops=ops) if x.dtype is torch.int8 else OpCost(half_ops=ops)

@@ -26,7 +26,7 @@ from kvc8.ir.run import Observe, Value, run
 from kvc8.ir.types import IntsType
 
 
-class Recording:
+class ValueDump:
     """Runs programs as `kvc8.ir.run.run` does, and keeps the values of the first step of each."""
 
     def __init__(self, programs: Mapping[str, Program]) -> None:

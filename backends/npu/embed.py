@@ -4,7 +4,7 @@
     caches = [torch.zeros(cache.shape(...), ...) for cache in steps.layout.caches]   # its own
     logits = steps.decode(inputs, caches)
 
-The engine owns the blocks of the cache and says which token goes where; see `Steps`.
+The engine owns the blocks of the cache and says which token goes where; see `EmbeddedModel`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Steps:
+class EmbeddedModel:
     """The programs of a compiled model.
 
     prefill takes fresh prompts end to end, chunk several tokens of sequences that have a past,
@@ -71,7 +71,7 @@ class Steps:
     block_size: int
 
 
-def load_steps(path: Path, device: torch.device) -> Steps:
+def load_steps(path: Path, device: torch.device) -> EmbeddedModel:
     """Read what kvc8-compile wrote and put its parameters on a device.
 
     On an NPU, call kvc8.backends.npu.device.load_torch_npu before importing this. Raises IRError or
@@ -82,4 +82,4 @@ def load_steps(path: Path, device: torch.device) -> Steps:
         phase: Step(program, make_parameters(program, artifact.make, device, made))
         for phase, program in artifact.programs.items()
     }
-    return Steps(**steps, layout=artifact.layout, block_size=artifact.block_size)
+    return EmbeddedModel(**steps, layout=artifact.layout, block_size=artifact.block_size)

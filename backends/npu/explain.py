@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from torch.fx import Node
 
 from kvc8.backends.npu.facts import facts
-from kvc8.backends.npu.legality import Row, breaks, limits
+from kvc8.backends.npu.legality import Limit, breaks, limits
 from kvc8.ir.program import Program, op_name
 
 FIA = "npu_fused_infer_attention_score"
@@ -171,7 +171,7 @@ def _fits(node: Node, role: Role) -> bool:
 
 
 def _choice(
-    role: Role, nodes: list[Node], table: Mapping[str, tuple[Row, ...]], block_size: int
+    role: Role, nodes: list[Node], table: Mapping[str, tuple[Limit, ...]], block_size: int
 ) -> Choice:
     calls: dict[str, int] = {}
     for node in nodes:

@@ -24,7 +24,7 @@ NZ_RANK = 5  # of a cache [blocks, heads, head_dim/c, block_size, c]
 
 
 @dataclass(frozen=True)
-class Call:
+class OpCall:
     """The call of an NPU op, its arguments by the names of the op's schema."""
 
     node: Node
@@ -53,7 +53,7 @@ class Call:
         return found if isinstance(found, int) else 0
 
 
-def call(node: Node, block_size: int) -> Call:
+def call(node: Node, block_size: int) -> OpCall:
     """A node's call with the arguments that it leaves out at their defaults."""
     assert isinstance(node.target, OpOverload)
     found: dict[str, object] = {}
@@ -61,7 +61,7 @@ def call(node: Node, block_size: int) -> Call:
         default = argument.default_value if argument.has_default_value() else None
         given = node.args[at] if at < len(node.args) else node.kwargs.get(argument.name, default)
         found[argument.name] = given
-    return Call(node, found, block_size)
+    return OpCall(node, found, block_size)
 
 
 def facts(node: Node, block_size: int) -> Facts:
@@ -76,7 +76,7 @@ def facts(node: Node, block_size: int) -> Facts:
     return found | DERIVED.get(made.op, _nothing)(made)
 
 
-def _of_argument(made: Call, name: str) -> Facts:
+def _of_argument(made: OpCall, name: str) -> Facts:
     value = made.arguments[name]
     if value is None:
         return {name: "none"}
@@ -100,16 +100,16 @@ def _known(**candidates: Dim | None) -> Facts:
     return {name: value for name, value in candidates.items() if isinstance(value, int)}
 
 
-def _nothing(_: Call) -> Facts:
+def _nothing(_: OpCall) -> Facts:
     return {}
 
 
-def _matmul(made: Call) -> Facts:
+def _matmul(made: OpCall) -> Facts:
     shape = made.shape("x2")
     return _known(**{"inner size": shape[-2], "outer size": shape[-1]})
 
 
-def _attention(made: Call) -> Facts:
+def _attention(made: OpCall) -> Facts:
     """Of npu_fused_infer_attention_score and npu_incre_flash_attention."""
     heads = made.number("num_heads")
     kv_heads = made.number("num_key_value_heads") or heads
@@ -140,13 +140,13 @@ def _rows(layout: str, query: tuple[Dim, ...]) -> Facts:
     return {"query rows": rows if isinstance(rows, int) else "several", "one query row": rows == 1}
 
 
-def _offsets(made: Call) -> Facts:
+def _offsets(made: OpCall) -> Facts:
     names = ("antiquant_offset", "key_antiquant_offset", "value_antiquant_offset")
     given = any(made.arguments.get(name) is not None for name in names)
     return {"offsets": "given" if given else "none"}
 
 
-def _pages(made: Call, cache: tuple[Dim, ...]) -> Facts:
+def _pages(made: OpCall, cache: tuple[Dim, ...]) -> Facts:
     """Of a cache read through a block table, by its rank."""
     key = made.arguments.get("key", made.arguments.get("key_cache"))
     block_at = {3: 1, 4: 2, NZ_RANK: 3}
@@ -168,7 +168,7 @@ def _page(found: Facts) -> Facts:
     return {"block size x head_dim": block * head_dim}
 
 
-def _atb_attention(made: Call) -> Facts:
+def _atb_attention(made: OpCall) -> Facts:
     """Of atb::_npu_paged_attention and atb::_npu_paged_attention_quant: [blocks, size, H, D]."""
     cache = made.shape("key_cache")
     found = _heads(made.number("num_heads"), made.number("num_kv_heads"))
@@ -178,29 +178,29 @@ def _atb_attention(made: Call) -> Facts:
     return found | _page(found)
 
 
-def _scatter(made: Call) -> Facts:
+def _scatter(made: OpCall) -> Facts:
     rows = made.shape("key")
     wide = int(rows[-1]) * int(rows[-2]) if len(rows) > 1 else None
     return _known(**{"row width": wide})
 
 
-def _qkv_cache(made: Call) -> Facts:
+def _qkv_cache(made: OpCall) -> Facts:
     """Of npu_qkv_rms_norm_rope_cache: caches [blocks, pieces, size, 32]."""
     cache = made.shape("k_cache")
     return _known(**{"block size": cache[2] if len(cache) == 4 else None})
 
 
-def _norm_quant(made: Call) -> Facts:
+def _norm_quant(made: OpCall) -> Facts:
     gamma = made.shape("gamma")
     return _known(**{"gamma rows": gamma[0] if len(gamma) == 2 else 1})
 
 
-def _swiglu(made: Call) -> Facts:
+def _swiglu(made: OpCall) -> Facts:
     shape = made.shape("x" if "x" in made.arguments else "input")
     return _known(**{"gate and up width": shape[-1]})
 
 
-def _gating(made: Call) -> Facts:
+def _gating(made: OpCall) -> Facts:
     """Of npu_moe_gating_top_k: experts a group, and all of them where each group fills 32s."""
     groups, experts = made.number("group_count"), made.shape("x")[-1]
     if groups < 2 or not isinstance(experts, int):
@@ -209,7 +209,7 @@ def _gating(made: Call) -> Facts:
     return {"experts a group": each, "aligned experts": -(-each // 32) * 32 * groups}
 
 
-def _grouped(made: Call) -> Facts:
+def _grouped(made: OpCall) -> Facts:
     """Of npu_grouped_matmul, whose tensors come in lists of one."""
     found: Facts = {}
     for name in ("x", "weight", "scale", "per_token_scale"):
@@ -228,7 +228,7 @@ def _grouped(made: Call) -> Facts:
     return found
 
 
-DERIVED: Mapping[str, Callable[[Call], Facts]] = MappingProxyType(
+DERIVED: Mapping[str, Callable[[OpCall], Facts]] = MappingProxyType(
     {
         "npu_quant_matmul": _matmul,
         "npu_fused_infer_attention_score": _attention,

@@ -27,7 +27,7 @@ from kvc8.ir.program import Program, op_name
 
 
 @dataclass(frozen=True)
-class Row:
+class Limit:
     """One limit of an op on a soc."""
 
     fact: str
@@ -96,7 +96,7 @@ class Broken:
     """A row that a call breaks."""
 
     op: str
-    row: Row
+    row: Limit
     found: Facts
 
     @property
@@ -117,13 +117,13 @@ class Broken:
         return self.row.cure.replace("{nearest}", str(self.row.nearest(self.found)))
 
 
-def limits(soc: str) -> Mapping[str, tuple[Row, ...]]:
+def limits(soc: str) -> Mapping[str, tuple[Limit, ...]]:
     """The rows of each op on a soc. Raises TargetError for a soc that has no table."""
     table = json.loads(files("kvc8.backends.npu").joinpath("legality.json").read_text())
     if soc not in table:
         known = ", ".join(sorted(table))
         raise TargetError(f"--soc: there are no limits for {soc}; choose one of {known}")
-    return {op: tuple(Row(**row) for row in rows) for op, rows in table[soc].items()}
+    return {op: tuple(Limit(**row) for row in rows) for op, rows in table[soc].items()}
 
 
 def check(program: Program, soc: str, block_size: int) -> None:
@@ -137,14 +137,14 @@ def check(program: Program, soc: str, block_size: int) -> None:
 
 
 def broken_by(
-    table: Mapping[str, tuple[Row, ...]], op: str, node: Node, block_size: int
+    table: Mapping[str, tuple[Limit, ...]], op: str, node: Node, block_size: int
 ) -> Iterator[Broken]:
     """The rows of an op that a call breaks."""
     if rows := table.get(op):
         yield from breaks(op, rows, facts(node, block_size))
 
 
-def breaks(op: str, rows: tuple[Row, ...], found: Facts) -> Iterator[Broken]:
+def breaks(op: str, rows: tuple[Limit, ...], found: Facts) -> Iterator[Broken]:
     """The rows that facts break."""
     for row in rows:
         if row.applies(found) and not row.holds(found):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from kvc8.backends.onnx.builder import Builder, Value
-from kvc8.backends.onnx.functions import Call
+from kvc8.backends.onnx.functions import FunctionCall
 
 F32, I64 = torch.float32, torch.int64
 KNOWN = (
@@ -22,7 +22,7 @@ KNOWN = (
 )
 
 
-def fused_infer_attention_score(c: Call) -> Sequence[Value]:
+def fused_infer_attention_score(c: FunctionCall) -> Sequence[Value]:
     """(Attention like the query, an empty float32 in place of the log-sum-exp)."""
     c.only(*KNOWN)
     if c.others.get("key_antiquant_mode", 0) or c.others.get("value_antiquant_mode", 0):
@@ -33,7 +33,7 @@ def fused_infer_attention_score(c: Call) -> Sequence[Value]:
     return [c.b.cast(shaped, F32, c.types["query"].dtype), c.b.constant(torch.empty(0))]
 
 
-def _heads(c: Call) -> tuple[int, int, int]:
+def _heads(c: FunctionCall) -> tuple[int, int, int]:
     """KV heads, query heads to each, and channels of a head."""
     heads = c.number("num_heads")
     kv = int(c.others.get("num_key_value_heads", 0)) or heads  # type: ignore[call-overload]
@@ -41,7 +41,7 @@ def _heads(c: Call) -> tuple[int, int, int]:
     return kv, heads // kv, width if c.others.get("input_layout") == "TND" else width // heads
 
 
-def _decode(c: Call) -> Value:
+def _decode(c: FunctionCall) -> Value:
     """One query row a sequence [T, 1, heads*dim] over its pages [blocks, block_size, width]."""
     if c.others.get("input_layout", "BSH") != "BSH" or c.types["query"].shape[1] != 1:
         raise c.refusal("over pages in another layout than one query a sequence in BSH")
@@ -63,7 +63,7 @@ def _decode(c: Call) -> Value:
     return _attend(c, b.op("MatMul", q, keys), values, hidden)
 
 
-def _pages(c: Call, lens: Value) -> Value:
+def _pages(c: FunctionCall, lens: Value) -> Value:
     """The blocks of each sequence up to the longest's end; what lies past an end is block 0."""
     b, block = c.b, c.b.op("Shape", c.tensor("key"), start=1, end=2)
     longest = b.op("ReduceMax", b.op("Concat", b.op("Reshape", lens, [-1]), [1], axis=0), [0])
@@ -78,7 +78,7 @@ def _range(b: Builder, end: Value) -> Value:
     return b.op("Range", b.number(0, I64), b.op("Squeeze", end, [0]), b.number(1, I64))
 
 
-def _side(c: Call, name: str, table: Value) -> Value:
+def _side(c: FunctionCall, name: str, table: Value) -> Value:
     """Keys or values of each sequence, float32 [T, L, kv, dim]."""
     kv, _, dim = _heads(c)
     rows = c.b.op("Reshape", c.b.op("Gather", c.tensor(name), table, axis=0), [0, -1, kv, dim])
@@ -92,7 +92,7 @@ def _side(c: Call, name: str, table: Value) -> Value:
     return value
 
 
-def _prefill(c: Call) -> Value:
+def _prefill(c: FunctionCall) -> Value:
     """Rows over themselves: [B, S, width] in BSH, or [T, heads, dim] end to end in TND."""
     layout, b, (kv, groups, dim) = c.others.get("input_layout", "BSH"), c.b, _heads(c)
     if layout not in ("BSH", "TND") or "key_antiquant_scale" in c.tensors:
@@ -110,7 +110,7 @@ def _prefill(c: Call) -> Value:
     return b.op("Transpose", out, perm=[0, 3, 1, 2, 4])
 
 
-def _unseen(c: Call, q: Value, k: Value) -> Value | None:
+def _unseen(c: FunctionCall, q: Value, k: Value) -> Value | None:
     """Which keys [L] each row [S] does not see, aligned at the last row and key of its sequence."""
     b, mode, found = c.b, c.others.get("sparse_mode", 0), []
     if mode not in (0, 3, 4):
@@ -133,7 +133,7 @@ def _unseen(c: Call, q: Value, k: Value) -> Value | None:
     return found[0] if found else None
 
 
-def _packed(c: Call, row: Value, key: Value) -> tuple[Value, Value, Value]:
+def _packed(c: FunctionCall, row: Value, key: Value) -> tuple[Value, Value, Value]:
     """Rows and keys counted back from the end of their sequence, and which pairs are of two.
 
     The ends of the sequences are cumulative. A row past the last end is of no sequence.
@@ -154,7 +154,7 @@ def _packed(c: Call, row: Value, key: Value) -> tuple[Value, Value, Value]:
     return places[0], places[1], b.op("Or", other, none)
 
 
-def _attend(c: Call, logits: Value, values: Value, hidden: Value | None) -> Value:
+def _attend(c: FunctionCall, logits: Value, values: Value, hidden: Value | None) -> Value:
     """softmax(logits * scale) @ values, a row that sees no key giving zeros."""
     b, scale = c.b, c.others.get("scale", 1.0)
     assert isinstance(scale, float)

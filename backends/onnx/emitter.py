@@ -37,7 +37,7 @@ from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.weights import Derived, Weights
 from kvc8.ir import ops
 from kvc8.ir.checkpoint.model_files import file_names, model_file
-from kvc8.ir.checkpoint.new_directory import Part, new_directory
+from kvc8.ir.checkpoint.new_directory import PartialDirectory, new_directory
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, Stage, is_call, substitute, tensor_type, type_of, users
@@ -187,7 +187,7 @@ def _entry(value: Value) -> dict[str, object]:
     return {"name": value.name, "dtype": dtype_name(dtype), "shape": shape}
 
 
-def carry(part: Part, model: Path) -> None:
+def carry(part: PartialDirectory, model: Path) -> None:
     """Copy what a tokenizer and a reader of the config need."""
     for name in file_names(model):
         file = model_file(model, name) if name.startswith(CARRIED) else None

@@ -41,7 +41,7 @@ class BodyBuilder(Builder):
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """A call of an op as its body sees it: tensors by argument name, and every other argument."""
 
     b: Builder  # of the body
@@ -78,7 +78,7 @@ class Call:
         return TargetError(f"{self.node.name}: {what}; add it to backends/onnx/npu_functions.py")
 
 
-Body = Callable[[Call], Sequence[Value]]
+Body = Callable[[FunctionCall], Sequence[Value]]
 
 
 def default(node: Node, name: str) -> object:
@@ -126,7 +126,7 @@ class Functions:
         inputs = {name: ir.Value(name=name) for name in tensors}
         types = {name: _type(given[name]) for name in tensors}
         others = {name: x for name, x in given.items() if not isinstance(x, Node)}
-        outputs = list(body(Call(b, node, inputs, types, others)))
+        outputs = list(body(FunctionCall(b, node, inputs, types, others)))
         for i, value in enumerate(outputs):
             if value in inputs.values() or value in outputs[:i]:
                 outputs[i] = b.again(value)

@@ -20,7 +20,7 @@ PAGE = 128  # tokens a block of a paged cache gets; any multiple of 32 works
 
 
 @dataclass
-class Model:
+class OnnxModel:
     """What `open_model` makes. Its steps write to `caches`, which may be looked into."""
 
     sessions: Mapping[str, Session]  # by phase: "prefill", "chunk" and "decode"
@@ -140,7 +140,7 @@ def _dense(
     }
 
 
-def open_model(out: Path, threads: int = 0) -> Model:
+def open_model(out: Path, threads: int = 0) -> OnnxModel:
     """Load what `emit` or `emit_lowered` wrote; allocate its caches before use.
 
     Raises TargetError or ModelError where it is not that.
@@ -149,7 +149,7 @@ def open_model(out: Path, threads: int = 0) -> Model:
     sessions.setdefault("decode", next(iter(sessions.values())))
     decoding = sessions["decode"]
     layout = KVLayout(tuple(_cache(port, decoding.flavor) for port in decoding.caches))
-    return Model(sessions, read_json(out / "config.json"), layout)
+    return OnnxModel(sessions, read_json(out / "config.json"), layout)
 
 
 def _cache(port: Port, flavor: str) -> Cache:

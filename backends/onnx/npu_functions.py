@@ -1,6 +1,6 @@
 """What the NPU ops of lowered programs do, in standard ops: the emulation's arithmetic (see there).
 
-Each body takes a Call and gives the values of the op's outputs, then of what it writes to.
+Each body takes a FunctionCall and gives the values of the op's outputs, then of what it writes to.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 
 from kvc8.backends.onnx.attention_functions import fused_infer_attention_score
 from kvc8.backends.onnx.builder import Builder, Value
-from kvc8.backends.onnx.functions import Body, Call
+from kvc8.backends.onnx.functions import Body, FunctionCall
 from kvc8.ir import npu
 from kvc8.ir.npu import codes_of, dtype_of
 from kvc8.ir.shapes import Op
@@ -20,7 +20,7 @@ FP19 = 0xFFFFE000  # the bits of a float32 that a packed scale keeps
 LOW = 0xFFFFFFFF
 
 
-def quantize(c: Call) -> Sequence[Value]:
+def quantize(c: FunctionCall) -> Sequence[Value]:
     """npu_quantize: clamp(rint(x / scales + zero_points)), or x * scales without div_mode."""
     c.only("input", "scales", "zero_points", "dtype", "axis", "div_mode")
     if codes_of("npu_quantize", c.number("dtype")) is not torch.int8:
@@ -37,7 +37,7 @@ def _codes(b: Builder, value: Value) -> Value:
     return b.op("QuantizeLinear", value, b.number(1, F32), None, output_dtype=3)
 
 
-def _along(c: Call, name: str) -> Value:
+def _along(c: FunctionCall, name: str) -> Value:
     """A parameter of one value or one a channel, along the axis it belongs to."""
     x, rank = c.float32(name), len(c.types["input"].shape)
     axis = int(c.others.get("axis", 1)) % rank  # type: ignore[call-overload]
@@ -46,7 +46,7 @@ def _along(c: Call, name: str) -> Value:
     return c.b.op("Reshape", x, [-1, *[1] * (rank - 1 - axis)])
 
 
-def anti_quant(c: Call) -> Sequence[Value]:
+def anti_quant(c: FunctionCall) -> Sequence[Value]:
     """npu_anti_quant: (codes + offset) * scale."""
     c.only("x", "scale", "offset", "dst_dtype")
     value = c.float32("x")
@@ -58,7 +58,7 @@ def anti_quant(c: Call) -> Sequence[Value]:
     return [c.b.cast(c.b.op("Mul", value, c.float32("scale")), F32, to)]
 
 
-def quant_matmul(c: Call) -> Sequence[Value]:
+def quant_matmul(c: FunctionCall) -> Sequence[Value]:
     """npu_quant_matmul: (x1 @ x2 + bias) * scale, the scale cut to FP19 for float16."""
     c.only("x1", "x2", "scale", "bias", "output_dtype")
     code = c.others.get("output_dtype")
@@ -73,7 +73,7 @@ def quant_matmul(c: Call) -> Sequence[Value]:
     return [c.b.cast(value, F32, to)]
 
 
-def _factor(c: Call, to: torch.dtype) -> Value:
+def _factor(c: FunctionCall, to: torch.dtype) -> Value:
     if c.types["scale"].dtype is I64:
         return _from_bits(c.b, c.tensor("scale"))
     if to is torch.float16:
@@ -99,7 +99,7 @@ def _from_bits(b: Builder, bits: Value) -> Value:
     return b.op("Where", b.op("Equal", whole, b.number(0, I64)), b.number(0, F32), signed)
 
 
-def rms_norm(c: Call) -> Sequence[Value]:
+def rms_norm(c: FunctionCall) -> Sequence[Value]:
     """npu_rms_norm: (x * rstd * gamma, rstd)."""
     c.only("input", "gamma", "epsilon")
     x, rank = c.float32("input"), len(c.types["gamma"].shape)
@@ -108,7 +108,7 @@ def rms_norm(c: Call) -> Sequence[Value]:
     return [c.b.cast(normed, F32, c.types["input"].dtype), rstd]
 
 
-def add_rms_norm(c: Call) -> Sequence[Value]:
+def add_rms_norm(c: FunctionCall) -> Sequence[Value]:
     """npu_add_rms_norm: (norm of x1 + x2, rstd, x1 + x2)."""
     c.only("x1", "x2", "gamma", "epsilon")
     dtype, total = c.types["x1"].dtype, c.b.op("Add", c.tensor("x1"), c.tensor("x2"))
@@ -118,7 +118,7 @@ def add_rms_norm(c: Call) -> Sequence[Value]:
     return [c.b.cast(normed, F32, dtype), rstd, total]
 
 
-def rms_norm_quant(c: Call) -> Sequence[Value]:
+def rms_norm_quant(c: FunctionCall) -> Sequence[Value]:
     """npu_rms_norm_quant: clamp(rint(half((x * rstd * gamma + beta) * (1 / scale) + offset)))."""
     c.only("x", "gamma", "beta", "scale", "offset", "epsilon", "dst_dtype")
     x = c.float32("x")
@@ -132,7 +132,7 @@ def rms_norm_quant(c: Call) -> Sequence[Value]:
     return [_codes(c.b, value)]
 
 
-def add_rms_norm_quant(c: Call) -> Sequence[Value]:
+def add_rms_norm_quant(c: FunctionCall) -> Sequence[Value]:
     """npu_add_rms_norm_quant: (codes with scales1, codes with scales2 or zeros, x1 + x2)."""
     c.only(
         *("x1", "x2", "gamma", "scales1", "zero_points1", "scales2", "zero_points2", "beta"),
@@ -158,14 +158,14 @@ def add_rms_norm_quant(c: Call) -> Sequence[Value]:
     return [*made, total]
 
 
-def _rstd(c: Call, x: Value, rank: int) -> Value:
+def _rstd(c: FunctionCall, x: Value, rank: int) -> Value:
     epsilon = c.others.get("epsilon", 1e-6)
     assert isinstance(epsilon, float)
     mean = c.b.op("ReduceMean", c.b.op("Mul", x, x), list(range(-rank, 0)), keepdims=1)
     return c.b.op("Reciprocal", c.b.op("Sqrt", c.b.op("Add", mean, c.b.number(epsilon, F32))))
 
 
-def rotary_mul(c: Call) -> Sequence[Value]:
+def rotary_mul(c: FunctionCall) -> Sequence[Value]:
     """npu_rotary_mul: x * cos + [-x_high, x_low] * sin, in float16 for float16."""
     c.only("input", "r1", "r2")
     dtype = c.types["input"].dtype
@@ -182,7 +182,7 @@ def rotated(b: Builder, x: Value, cos: Value, sin: Value, width: int) -> Value:
     return b.op("Add", b.op("Mul", x, cos), b.op("Mul", turned, sin))
 
 
-def swiglu(c: Call) -> Sequence[Value]:
+def swiglu(c: FunctionCall) -> Sequence[Value]:
     """npu_swiglu: silu(first half) * second half of the last dimension."""
     c.only("input", "dim")
     rank = len(c.types["input"].shape)
@@ -193,13 +193,13 @@ def swiglu(c: Call) -> Sequence[Value]:
     return [c.b.cast(value, F32, c.types["input"].dtype)]
 
 
-def _halves(c: Call, x: Value, name: str) -> tuple[Value, Value]:
+def _halves(c: FunctionCall, x: Value, name: str) -> tuple[Value, Value]:
     width = int(c.types[name].shape[-1])
     first = c.b.op("Slice", x, [0], [width // 2], [-1])
     return first, c.b.op("Slice", x, [width // 2], [width], [-1])
 
 
-def dequant_swiglu_quant(c: Call) -> Sequence[Value]:
+def dequant_swiglu_quant(c: FunctionCall) -> Sequence[Value]:
     """npu_dequant_swiglu_quant in quant_mode 0: (clamp(rint(swiglu / scale + offset)), zeros)."""
     known = ("x", "weight_scale", "bias", "quant_scale", "quant_offset", "quant_mode", "dst_type")
     c.only(*known, "activate_left")
@@ -223,7 +223,7 @@ def dequant_swiglu_quant(c: Call) -> Sequence[Value]:
     return [_codes(c.b, value), zeros]
 
 
-def scatter_pa_kv_cache(c: Call) -> Sequence[Value]:
+def scatter_pa_kv_cache(c: FunctionCall) -> Sequence[Value]:
     """npu_scatter_pa_kv_cache in mode Norm: rows to flat slots; a negative slot writes nothing."""
     c.only("key", "value", "key_cache", "value_cache", "slot_mapping", "cache_mode")
     if c.others.get("cache_mode") != "Norm":
@@ -242,7 +242,7 @@ def written(b: Builder, cache: Value, rows: Value, slots: Value) -> Value:
     return b.op("ScatterND", cache, b.op("Concat", *place, axis=1), picked)
 
 
-def rope_quant_kvcache(c: Call) -> Sequence[Value]:
+def rope_quant_kvcache(c: FunctionCall) -> Sequence[Value]:
     """npu_rope_quant_kvcache over pages: (q and, if wanted, k rotated, v, and the caches twice)."""
     known = ("x", "cos", "sin", "k_cache", "v_cache", "indices", "scale_k", "scale_v")
     options = ("size_splits", "offset_k", "offset_v", "cache_mode")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import DTYPES, Builder, Value
-from kvc8.ir.checkpoint.new_directory import Part
+from kvc8.ir.checkpoint.new_directory import PartialDirectory
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.expression import Arg, Expression, make, stored_names
 from kvc8.ir.program import expression_of
@@ -71,7 +71,7 @@ class Weights:
         """The value of a parameter of the program."""
         return self._value(expression_of(node), node.name)
 
-    def write(self, part: Part) -> None:
+    def write(self, part: PartialDirectory) -> None:
         """Write what the model refers to, and another model has not written before."""
         (part.path / FOLDER).mkdir(exist_ok=True)
         for name, file in self.shards.items():

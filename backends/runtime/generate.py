@@ -17,8 +17,8 @@ from kvc8.backends.runtime.scheduler import Sequence as Running
 OnToken = Callable[[Running, int], None]
 
 
-class Model(Protocol):
-    """What runs the steps: runtime.Model, or the Model of kvc8.backends.onnx."""
+class StepModel(Protocol):
+    """What runs the steps: runtime.model.Model, or backends.onnx.model.OnnxModel."""
 
     layout: KVLayout
     block_size: int
@@ -70,7 +70,7 @@ class Generation:
 
 
 def generate(
-    model: Model,
+    model: StepModel,
     prompts: Sequence[Sequence[int]],
     *,
     most: int,
@@ -97,7 +97,7 @@ def generate(
 class _Run:
     """One call of `generate`."""
 
-    model: Model
+    model: StepModel
     scheduler: Scheduler
     result: Generation
     sampling: Sampling

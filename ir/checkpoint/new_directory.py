@@ -27,7 +27,7 @@ NOT_LINKED = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOT
 
 
 @dataclass
-class Part:
+class PartialDirectory:
     """A directory being written."""
 
     path: Path
@@ -64,13 +64,13 @@ class Part:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Part]:
+def new_directory(out: Path) -> Iterator[PartialDirectory]:
     """A part to write; it becomes `out` at the end, or is removed where anything went wrong.
 
     Raises TargetError where `out` exists, cannot be written, or the disk is full.
     """
     refuse_existing(out)
-    part = Part(out.parent / f".{out.name}.{os.getpid()}.part")
+    part = PartialDirectory(out.parent / f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(out)
@@ -84,7 +84,7 @@ def new_directory(out: Path) -> Iterator[Part]:
 
 
 @contextmanager
-def kept_directory(out: Path, resume: bool) -> Iterator[tuple[Part, Path]]:
+def kept_directory(out: Path, resume: bool) -> Iterator[tuple[PartialDirectory, Path]]:
     """A part to write that becomes `out`, and a folder for the state of the work.
 
     Both stay where the work is killed, interrupted or stopped by the system (a full disk); with
@@ -94,7 +94,7 @@ def kept_directory(out: Path, resume: bool) -> Iterator[tuple[Part, Path]]:
     """
     refuse_existing(out)
     home = out.parent / f".{out.name}.part"
-    part, state = Part(home / "whole"), home / "state"
+    part, state = PartialDirectory(home / "whole"), home / "state"
     if home.exists() and not part.path.exists():  # killed after the last step, the renaming
         shutil.rmtree(home)
     fresh = not home.exists()
@@ -169,7 +169,7 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sentence(out: Path, part: Part, error: OSError) -> TargetError:
+def _sentence(out: Path, part: PartialDirectory, error: OSError) -> TargetError:
     if error.errno in FULL:
         what = f"the disk is full after {part.written / 1e6:.0f} MB"
         return TargetError(f"{place(out)}: {what}; free space or choose another directory")

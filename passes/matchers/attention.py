@@ -16,7 +16,7 @@ TOKENS = size("T")
 
 
 @dataclass
-class Side:
+class CacheSide:
     """The K or the V of one attention: the write, and what reads it back (None: a float cache)."""
 
     write: Node
@@ -37,13 +37,13 @@ class Side:
 
 
 @dataclass
-class Site:
+class AttentionSite:
     """A call of paged attention, its cache written by one scatter."""
 
     program: Program
     node: Node
-    k: Side
-    v: Side
+    k: CacheSide
+    v: CacheSide
 
     @property
     def heads(self) -> dict[str, Argument]:
@@ -68,11 +68,11 @@ class Site:
         return found[0] if found else self.program.placeholder(name, type_)
 
 
-def find_side(cache: Node) -> Side | None:
+def find_side(cache: Node) -> CacheSide | None:
     """How the cache that an attention reads was written; None where this program does not."""
     back = dequantizer(cache)
     write = argument(argument(back, 0), 0) if back is not None else cache
-    return Side(write, back) if is_call(write, ops.cache_write) else None
+    return CacheSide(write, back) if is_call(write, ops.cache_write) else None
 
 
 def width(x: Node) -> int:
@@ -90,7 +90,7 @@ def in_dtype(program: Program, source: Node, dtype: torch.dtype) -> Node:
     return program.placeholder(name, type_, cast(expression_of(source), dtype))
 
 
-def dequantized(site: Site, side: Side, codes: Node) -> Node:
+def dequantized(site: AttentionSite, side: CacheSide, codes: Node) -> Node:
     """What the cache would give back of codes [..., heads, head_dim], as rows of the same shape."""
     if side.back is None:
         return codes

@@ -21,7 +21,7 @@ finally:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CommandRun:
     """What a command printed and took."""
 
     status: int
@@ -31,7 +31,7 @@ class Measured:
     peak: float  # MB resident
 
 
-def measured(scratch: Path, module: str, *arguments: object, threads: int = 1) -> Measured:
+def measured(scratch: Path, module: str, *arguments: object, threads: int = 1) -> CommandRun:
     """Run `python -m module arguments` with so many threads; `scratch` is a directory for notes.
 
     stderr is left where it goes.
@@ -45,4 +45,4 @@ def measured(scratch: Path, module: str, *arguments: object, threads: int = 1) -
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         peak = int(report.read_text()) * 1024 / 1e6
-        return Measured(child.returncode, output.read(), used.ru_utime, used.ru_stime, peak)
+        return CommandRun(child.returncode, output.read(), used.ru_utime, used.ru_stime, peak)

@@ -9,7 +9,7 @@ from statistics import median
 from types import MappingProxyType
 
 from kvc8.ir.errors import KVC8Error
-from kvc8.tools.benchmarks.measured import Measured, measured
+from kvc8.tools.benchmarks.measured import CommandRun, measured
 
 RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -32,7 +32,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def rows(args: argparse.Namespace) -> list[dict[str, object]]:
     """One row a recipe: medians over the turns, which the recipes take one after the other."""
-    taken: dict[str, list[Measured]] = {name: [] for name in RECIPES}
+    taken: dict[str, list[CommandRun]] = {name: [] for name in RECIPES}
     for _ in range(args.turns):
         for name, options in RECIPES.items():
             taken[name].append(_quantize(args, options))
@@ -51,7 +51,7 @@ def rows(args: argparse.Namespace) -> list[dict[str, object]]:
     ]
 
 
-def _quantize(args: argparse.Namespace, options: tuple[str, ...]) -> Measured:
+def _quantize(args: argparse.Namespace, options: tuple[str, ...]) -> CommandRun:
     scratch = Path(tempfile.mkdtemp(prefix="kvc8-bench-"))
     try:
         given = [args.model, "-o", scratch / "out", "--calib-file", args.calib_file]

@@ -23,14 +23,14 @@ class CacheRow:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The memory plan: weights are as stored, and shared out evenly over cards."""
 
     weights_bytes: int
     rows: tuple[CacheRow, ...]
 
 
-def plan(seen: Seen) -> Plan:
+def plan(seen: Seen) -> MemoryPlan:
     """Work out the memory plan; without rows where config.json does not say how wide a cache is.
 
     Nothing is set aside for activations, the runtime and what it duplicates on each card.
@@ -43,7 +43,7 @@ def plan(seen: Seen) -> Plan:
         if heads and shares(heads, cards):
             here = channels // heads * max(1, heads // cards)
             rows.append(_row("C8", cards, here, weights))
-    return Plan(weights, tuple(rows) if channels else ())
+    return MemoryPlan(weights, tuple(rows) if channels else ())
 
 
 def _row(cache: str, cards: int, each: int, weights: int) -> CacheRow:

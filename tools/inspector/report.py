@@ -7,13 +7,13 @@ from dataclasses import asdict
 
 from kvc8.tools.inspector.finding import Finding, in_layers, plural
 from kvc8.tools.inspector.kv_findings import k_ratios
-from kvc8.tools.inspector.plan import CARDS, Plan, runtimes
+from kvc8.tools.inspector.plan import CARDS, MemoryPlan, runtimes
 from kvc8.tools.inspector.seen import Kinds, Seen, head_dim, kv_heads, linears
 
 WIDTH = 80
 
 
-def as_json(seen: Seen, findings: Sequence[Finding], plan: Plan) -> str:
+def as_json(seen: Seen, findings: Sequence[Finding], plan: MemoryPlan) -> str:
     """Everything in the text, and the RoPE ratio of each layer, as one JSON object."""
     ratios, stored = k_ratios(seen), linears(seen)
     layers = [
@@ -40,13 +40,13 @@ def as_json(seen: Seen, findings: Sequence[Finding], plan: Plan) -> str:
     return json.dumps(found, indent=1)
 
 
-def as_text(seen: Seen, findings: Sequence[Finding], plan: Plan) -> str:
+def as_text(seen: Seen, findings: Sequence[Finding], plan: MemoryPlan) -> str:
     """The report, in lines of at most 80 characters (but for a name that is longer)."""
     parts = [_head(seen, plan), _layers(seen), _memory(plan), _runtimes(seen, findings)]
     return "\n\n".join("\n".join(part) for part in (*parts, _findings(findings)) if part)
 
 
-def _head(seen: Seen, plan: Plan) -> list[str]:
+def _head(seen: Seen, plan: MemoryPlan) -> list[str]:
     heads = seen.config.get("num_attention_heads")
     kind = [f"{seen.files.config.get('model_type')}", plural(seen.layers, "layer")]
     if kv_heads(seen):
@@ -101,7 +101,7 @@ def _cache(seen: Seen, layer: int) -> str:
     return f"int8 by {by}, {kind}"
 
 
-def _memory(plan: Plan) -> list[str]:
+def _memory(plan: MemoryPlan) -> list[str]:
     if not plan.rows:
         return []
     cards = "".join(f"{f'{size} GB card':>17}" for size in CARDS)

@@ -36,7 +36,7 @@ Evaluate = Callable[[Node, Sequence[Value], Mapping[str, Value]], Value]
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerCalls:
     """A layer's calls, or those before the first layer, and what they need and pass on."""
 
     layer: int | None
@@ -46,7 +46,7 @@ class Stage:
     dies: Mapping[Node, Sequence[Node]]  # after each call, what nobody needs any more
 
 
-def stages(program: Program) -> list[Stage]:
+def stages(program: Program) -> list[LayerCalls]:
     """What stands before the layers, then each layer; what comes after the last is left out."""
     made: list[tuple[int | None, list[Node]]] = [(None, [])]
     ends = [0]
@@ -76,7 +76,7 @@ def _stage(
     calls: Sequence[Node],
     at: Mapping[Node, int],
     last: Mapping[Node, int],
-) -> Stage:
+) -> LayerCalls:
     tables = {argument(node, 0) for node in calls if is_call(node, EMBEDDING)}
     used = dict.fromkeys(n for call in calls for n in call.all_input_nodes if is_parameter(n))
     keeps = [node for node in at if at[node] <= index < last[node]]
@@ -87,10 +87,10 @@ def _stage(
             if node in at and node not in seen:
                 dies.setdefault(call, []).append(node)
                 seen.add(node)
-    return Stage(layer, calls, [n for n in used if n not in tables], keeps, dies)
+    return LayerCalls(layer, calls, [n for n in used if n not in tables], keeps, dies)
 
 
-def weights_of(stage: Stage, checkpoint: Checkpoint) -> dict[Node, Tensor]:
+def weights_of(stage: LayerCalls, checkpoint: Checkpoint) -> dict[Node, Tensor]:
     """Read a stage's parameters into memory, in the dtypes that the program computes in."""
     stored = checkpoint.tensors
     return {n: make(expression_of(n), lambda name: load(stored[name])) for n in stage.parameters}
@@ -98,7 +98,7 @@ def weights_of(stage: Stage, checkpoint: Checkpoint) -> dict[Node, Tensor]:
 
 @torch.no_grad()
 def run_stage(
-    stage: Stage, weights: Values, values: Values, tokens: Sequence[int], evaluate: Evaluate
+    stage: LayerCalls, weights: Values, values: Values, tokens: Sequence[int], evaluate: Evaluate
 ) -> dict[Node, Tensor]:
     """Run a stage on one text; gives the values that it keeps.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import tensor_type
-from kvc8.tools.quantizer.layers import Stage
+from kvc8.tools.quantizer.layers import LayerCalls
 from kvc8.tools.quantizer.stored import PIECE
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -21,7 +21,7 @@ def amount(text: str) -> float:
     return float(found[1]) * UNITS[found[2].upper()]
 
 
-def needed(stages: Sequence[Stage], longest: int) -> int:
+def needed(stages: Sequence[LayerCalls], longest: int) -> int:
     """The bytes that the largest layer takes while the longest text runs through it.
 
     Its weights are there three times: as they were read, smoothed or rounded, and on the way
@@ -31,7 +31,7 @@ def needed(stages: Sequence[Stage], longest: int) -> int:
     return max(_weights(stage) * 3 + _working(stage, longest) for stage in stages) + 2 * PIECE
 
 
-def _weights(stage: Stage) -> int:
+def _weights(stage: LayerCalls) -> int:
     types = [tensor_type(parameter) for parameter in stage.parameters]
     return sum(t.dtype.itemsize * _count(t.shape) for t in types)
 
@@ -43,7 +43,7 @@ def _count(shape: Sequence[object]) -> int:
     return total
 
 
-def _working(stage: Stage, longest: int) -> int:
+def _working(stage: LayerCalls, longest: int) -> int:
     types = [tensor_type(parameter) for parameter in stage.parameters]
     widest = max((int(str(size)) for t in types for size in t.shape), default=0)
     heads = [call for call in stage.calls if "paged_attention" in str(call.target)]
@@ -57,7 +57,7 @@ def resident() -> int:
     return pages * 4096
 
 
-def room(budget: float | None, stages: Sequence[Stage], longest: int) -> float:
+def room(budget: float | None, stages: Sequence[LayerCalls], longest: int) -> float:
     """What a budget leaves for activations. Raises ModelError where a layer does not fit."""
     if budget is None:
         return float("inf")

@@ -26,7 +26,7 @@ DESCRIPTIONS: Mapping[Layout, str] = {"ascendV1": NAME, "safe_tensor": f"{OLD_NA
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantPlan:
     """What is to be written."""
 
     checkpoint: Checkpoint
@@ -107,7 +107,9 @@ class Plan:
         return config
 
 
-def copy_rest(plan: Plan, writer: ModelWriter, entries: Iterable[Entry], made: set[str]) -> None:
+def copy_rest(
+    plan: QuantPlan, writer: ModelWriter, entries: Iterable[Entry], made: set[str]
+) -> None:
     """Copy the float tensors that the recipe has not made."""
     stored = plan.checkpoint.tensors
     for entry in entries:

@@ -175,9 +175,9 @@ def run_dtype(args: argparse.Namespace, checkpoint: Checkpoint, recipe: str) -> 
     return config_dtype(checkpoint) if vendor else torch.float32
 
 
-def vendor_options(args: argparse.Namespace, dtype: torch.dtype) -> msmodelslim.Options:
+def vendor_options(args: argparse.Namespace, dtype: torch.dtype) -> msmodelslim.VendorOptions:
     """What the recipe msmodelslim is told; where the script has a default, its default."""
-    return msmodelslim.Options(
+    return msmodelslim.VendorOptions(
         act_method=args.act_method or 1,
         m3=args.anti_method == "m3",
         level=args.disable_level or 0,
@@ -190,9 +190,11 @@ def vendor_options(args: argparse.Namespace, dtype: torch.dtype) -> msmodelslim.
     )
 
 
-def kvc8_options(args: argparse.Namespace) -> kvc8.Options:
+def kvc8_options(args: argparse.Namespace) -> kvc8.RecipeOptions:
     """What the recipe kvc8 is told."""
-    return kvc8.Options(args.use_kvcache_quant, args.rotate == "on", args.positions, args.seed)
+    return kvc8.RecipeOptions(
+        args.use_kvcache_quant, args.rotate == "on", args.positions, args.seed
+    )
 
 
 def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:

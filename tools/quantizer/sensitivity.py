@@ -24,14 +24,14 @@ from kvc8.ir.checkpoint.w8a8 import Range, input_params, quantize_linear
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.choices import Sample, clipped
 from kvc8.tools.quantizer.layers import Evaluate, attend_in_float32, plain, run_stage
-from kvc8.tools.quantizer.sites import Site
+from kvc8.tools.quantizer.sites import LinearSite
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 
 SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
 
 
 @dataclass(frozen=True)
-class Group:
+class LinearGroup:
     """Linears that read one value, and what quantizing them costs."""
 
     modules: Sequence[str]
@@ -40,27 +40,29 @@ class Group:
     rolled_back: bool = False
 
 
-def measure(work: Work, texts: Texts, chosen: Sequence[Site]) -> list[Group]:
+def measure(work: Work, texts: Texts, chosen: Sequence[LinearSite]) -> list[LinearGroup]:
     """The groups of the linears `chosen`, in the model's order, each with its error."""
     errors: dict[str, float] = {}
     for found in work.sweep(texts, lambda layer: _layer(work, layer, chosen)):
         errors |= {module: float(error) for module, error in found.items()}
     return [
-        Group([s.module for s in group], sum(s.shape[0] * s.shape[1] for s in group), errors[name])
+        LinearGroup(
+            [s.module for s in group], sum(s.shape[0] * s.shape[1] for s in group), errors[name]
+        )
         for group in grouped(chosen)
         for name in [group[0].module]
     ]
 
 
-def grouped(chosen: Sequence[Site]) -> list[list[Site]]:
+def grouped(chosen: Sequence[LinearSite]) -> list[list[LinearSite]]:
     """Sites by the value that they read."""
-    made: dict[Node, list[Site]] = {}
+    made: dict[Node, list[LinearSite]] = {}
     for site in chosen:
         made.setdefault(site.source, []).append(site)
     return list(made.values())
 
 
-def roll_back(groups: Sequence[Group], share: float) -> list[Group]:
+def roll_back(groups: Sequence[LinearGroup], share: float) -> list[LinearGroup]:
     """Mark the groups to leave float: at most this share of the weights, in the order of cost.
 
     First comes the group with the most error for its size, and one that does not fit is passed
@@ -72,10 +74,12 @@ def roll_back(groups: Sequence[Group], share: float) -> list[Group]:
         if groups[index].weights <= left:
             left -= groups[index].weights
             taken.add(index)
-    return [Group(g.modules, g.weights, g.error, index in taken) for index, g in enumerate(groups)]
+    return [
+        LinearGroup(g.modules, g.weights, g.error, index in taken) for index, g in enumerate(groups)
+    ]
 
 
-def table(groups: Sequence[Group]) -> Table:
+def table(groups: Sequence[LinearGroup]) -> Table:
     """The map: a row a layer, a column for each kind of group; what is left float has a star."""
     rows: dict[str, dict[str, str]] = {}
     for group in groups:
@@ -93,11 +97,11 @@ def table(groups: Sequence[Group]) -> Table:
     return made
 
 
-def _layer(work: Work, layer: Layer, chosen: Sequence[Site]) -> Mapping[str, Tensor]:
+def _layer(work: Work, layer: Layer, chosen: Sequence[LinearSite]) -> Mapping[str, Tensor]:
     """The error of each group of a layer, by its first module."""
     calls = set(layer.stage.calls)
     groups = grouped([site for site in chosen if site.linear in calls])
-    seen = _Seen(plain(work.checkpoint, attend_in_float32), {g[0].source for g in groups})
+    seen = _LayerRanges(plain(work.checkpoint, attend_in_float32), {g[0].source for g in groups})
     held_back = range(len(layer.texts) // 2, len(layer.texts))
     outputs: dict[int, Tensor] = {}
     for index in range(len(layer.texts)):
@@ -109,7 +113,7 @@ def _layer(work: Work, layer: Layer, chosen: Sequence[Site]) -> Mapping[str, Ten
 
 
 @dataclass
-class _Seen:
+class _LayerRanges:
     """The ranges of what a layer's linears read, and what its last call gave."""
 
     plain: Evaluate
@@ -133,7 +137,7 @@ class _Seen:
 
 
 def _error(
-    layer: Layer, seen: _Seen, group: Sequence[Site], outputs: Mapping[int, Tensor]
+    layer: Layer, seen: _LayerRanges, group: Sequence[LinearSite], outputs: Mapping[int, Tensor]
 ) -> float:
     """How far texts move the layer's output when one group is quantized."""
     source = group[0].source
@@ -172,7 +176,7 @@ def _through(x: Tensor, seen: Range) -> Tensor:
     return (torch.round(x / scale + offset).clamp(-128, 127) - offset) * scale
 
 
-def _rounded(layer: Layer, site: Site, seen: Range) -> Tensor:
+def _rounded(layer: Layer, site: LinearSite, seen: Range) -> Tensor:
     """A linear's weight quantized and dequantized; its bias has no part in this."""
     weight = layer.weights[site.weight]
     parts = quantize_linear(weight, None, seen, torch.float32)

@@ -20,7 +20,7 @@ LINEAR = torch.ops.aten.linear.default
 
 
 @dataclass(frozen=True)
-class Site:
+class LinearSite:
     """A linear that can be quantized: its module, and the nodes that it reads."""
 
     module: str
@@ -46,7 +46,7 @@ class Cached:
     width: int
 
 
-def sites(program: Program) -> list[Site]:
+def sites(program: Program) -> list[LinearSite]:
     """The linears inside of layers whose weight is a stored tensor that nothing else uses.
 
     lm_head is in no layer, and stays float as msModelSlim leaves it.
@@ -62,12 +62,12 @@ def sites(program: Program) -> list[Site]:
             continue  # it chooses the experts, and stays float
         if inside and part == "weight" and len(weight.users) == 1:
             bias = argument(linear, 2) if len(linear.args) > 2 and linear.args[2] else None
-            found.append(Site(module, linear, argument(linear, 0), weight, bias))
+            found.append(LinearSite(module, linear, argument(linear, 0), weight, bias))
     return found
 
 
 def disabled_by_name(
-    found: Sequence[Site], patterns: Sequence[str], mixed: Sequence[Experts] = ()
+    found: Sequence[LinearSite], patterns: Sequence[str], mixed: Sequence[Experts] = ()
 ) -> set[str]:
     """The modules that patterns name. Raises ModelError for one that names no linear."""
     names = [site.module for site in found]
@@ -82,11 +82,11 @@ def disabled_by_name(
 
 
 def choose(
-    found: Sequence[Site],
+    found: Sequence[LinearSite],
     disabled: Sequence[str],
     down_proj: bool,
     mixed: Sequence[Experts] = (),
-) -> list[Site]:
+) -> list[LinearSite]:
     """The linears to quantize; the others stay float.
 
     A down_proj stays float unless `down_proj`, as msModelSlim's script has it. Where one of the
@@ -98,7 +98,7 @@ def choose(
     return [site for site in found if site.source not in left]
 
 
-def is_down(site: Site) -> bool:
+def is_down(site: LinearSite) -> bool:
     """Whether a linear is a down_proj."""
     return site.module.endswith(".down_proj")
 

@@ -23,7 +23,7 @@ from kvc8.ir.checkpoint.safetensors_files import read_header
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program
 from kvc8.tools.quantizer.activations import Activations, reopen
-from kvc8.tools.quantizer.layers import Evaluate, Stage, plain, run_stage, stages, weights_of
+from kvc8.tools.quantizer.layers import Evaluate, LayerCalls, plain, run_stage, stages, weights_of
 from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.writer import Entry, ModelWriter, write_tensors
 
@@ -35,7 +35,7 @@ Texts = Sequence[Sequence[int]]
 class Layer:
     """A layer at work: its weights, and the texts on their way through it."""
 
-    stage: Stage
+    stage: LayerCalls
     weights: dict[Node, Tensor]
     texts: Texts
     _entering: Activations
@@ -167,7 +167,7 @@ class Work:
         new.rename(self.state / "progress.json")
 
 
-def _used(stage: Stage) -> list[Node]:
+def _used(stage: LayerCalls) -> list[Node]:
     return [node for call in stage.calls for node in call.all_input_nodes]
 
 

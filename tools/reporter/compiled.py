@@ -10,7 +10,7 @@ from kvc8.ir.program import Program
 from kvc8.passes.options import NAMES
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, Table, write
-from kvc8.tools.reporter.steps import Steps
+from kvc8.tools.reporter.steps import PassSteps
 
 Explained = Mapping[str, Any]  # costs.explained
 UNMEASURED = "Nothing was measured: compile with --check, which runs each pass on recorded tokens."
@@ -19,7 +19,7 @@ UNMEASURED = "Nothing was measured: compile with --check, which runs each pass o
 def write_page(
     args: argparse.Namespace,
     program: Program,
-    steps: Steps,
+    steps: PassSteps,
     heats: Sequence[Heat],
     npu: tuple[Table, Explained] | None = None,
 ) -> None:

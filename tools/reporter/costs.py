@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from kvc8.backends.npu.cost import Cost, Device, Workload, by_op, total
+from kvc8.backends.npu.cost import Device, OpCost, Workload, by_op, total
 from kvc8.backends.npu.explain import explain
 from kvc8.backends.npu.launches import launches
 from kvc8.backends.runtime.kv_layout import kv_layout
@@ -124,7 +124,7 @@ def launches_in_a_layer(program: Program) -> dict[str, int]:
     return {str(count): layers for count, layers in sorted(counts.items())}
 
 
-def _as_json(cost: Cost, whole: Cost) -> dict[str, float]:
+def _as_json(cost: OpCost, whole: OpCost) -> dict[str, float]:
     found = {f.name: getattr(cost, f.name) for f in fields(cost)}
     return {**found, "bytes": cost.bytes, "share": cost.bytes / max(whole.bytes, 1)}
 

@@ -8,15 +8,15 @@ from typing import TypeVar
 
 from kvc8.tools.reporter.heat import REST, Cell, Heat, heat
 from kvc8.tools.verifier.gaps import Gap
-from kvc8.tools.verifier.sensitivity import ALL, Cost
-from kvc8.tools.verifier.values import Measured, Value
-from kvc8.tools.verifier.verdicts import Site, Verdict
+from kvc8.tools.verifier.sensitivity import ALL, CacheCost
+from kvc8.tools.verifier.values import PassValues, Value
+from kvc8.tools.verifier.verdicts import ComparedValue, Verdict
 
-At = TypeVar("At", Site, Value)
+At = TypeVar("At", ComparedValue, Value)
 LOGARITHM = "Colored by the logarithm, over three decades."
 
 
-def of_passes(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> list[Heat]:
+def of_passes(verdicts: Sequence[Verdict], measured: Sequence[PassValues]) -> list[Heat]:
     """What `kvc8-verify --passes` finds, along the layers."""
     return [of_contracts(verdicts), *of_values(measured)]
 
@@ -36,7 +36,7 @@ def of_contracts(verdicts: Iterable[Verdict]) -> Heat:
     return Heat("Contracts: percent of the bound", meaning, rows)
 
 
-def _share(site: Site) -> Cell:
+def _share(site: ComparedValue) -> Cell:
     note = f"{site.node}: {site.figure:.3g}, bound {site.bound:.3g}"
     if site.figure == 0:
         return Cell(0, "=", 0, note)
@@ -45,7 +45,7 @@ def _share(site: Site) -> Cell:
     return Cell(share, text, min(share, 1), note, not site.holds)
 
 
-def of_values(measured: Iterable[Measured]) -> list[Heat]:
+def of_values(measured: Iterable[PassValues]) -> list[Heat]:
     """The errors of a pass alone, the codes it alone changes, and the errors that add up."""
     own, codes, total = (dict[str, dict[str, tuple[float, str]]]() for _ in range(3))
     for row, value in _by_row((each.name, each.values) for each in measured):
@@ -82,7 +82,7 @@ def _keep(
         cells[layer] = (size, f"{value.node}{stands}: {size:.3g}")
 
 
-def of_sensitivity(costs: Iterable[Cost]) -> Heat:
+def of_sensitivity(costs: Iterable[CacheCost]) -> Heat:
     """What quantizing K or V of one layer alone costs."""
     rows: dict[str, dict[str, tuple[float, str]]] = {}
     for cost in costs:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from kvc8.ir.errors import TargetError
 from kvc8.tools.reporter.heat import Heat
-from kvc8.tools.reporter.steps import StepFacts, Steps
+from kvc8.tools.reporter.steps import PassSteps, StepFacts
 
 MEASURED = (
     "Measured on recorded tokens, a prompt, a chunk and a decode step, where each pass ran; "
@@ -32,7 +32,7 @@ class Page:
 
     title: str
     facts: Mapping[str, str]
-    steps: Steps
+    steps: PassSteps
     seconds: Sequence[float] | None = None  # of each pass; a page with times differs run by run
     heats: Sequence[Heat] = ()
     measured: str = ""  # what the heats were measured on, or why there are none

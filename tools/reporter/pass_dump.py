@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvc8.ir.text import show
 from kvc8.passes.pipeline import Ran, See
-from kvc8.tools.reporter.pass_facts import Sizes, counts, sizes, sources, summary
+from kvc8.tools.reporter.pass_facts import ProgramBytes, counts, sizes, sources, summary
 
 LIMIT = 1 << 16  # bytes of a file; two layers of a large model, and those after are like them
 
@@ -69,7 +69,7 @@ def _told(ran: Ran) -> Iterator[str]:
     yield _row("all", was.total(), now.total())
     yield ""
     old, new = sizes(ran.before), sizes(ran.after)
-    for kind in Sizes.__annotations__:
+    for kind in ProgramBytes.__annotations__:
         a, b = getattr(old, kind), getattr(new, kind)
         yield f"bytes of {kind}: {b}" if a == b else f"bytes of {kind}: {a} before, {b} after"
     yield ""

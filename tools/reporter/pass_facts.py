@@ -23,7 +23,7 @@ from kvc8.passes.rewrite import Remark
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ProgramBytes:
     """Bytes, as expressions of the sizes that the inputs name (ir/types.py)."""
 
     parameters: Dim
@@ -59,11 +59,11 @@ def counts(program: Program) -> Counter[str]:
     return Counter(_called(node) for node in calls)
 
 
-def sizes(program: Program) -> Sizes:
+def sizes(program: Program) -> ProgramBytes:
     """What a program holds and gives, by the sizes of types."""
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     given = (program.parameters(), program.caches(), calls)
-    return Sizes(*(_bytes(map(type_of, nodes)) for nodes in given))
+    return ProgramBytes(*(_bytes(map(type_of, nodes)) for nodes in given))
 
 
 def sources(ran: Ran) -> dict[str, tuple[str, ...]]:

@@ -92,7 +92,7 @@ class _Sides:
 
 
 @dataclass
-class Steps:
+class PassSteps:
     """Watches passes; keeps what the page tells of them, and the text of the nodes it draws."""
 
     steps: list[StepFacts] = field(default_factory=list)

@@ -11,7 +11,7 @@ from kvc8.tools.driver.compiling import quantize
 from kvc8.tools.reporter.compiled import facts
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, write
-from kvc8.tools.reporter.steps import Steps
+from kvc8.tools.reporter.steps import PassSteps
 
 UNMEASURED = "Nothing was measured along the layers: --passes, --sensitivity and --all do that."
 
@@ -21,7 +21,7 @@ def write_page(args: argparse.Namespace, checkpoint: Checkpoint, heats: Sequence
 
     Raises TargetError where the file cannot be written.
     """
-    steps, program = Steps(), capture(checkpoint)
+    steps, program = PassSteps(), capture(checkpoint)
     options = options_of(args)
     quantize(program, options, steps.see, checkpoint.read)
     pipeline.lower_for_npu(program, options, steps.see)

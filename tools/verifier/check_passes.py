@@ -8,7 +8,7 @@ from kvc8.passes import pipeline
 from kvc8.passes.options import Options
 from kvc8.passes.pipeline import Phases
 from kvc8.passes.rewrite import Step
-from kvc8.tools.verifier.contracts import Call, Checked, check
+from kvc8.tools.verifier.contracts import Checked, RecordedCall, check
 from kvc8.tools.verifier.recording import Feed, Parameters, empty, feed, record
 from kvc8.tools.verifier.values import Values, by_name
 from kvc8.tools.verifier.verdicts import Verdict
@@ -51,13 +51,17 @@ def check_steps(
     program, parameters = captured.copy(), Parameters(checkpoint.read)
     prompt, chunk, step = _feeds(checkpoint)
     lineage = {node.name: node.name for node in program.graph.nodes}
-    calls = [Call(prompt), Call(step)]
+    calls = [RecordedCall(prompt), RecordedCall(step)]
     found = check(program, quantize, calls, parameters, see, lineage)
     if found and found[-1].refused:
         return found
     begun: dict[tuple[Step, ...], tuple[Program, dict[str, str]]] = {(): (program, lineage)}
     state = record(program, parameters, prompt.inputs(program), empty(program)).caches
-    call = {"prefill": Call(prompt), "chunk": Call(chunk, state), "decode": Call(step, state)}
+    call = {
+        "prefill": RecordedCall(prompt),
+        "chunk": RecordedCall(chunk, state),
+        "decode": RecordedCall(step, state),
+    }
     for phase, (shared, own) in phases.items():
         if shared not in begun:
             begun[shared] = program.copy(), dict(lineage)

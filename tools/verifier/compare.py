@@ -11,7 +11,7 @@ from kvc8.tools.verifier.gaps import Gap, codes, gap, next_token
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodesOfForm:
     """The int8 codes of a cache that differ, over all layers."""
 
     differ: int
@@ -26,7 +26,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Row:
+class FormRow:
     """How a form differs from another; `codes` is None where its cache is float."""
 
     form: str
@@ -35,20 +35,20 @@ class Row:
     kl: float  # mean Kullback-Leibler divergence of the next token, in nats
     greedy: int  # calls whose greedy token agrees
     calls: int
-    codes: Codes | None
+    codes: CodesOfForm | None
 
 
-def compare(form: str, made: Run, against: str, base: Run, tokens: Tokens) -> Row:
+def compare(form: str, made: Run, against: str, base: Run, tokens: Tokens) -> FormRow:
     """Both ran the tokens; caches have the same names, and come in the order of the layers."""
     pairs = list(zip(made.logits, base.logits, strict=True))
     logits = gap(*(torch.cat([pair[i] for pair in pairs]) for i in (1, 0)))
     kl, same = zip(*(next_token(b[-1], a[-1]) for a, b in pairs), strict=True)
     quantized = all(cache.dtype is torch.int8 for cache in made.caches.values())
     codes = _codes(made, base, tokens) if quantized else None
-    return Row(form, against, logits, sum(kl) / len(kl), sum(same), len(pairs), codes)
+    return FormRow(form, against, logits, sum(kl) / len(kl), sum(same), len(pairs), codes)
 
 
-def _codes(made: Run, base: Run, tokens: Tokens) -> Codes:
+def _codes(made: Run, base: Run, tokens: Tokens) -> CodesOfForm:
     written = {
         name: (_written(made.caches[name], tokens), _written(base.caches[name], tokens))
         for name in base.caches
@@ -58,7 +58,7 @@ def _codes(made: Run, base: Run, tokens: Tokens) -> Codes:
     wrong = [i // 2 for i, off in enumerate(gaps.values()) if off.any()]  # K and V of each layer
     one, two, more = (sum(found.by[i] for found in each) for i in range(3))
     of = sum(found.of for found in each)
-    return Codes(
+    return CodesOfForm(
         differ=one + two + more,
         of=of,
         by=(one, two, more),

@@ -12,7 +12,7 @@ from kvc8.ir.types import TensorType, size
 from kvc8.passes.rewrite import Pass
 from kvc8.tools.verifier.gaps import measure
 from kvc8.tools.verifier.recording import Feed, Hook, Recording
-from kvc8.tools.verifier.verdicts import Site, Verdict
+from kvc8.tools.verifier.verdicts import ComparedValue, Verdict
 
 NEW = torch.ops.aten.new_empty.default  # holds nothing until an op writes to it
 EXACT = 1e-9  # of the largest value; see tools/verifier/contracts.py
@@ -78,7 +78,7 @@ class Comparison:
             return
         figure, bound = self._figure(node, was, a, b)
         place = (self.feed.phase, layer_of(node), node.name, was.name)
-        self.verdict.sites.append(Site(*place, figure, bound, self.call, measure(a, b)))
+        self.verdict.sites.append(ComparedValue(*place, figure, bound, self.call, measure(a, b)))
 
     def _is_equal(self, value: Tensor, old: Tensor) -> bool:
         twins = self.new.twins.twin(value), self.old.twins.twin(old)

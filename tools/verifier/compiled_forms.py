@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.onnx import emitter
-from kvc8.backends.onnx.model import Model, open_model
+from kvc8.backends.onnx.model import OnnxModel, open_model
 from kvc8.backends.runtime import model as runtime
 from kvc8.backends.runtime.inputs import Rows
 from kvc8.ir import ops
@@ -48,7 +48,7 @@ def has_offsets(program: Program) -> bool:
     return any(call.args[2] is not None for call in program.calls(ops.dequantize))
 
 
-def _in_onnxruntime(model: Model, tokens: Tokens) -> Run:
+def _in_onnxruntime(model: OnnxModel, tokens: Tokens) -> Run:
     if model.flavor != "gqa":
         model.allocate(len(tokens.table), [])
         return feed_tokens(model, tokens)

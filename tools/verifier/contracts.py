@@ -34,7 +34,7 @@ from kvc8.tools.verifier.verdicts import Verdict
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of a program; without a state it continues with the caches of the call before."""
 
     feed: Feed
@@ -58,7 +58,7 @@ class Checked:
 def check(
     program: Program,
     steps: Sequence[Step],
-    calls: Sequence[Call],
+    calls: Sequence[RecordedCall],
     parameters: Parameters,
     see: Callable[[Checked], None] = lambda checked: None,
     lineage: dict[str, str] | None = None,
@@ -126,7 +126,9 @@ def _refuse(verdict: Verdict, program: Program, error: str) -> None:
     verdict.refused = f"{layer_of(named[0])}: {error}" if named else error
 
 
-def _run(program: Program, calls: Sequence[Call], parameters: Parameters) -> list[Recording]:
+def _run(
+    program: Program, calls: Sequence[RecordedCall], parameters: Parameters
+) -> list[Recording]:
     made, state = list[Recording](), empty(program)
     for call in calls:
         state = {**state, **_same_types(call.state or {}, state)}
@@ -151,7 +153,9 @@ def _moved(old: Recording, program: Program, copy: Program) -> Recording:
     return Recording(old.twins, values, old.caches, [to[node] for node in old.results])
 
 
-def _isolated(checked: Checked, pass_: Pass, calls: Sequence[Call], parameters: Parameters) -> None:
+def _isolated(
+    checked: Checked, pass_: Pass, calls: Sequence[RecordedCall], parameters: Parameters
+) -> None:
     """Run the program after a pass on the values of the program before it."""
     state = empty(checked.after)
     for i, call in enumerate(calls):

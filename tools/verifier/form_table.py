@@ -18,7 +18,7 @@ from kvc8.ir.types import dtype_name
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
 from kvc8.tools.verifier import phases
-from kvc8.tools.verifier.compare import Row, compare
+from kvc8.tools.verifier.compare import FormRow, compare
 from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled
 from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program, replay
 from kvc8.tools.verifier.pass_table import decibels
@@ -36,7 +36,7 @@ def single_rows(
     own: Program,
     tokens: Tokens,
     compiled: Sequence[Path] = (),
-) -> list[Row]:
+) -> list[FormRow]:
     """The forms as they run, and what was compiled of them, against the reference in float32."""
     base = one_program(reference, checkpoint, tokens)
     same, _ = pipeline.lower_for_npu(reference, Options(prefill_kv="int8", fuse="off"))
@@ -56,14 +56,14 @@ def single_rows(
     return [compare(form, run(), F32, base, tokens) for form, run in forms.items()]
 
 
-def double_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
+def double_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[FormRow]:
     """What must agree, whatever the order of sums."""
     wide = widen(reference)
     base, made = (run(wide, checkpoint, tokens) for run in (one_program, in_onnxruntime))
     return [compare(ONNX_F64, made, F64, base, tokens)]
 
 
-def broken_promises(row: Row) -> list[str]:
+def broken_promises(row: FormRow) -> list[str]:
     """What a form promised and did not keep, one sentence each."""
     found = []
     if row.codes and row.codes.same_inputs:
@@ -83,7 +83,7 @@ def broken_promises(row: Row) -> list[str]:
     return found
 
 
-def print_rows(rows: Sequence[Row], tokens: Tokens) -> None:
+def print_rows(rows: Sequence[FormRow], tokens: Tokens) -> None:
     """A table for each form that others stand against."""
     print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
     wide = max(len(row.form) for row in rows)  # a directory's name may be longer than any form's
@@ -94,7 +94,7 @@ def print_rows(rows: Sequence[Row], tokens: Tokens) -> None:
     print("NPU rows are emulated as the ops are documented; they were not verified on a device")
 
 
-def _table(rows: list[Row], against: str) -> Table:
+def _table(rows: list[FormRow], against: str) -> Table:
     table = Table(title=f"against {against}", title_justify="left", box=None, padding=(0, 1, 0, 0))
     table.add_column(no_wrap=True, min_width=18)
     for name in ("logits, max", "dB", "KL, mean", "greedy", "codes differ", "by 1, by 2, by more"):
@@ -108,7 +108,7 @@ def _table(rows: list[Row], against: str) -> Table:
     return table
 
 
-def _codes(row: Row) -> tuple[str, ...]:
+def _codes(row: FormRow) -> tuple[str, ...]:
     if row.codes is None:
         return ("float", *[""] * 5)
     codes = row.codes

@@ -12,7 +12,7 @@ from torch.fx import Node
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.onnx import emitter, runner
 from kvc8.backends.runtime import model as runtime
-from kvc8.backends.runtime.generate import Model
+from kvc8.backends.runtime.generate import StepModel
 from kvc8.backends.runtime.inputs import Rows, inputs
 from kvc8.ir import npu, ops
 from kvc8.ir.checkpoint.reader import Checkpoint
@@ -76,7 +76,7 @@ def replay(
     return made
 
 
-def feed_tokens(model: Model, tokens: Tokens) -> Run:
+def feed_tokens(model: StepModel, tokens: Tokens) -> Run:
     """Feed the tokens to a model that nobody watches: the prompt whole, then decode steps."""
     made, table = Run(), tokens.table
     made.logits.append(model.mixed([Rows(tokens.prompt, 0, table)]))

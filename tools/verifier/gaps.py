@@ -21,7 +21,7 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class Codes:
+class CodeGap:
     """Int8 codes beside those that they stand for."""
 
     by: tuple[int, int, int]  # how many differ by one, by two, and by more
@@ -29,7 +29,7 @@ class Codes:
     saturated: float  # the share at -128 or 127
 
 
-def measure(old: Tensor, new: Tensor) -> Gap | Codes:
+def measure(old: Tensor, new: Tensor) -> Gap | CodeGap:
     """How far a tensor with elements is from what it stands for: floats, or whole numbers."""
     return gap(old, new) if old.is_floating_point() else codes(old, new)
 
@@ -46,11 +46,11 @@ def gap(old: Tensor, new: Tensor) -> Gap:
     return Gap(float(off.abs().max()), relative)
 
 
-def codes(old: Tensor, new: Tensor) -> Codes:
+def codes(old: Tensor, new: Tensor) -> CodeGap:
     """How far int8 codes are from those they stand for."""
     off = (old.flatten().int() - new.flatten().int()).abs()
     by = (int((off == 1).sum()), int((off == 2).sum()), int((off > 2).sum()))
-    return Codes(by, off.numel(), saturated(new))
+    return CodeGap(by, off.numel(), saturated(new))
 
 
 def saturated(found: Tensor) -> float:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from kvc8.tools.verifier.gaps import Codes, Gap
-from kvc8.tools.verifier.values import Measured, Value
+from kvc8.tools.verifier.gaps import CodeGap, Gap
+from kvc8.tools.verifier.values import PassValues, Value
 from kvc8.tools.verifier.verdicts import Verdict
 
 MOST = 10  # values that are listed
@@ -21,13 +21,13 @@ KL, top-1: of the next token, in nats, from the CAPTURED program on"""
 
 
 def passes_as_json(
-    verdicts: Sequence[Verdict], measured: Sequence[Measured]
+    verdicts: Sequence[Verdict], measured: Sequence[PassValues]
 ) -> list[dict[str, object]]:
     """Each pass and phase, with every site and value."""
     return [{**asdict(v), **asdict(m)} for v, m in zip(verdicts, measured, strict=True)]
 
 
-def print_passes(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> None:
+def print_passes(verdicts: Sequence[Verdict], measured: Sequence[PassValues]) -> None:
     """A line for each pass and phase, then the values with the largest errors of their own."""
     console = Console(width=136)
     console.print(_passes(verdicts, measured))
@@ -37,7 +37,7 @@ def print_passes(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> N
         console.print(_largest(worst))
 
 
-def largest(measured: Sequence[Measured], most: int) -> list[tuple[str, Value]]:
+def largest(measured: Sequence[PassValues], most: int) -> list[tuple[str, Value]]:
     """The values with the largest errors of their own, with the pass; in the program's order."""
     every = [(m.name, v) for m in measured for v in m.values if isinstance(v.own, Gap)]
     ranked = sorted(every, key=lambda each: _own(each[1]), reverse=True)
@@ -49,7 +49,7 @@ def _own(value: Value) -> float:
     return value.own.relative if isinstance(value.own, Gap) else 0.0
 
 
-def _passes(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> Table:
+def _passes(verdicts: Sequence[Verdict], measured: Sequence[PassValues]) -> Table:
     made = Table(box=None, padding=(0, 1, 0, 0))
     for name in ("pass", "contract"):
         made.add_column(name, no_wrap=True)
@@ -61,7 +61,7 @@ def _passes(verdicts: Sequence[Verdict], measured: Sequence[Measured]) -> Table:
     return made
 
 
-def _figures(verdict: Verdict, measured: Measured) -> list[str]:
+def _figures(verdict: Verdict, measured: PassValues) -> list[str]:
     site = verdict.worst
     told = "-" if verdict.refused or site is None else f"{site.figure:.2g}/{site.bound:.2g}"
     gaps = [value.own for value in measured.values if isinstance(value.own, Gap)]
@@ -70,7 +70,7 @@ def _figures(verdict: Verdict, measured: Measured) -> list[str]:
         str(len(verdict.sites)),
         told,
         *(decibels(min(gap.snr for gap in every)) if every else "-" for every in (gaps, totals)),
-        *_codes([value.own for value in measured.values if isinstance(value.own, Codes)]),
+        *_codes([value.own for value in measured.values if isinstance(value.own, CodeGap)]),
         f"{max(x.kl for x in measured.logits):.2g}" if measured.logits else "-",
         f"{sum(x.top1 for x in measured.logits)}/{len(measured.logits)}"
         if measured.logits
@@ -78,7 +78,7 @@ def _figures(verdict: Verdict, measured: Measured) -> list[str]:
     ]
 
 
-def _codes(found: Sequence[Codes]) -> tuple[str, str]:
+def _codes(found: Sequence[CodeGap]) -> tuple[str, str]:
     of = sum(codes.of for codes in found)
     if not of:
         return "-", "-"

@@ -12,14 +12,14 @@ from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
-from kvc8.tools.verifier.compare import Row, compare
+from kvc8.tools.verifier.compare import FormRow, compare
 from kvc8.tools.verifier.forms import Tokens, replay
 
 WAYS = {"whole": 0, "chunks of 64": 64, "by tokens": 1}  # to take a prompt
 EXACT = tuple(f"{way}, reference f64" for way in WAYS if way != "whole")
 
 
-def phase_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
+def phase_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[FormRow]:
     """Every way to take the prompt, against taking it whole; `reference` is QUANTIZED."""
     return [
         *_lowered(checkpoint, reference, tokens),
@@ -27,8 +27,8 @@ def phase_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> li
     ]
 
 
-def _lowered(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
-    against, rows = "whole, int8 f32", list[Row]()
+def _lowered(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[FormRow]:
+    against, rows = "whole, int8 f32", list[FormRow]()
     int8, _ = pipeline.lower_for_npu(reference, Options(prefill_kv="int8", fuse="off"))
     base = replay(int8, checkpoint, tokens)
     for prefill_kv in ("int8", "float"):
@@ -41,7 +41,7 @@ def _lowered(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list
     return rows
 
 
-def _double(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[Row]:
+def _double(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[FormRow]:
     wide = widen(reference)
     whole, *others = (
         replay(dict.fromkeys(("prefill", "chunk", "decode"), wide), checkpoint, tokens, chunk)

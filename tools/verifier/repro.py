@@ -30,7 +30,7 @@ from kvc8.tools.quantizer.writer import Entry, write_tensors
 from kvc8.tools.verifier.comparison import judge
 from kvc8.tools.verifier.contracts import Checked
 from kvc8.tools.verifier.recording import Parameters, Recording, record
-from kvc8.tools.verifier.verdicts import Site
+from kvc8.tools.verifier.verdicts import ComparedValue
 
 BOUND, WRITTEN = "kvc8.bound", "kvc8.written"
 TENSORS, BREACH = "tensors.safetensors", "breach.json"
@@ -44,7 +44,7 @@ class Region:
     values: dict[str, Value]  # of what it reads, by name, but for parameters
 
 
-def write(checked: Checked, site: Site | None, read: Read, folder: Path) -> None:
+def write(checked: Checked, site: ComparedValue | None, read: Read, folder: Path) -> None:
     """Write the repro of a breach; without a site, of what verify refused."""
     folder.mkdir(parents=True, exist_ok=True)
     about = {"pass": checked.verdict.name, "contract": checked.verdict.contract}

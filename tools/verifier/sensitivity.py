@@ -43,7 +43,7 @@ Values = dict[Node, Value]
 
 
 @dataclass(frozen=True)
-class Cost:
+class CacheCost:
     """What quantizing one cache alone costs, or all of them: divergences in nats."""
 
     layer: str
@@ -54,7 +54,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Site:
+class CacheSite:
     """A cache that the checkpoint has scales for: its write, and how its rows are quantized."""
 
     write: Node
@@ -74,7 +74,7 @@ class Site:
 
 def sensitivity(
     checkpoint: Checkpoint, prompt: Sequence[int], options: Options = pipeline.DEFAULT
-) -> list[Cost]:
+) -> list[CacheCost]:
     """The cost of each cache alone, in the order of the layers, and last of all at once.
 
     Raises ModelError where the checkpoint has no scales for any cache, or `prompt` has fewer than
@@ -95,10 +95,10 @@ def sensitivity(
     base = _run(program, given, None, {}, starts)
     tokens = torch.tensor(prompt)
 
-    def cost(layer: str, cache: str, logits: Tensor) -> Cost:
+    def cost(layer: str, cache: str, logits: Tensor) -> CacheCost:
         seen = Figures()
         seen.add(logits, base, tokens)
-        return Cost(layer, cache, seen.kl_mean, seen.kl_p99, seen.top1)
+        return CacheCost(layer, cache, seen.kl_mean, seen.kl_p99, seen.top1)
 
     found = []
     for site in sites:
@@ -109,7 +109,7 @@ def sensitivity(
     return [*found, cost(ALL, "K and V", _run(program, given, None, every, {}))]
 
 
-def _sites(program: Program, checkpoint: Checkpoint) -> Iterator[Site]:
+def _sites(program: Program, checkpoint: Checkpoint) -> Iterator[CacheSite]:
     """The caches with scales, in the program's order; K of a layer is written before V."""
     kinds = {cache: "KV"[i % 2] for i, cache in enumerate(program.caches())}
     for write in program.calls(ops.cache_write):
@@ -121,7 +121,7 @@ def _sites(program: Program, checkpoint: Checkpoint) -> Iterator[Site]:
             for expression in expression_of(cache).args[:2]
         )
         assert scale is not None
-        yield Site(write, layer_of(write), kinds[cache], scale, zero)
+        yield CacheSite(write, layer_of(write), kinds[cache], scale, zero)
 
 
 def _made(expression: Expression, cache: Node, checkpoint: Checkpoint) -> Tensor:
@@ -149,7 +149,7 @@ def _run(
     program: Program,
     start: Values,
     first: Node | None,
-    changed: Mapping[Node, Site],
+    changed: Mapping[Node, CacheSite],
     starts: dict[Node, Values],
 ) -> Tensor:
     """The logits, from the node `first` on, or from the beginning.
@@ -180,7 +180,7 @@ def _called(node: Node, values: Values) -> Value:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def print_costs(costs: Sequence[Cost], tokens: int) -> None:
+def print_costs(costs: Sequence[CacheCost], tokens: int) -> None:
     """A line for each layer, K beside V."""
     each, every = costs[:-1], costs[-1]
     print(f"{tokens} tokens of prompt, float linears, against a float cache; KL in nats")
@@ -189,7 +189,7 @@ def print_costs(costs: Sequence[Cost], tokens: int) -> None:
     print(f"all at once: {figures}; the sum of the KLs above is {sum(c.kl for c in each):.2g}")
 
 
-def _table(costs: Sequence[Cost]) -> Table:
+def _table(costs: Sequence[CacheCost]) -> Table:
     made = Table(box=None)
     made.add_column("", no_wrap=True)
     for cache in "KV":
@@ -201,5 +201,5 @@ def _table(costs: Sequence[Cost]) -> Table:
     return made
 
 
-def _figures(cost: Cost) -> list[str]:
+def _figures(cost: CacheCost) -> list[str]:
     return [f"{cost.kl:.2g}", f"{cost.kl_p99:.2g}", f"{cost.top1:.1%}"]

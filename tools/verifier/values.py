@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvc8.tools.verifier.comparison import whole
 from kvc8.tools.verifier.contracts import Checked
-from kvc8.tools.verifier.gaps import Codes, Gap, gap, next_token
+from kvc8.tools.verifier.gaps import CodeGap, Gap, gap, next_token
 from kvc8.tools.verifier.recording import Recording
 
 Named = Mapping[str, Tensor]
@@ -31,7 +31,7 @@ class Value:
     layer: str
     node: str
     stands_for: str  # a node of the CAPTURED program; "" where it has none
-    own: Gap | Codes
+    own: Gap | CodeGap
     total: Gap | None
 
 
@@ -45,7 +45,7 @@ class Logits:
 
 
 @dataclass
-class Measured:
+class PassValues:
     """What one pass made of the values and of the logits."""
 
     name: str
@@ -59,11 +59,11 @@ class Values:
 
     captured: Mapping[str, Named]  # by phase: what the nodes of the CAPTURED program gave
     logits_of: str  # the name of the node that gives its logits
-    passes: list[Measured] = field(default_factory=list)
+    passes: list[PassValues] = field(default_factory=list)
 
     def see(self, checked: Checked) -> None:
         """Measure what one pass rewrote."""
-        made = Measured(checked.verdict.name)
+        made = PassValues(checked.verdict.name)
         self.passes.append(made)
         nodes = {node.name: node for node in checked.after.graph.nodes}
         for site in checked.verdict.sites:

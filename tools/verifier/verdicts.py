@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from kvc8.tools.verifier.gaps import Codes, Gap
+from kvc8.tools.verifier.gaps import CodeGap, Gap
 
 
 @dataclass(frozen=True)
-class Site:
+class ComparedValue:
     """One value that was compared: the largest difference beyond its bound, or else the largest."""
 
     phase: str
@@ -16,7 +16,7 @@ class Site:
     figure: float
     bound: float
     call: int  # the number of its call
-    own: Gap | Codes  # from what it was, in the program's own dtypes; not judged
+    own: Gap | CodeGap  # from what it was, in the program's own dtypes; not judged
 
     @property
     def holds(self) -> bool:
@@ -30,18 +30,18 @@ class Verdict:
 
     name: str
     contract: str
-    sites: list[Site] = field(default_factory=list)
+    sites: list[ComparedValue] = field(default_factory=list)
     kept: int = 0  # values that no pass touched, found equal to the last bit
     refused: str = ""
     node: str = ""  # that verify refused
 
     @property
-    def breaches(self) -> list[Site]:
+    def breaches(self) -> list[ComparedValue]:
         """Sites beyond their bound, the first offender first."""
         return [site for site in self.sites if not site.holds]
 
     @property
-    def worst(self) -> Site | None:
+    def worst(self) -> ComparedValue | None:
         """The first breach, or the site that comes nearest to its bound."""
         ranked = sorted(self.sites, key=lambda s: -(s.figure / s.bound if s.bound else s.figure))
         return next(iter([*self.breaches, *ranked]), None)

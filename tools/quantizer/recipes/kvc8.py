@@ -32,9 +32,9 @@ from kvc8.ir.program import argument, is_call
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.choices import Reach, Sample, clipped
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
-from kvc8.tools.quantizer.model import Plan, copy_rest
+from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.minmax import sound
-from kvc8.tools.quantizer.sites import Cached, Site, cached, sites, vocabulary
+from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, sites, vocabulary
 from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
@@ -52,7 +52,7 @@ SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its r
 
 
 @dataclass(frozen=True)
-class Options:
+class RecipeOptions:
     """What the recipe is told."""
 
     kv: bool = True
@@ -62,7 +62,7 @@ class Options:
 
 
 def rotated(
-    checkpoint: Checkpoint, linears: bool, options: Options, directory: Path
+    checkpoint: Checkpoint, linears: bool, options: RecipeOptions, directory: Path
 ) -> Checkpoint | str:
     """The model, rotated and written to a directory, or why it is not rotated.
 
@@ -77,11 +77,11 @@ def rotated(
 def quantize(
     work: Work,
     texts: Texts,
-    chosen: Sequence[Site],
-    options: Options,
+    chosen: Sequence[LinearSite],
+    options: RecipeOptions,
     notes: Mapping[str, object],
     more: Texts = (),
-) -> Plan:
+) -> QuantPlan:
     """Make the model; gives what was written. `chosen` are the linears to quantize.
 
     `more` are texts that only widen the reach of K and V.
@@ -90,7 +90,7 @@ def quantize(
     caches = cached(work.program, work.checkpoint)
     linears = {site.module: part_types(*site.shape, dtype) for site in chosen}
     widths = {cache.name: cache.width for cache in caches} if options.kv else {}
-    plan = Plan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
+    plan = QuantPlan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
     entries = plan.entries()
     writer = work.writer(entries)
     widening = [*random_texts(work, options.seed), *more] if options.kv else []
@@ -115,11 +115,11 @@ class _Recipe:
     """What the work on each layer needs."""
 
     work: Work
-    plan: Plan
+    plan: QuantPlan
     writer: ModelWriter
-    chosen: Sequence[Site]
+    chosen: Sequence[LinearSite]
     caches: Sequence[Cached]
-    options: Options
+    options: RecipeOptions
     widening: int  # the first so many texts only widen the reach of K and V
 
     def layer(self, layer: Layer) -> Mapping[str, Tensor]:
@@ -130,7 +130,7 @@ class _Recipe:
         # Also what float linears read is looked at: a broken layer is found where it breaks.
         read = {site.source for site in sites(self.work.program) if site.linear in calls}
         quantized = {site.source for site in linears}
-        seen = _Seen(self, layer, read, quantized, caches)
+        seen = _Measurements(self, layer, read, quantized, caches)
         for index in range(len(layer.texts)):
             seen.text(index)
             layer.run(index, layer.weights, seen.observe)
@@ -140,7 +140,9 @@ class _Recipe:
             self._write_cache(cache, seen)
         return {}
 
-    def _write(self, group: Sequence[Site], seen: "_Seen", weights: Mapping[Node, Tensor]) -> None:
+    def _write(
+        self, group: Sequence[LinearSite], seen: "_Measurements", weights: Mapping[Node, Tensor]
+    ) -> None:
         """Write the linears that read one value."""
         source = group[0].source
         range_ = clipped(seen.ranges[source], seen.samples[source].values())
@@ -153,7 +155,7 @@ class _Recipe:
             for part, tensor in parts.items():
                 self.writer.put(f"{site.module}.{part}", tensor)
 
-    def _write_cache(self, cache: Cached, seen: "_Seen") -> None:
+    def _write_cache(self, cache: Cached, seen: "_Measurements") -> None:
         reach = seen.reaches[cache.rows]
         assert reach.top is not None
         margin = reach.margin(seen.queries.get(cache.rows), seen.floors.get(cache.rows))
@@ -164,7 +166,7 @@ class _Recipe:
 
 
 @dataclass
-class _Seen:
+class _Measurements:
     """What was measured of a layer so far."""
 
     recipe: _Recipe

@@ -19,9 +19,9 @@ from kvc8.ir.checkpoint.w8a8 import Range, finite, kv_scale, part_types, quantiz
 from kvc8.ir.errors import ModelError
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
-from kvc8.tools.quantizer.model import Plan, copy_rest
+from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.mixtures import ExpertRanges, Experts
-from kvc8.tools.quantizer.sites import Cached, Site, cached, sites
+from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, sites
 from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
@@ -32,11 +32,11 @@ NAME = "min-max, K after RoPE"
 def quantize(
     work: Work,
     texts: Texts,
-    chosen: Sequence[Site],
+    chosen: Sequence[LinearSite],
     mixed: Sequence[Experts],
     kv: bool,
     notes: Mapping[str, object],
-) -> Plan:
+) -> QuantPlan:
     """Make the model; gives what was written. `chosen` and `mixed` are what to quantize."""
     dtype = config_dtype(work.checkpoint)
     caches = cached(work.program, work.checkpoint)
@@ -46,7 +46,7 @@ def quantize(
         out, width = work.checkpoint.tensors[name].shape
         linears[name.removesuffix(".weight")] = part_types(out, width, dtype)
     widths = {cache.name: cache.width for cache in caches} if kv else {}
-    plan = Plan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
+    plan = QuantPlan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
     entries = plan.entries()
     writer = work.writer(entries)
     work.sweep(texts, lambda layer: _layer(work, layer, chosen, mixed, caches, plan, writer))
@@ -57,17 +57,17 @@ def quantize(
 def _layer(
     work: Work,
     layer: Layer,
-    chosen: Sequence[Site],
+    chosen: Sequence[LinearSite],
     mixed: Sequence[Experts],
     caches: Sequence[Cached],
-    plan: Plan,
+    plan: QuantPlan,
     writer: ModelWriter,
 ) -> Mapping[str, Tensor]:
     calls = set(layer.stage.calls)
     rows = [cache for cache in caches if cache.rows in calls]
     # Also what float linears read is looked at, so that a broken layer is found where it breaks.
     sources = {site.source for site in sites(work.program) if site.linear in calls}
-    seen = _Seen(sources, {cache.rows for cache in rows}, [k for k in mixed if k.call in calls])
+    seen = _Ranges(sources, {cache.rows for cache in rows}, [k for k in mixed if k.call in calls])
     base = plain(work.checkpoint, attend_in_float32)
 
     def observe(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
@@ -89,7 +89,7 @@ def _layer(
     return {}
 
 
-class _Seen:
+class _Ranges:
     """The range of what linears and experts read, and the absmax of what is cached."""
 
     def __init__(
@@ -130,13 +130,17 @@ def _raised(call: Node, rows: Tensor, old: Tensor | None) -> Tensor:
 
 
 def _write_linear(
-    plan: Plan, writer: ModelWriter, site: Site, weights: Mapping[Node, Tensor], seen: Range
+    plan: QuantPlan,
+    writer: ModelWriter,
+    site: LinearSite,
+    weights: Mapping[Node, Tensor],
+    seen: Range,
 ) -> None:
     bias = weights[site.bias] if site.bias is not None else None
     _put(writer, site.module, quantize_linear(weights[site.weight], bias, seen, plan.dtype))
 
 
-def _write_experts(plan: Plan, writer: ModelWriter, seen: ExpertRanges) -> None:
+def _write_experts(plan: QuantPlan, writer: ModelWriter, seen: ExpertRanges) -> None:
     for expert, modules in enumerate(seen.kind.modules):
         for module in modules:
             weight = load(plan.checkpoint.tensors[f"{module}.weight"])

@@ -30,7 +30,7 @@ from kvc8.ir.program import argument, expression_of
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer import eager
 from kvc8.tools.quantizer.layers import plain
-from kvc8.tools.quantizer.model import Layout, Parts, Plan, copy_rest, is_norm
+from kvc8.tools.quantizer.model import Layout, Parts, QuantPlan, copy_rest, is_norm
 from kvc8.tools.quantizer.observers import WIDE, Histogram, MinMax
 from kvc8.tools.quantizer.recipes.mixtures import experts
 from kvc8.tools.quantizer.recipes.vendor_math import (
@@ -40,8 +40,8 @@ from kvc8.tools.quantizer.recipes.vendor_math import (
     linear_parts,
     params,
 )
-from kvc8.tools.quantizer.sites import Site, cached, disabled_by_name, is_down, sites
-from kvc8.tools.quantizer.transforms.smoothing import Group, groups, scales, smooth
+from kvc8.tools.quantizer.sites import LinearSite, cached, disabled_by_name, is_down, sites
+from kvc8.tools.quantizer.transforms.smoothing import NormGroup, groups, scales, smooth
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
 
@@ -51,7 +51,7 @@ Found = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Options:
+class VendorOptions:
     """What the vendor's script can be told."""
 
     act_method: int  # 1, 2 or 3
@@ -65,7 +65,7 @@ class Options:
     layout: Layout
 
 
-def quantize(work: Work, texts: Texts, options: Options) -> Plan:
+def quantize(work: Work, texts: Texts, options: VendorOptions) -> QuantPlan:
     """Make the model; gives what was written."""
     linears = sites(work.program)
     if mixed := experts(work.program):
@@ -90,7 +90,11 @@ def quantize(work: Work, texts: Texts, options: Options) -> Plan:
 
 
 def _measure(
-    work: Work, layer: Layer, linears: Sequence[Site], grouped: Sequence[Group], options: Options
+    work: Work,
+    layer: Layer,
+    linears: Sequence[LinearSite],
+    grouped: Sequence[NormGroup],
+    options: VendorOptions,
 ) -> Found:
     """Smooth a layer, run the texts, and measure K, V and what linears read."""
     found: dict[str, Tensor] = {}
@@ -174,11 +178,13 @@ def _features(
 
 @dataclass(frozen=True)
 class _Chosen:
-    linears: Mapping[str, Site]  # to be quantized, by module
+    linears: Mapping[str, LinearSite]  # to be quantized, by module
     histograms: frozenset[str]  # those whose range is a histogram's
 
 
-def _choose(work: Work, linears: Sequence[Site], found: Found, options: Options) -> _Chosen:
+def _choose(
+    work: Work, linears: Sequence[LinearSite], found: Found, options: VendorOptions
+) -> _Chosen:
     """Leave out what the script's rules, the user and --disable-level name."""
     left = disabled_by_name(linears, options.disabled)
     left |= {site.module for site in linears if is_down(site) and not options.down_proj}
@@ -195,7 +201,7 @@ def _choose(work: Work, linears: Sequence[Site], found: Found, options: Options)
     return _Chosen(chosen, frozenset(wide))
 
 
-def _plan(work: Work, chosen: _Chosen, found: Found, options: Options) -> Plan:
+def _plan(work: Work, chosen: _Chosen, found: Found, options: VendorOptions) -> QuantPlan:
     kv: dict[str, int] = {}
     for cache in cached(work.program, work.checkpoint) if options.kv else []:
         if f"low {cache.name}" not in found:
@@ -209,7 +215,7 @@ def _plan(work: Work, chosen: _Chosen, found: Found, options: Options) -> Plan:
     floats, smoothed = options.dtype, options.m3
     checkpoint, program, layout = work.checkpoint, work.program, options.layout
     asymmetric = not options.symmetric
-    return Plan(
+    return QuantPlan(
         checkpoint, program, options.dtype, linears, kv, floats, smoothed, layout, asymmetric
     )
 
@@ -225,7 +231,7 @@ def _refuse_normed_keys(work: Work) -> None:
             raise ModelError(f"{origin}: {what}; use --recipe minmax, which measures after RoPE")
 
 
-def _types(site: Site, dtype: torch.dtype, histogram: bool) -> Parts:
+def _types(site: LinearSite, dtype: torch.dtype, histogram: bool) -> Parts:
     """A histogram is float32 whatever the model is, and so are its scale and offset.
 
     In a bfloat16 model they are rounded to that.
@@ -240,9 +246,9 @@ def _write(
     work: Work,
     layer: Layer,
     chosen: _Chosen,
-    grouped: Sequence[Group],
+    grouped: Sequence[NormGroup],
     found: Found,
-    plan: Plan,
+    plan: QuantPlan,
     writer: ModelWriter,
 ) -> Found:
     """Run the texts through a layer that rounds, and write what it has become."""
@@ -292,7 +298,9 @@ class _Inputs:
         self._rounded.clear()
 
 
-def _run_rounded(work: Work, layer: Layer, mine: Mapping[Node, Site], inputs: _Inputs) -> None:
+def _run_rounded(
+    work: Work, layer: Layer, mine: Mapping[Node, LinearSite], inputs: _Inputs
+) -> None:
     base = plain(work.checkpoint, eager.attend)
     new = {s.weight: fake_quantized_weight(layer.weights[s.weight]) for s in mine.values()}
 
@@ -306,7 +314,7 @@ def _run_rounded(work: Work, layer: Layer, mine: Mapping[Node, Site], inputs: _I
         inputs.next_text()
 
 
-def _write_norms(plan: Plan, writer: ModelWriter, smoothed: set[str]) -> None:
+def _write_norms(plan: QuantPlan, writer: ModelWriter, smoothed: set[str]) -> None:
     """The norms that m3 leaves as they are; it makes each of them one with a bias."""
     for name, tensor in plan.checkpoint.tensors.items():
         module = name.rpartition(".")[0]
@@ -317,7 +325,7 @@ def _write_norms(plan: Plan, writer: ModelWriter, smoothed: set[str]) -> None:
                 writer.put(f"{module}.module.bias", torch.zeros(tensor.shape))
 
 
-def _write_norm(plan: Plan, writer: ModelWriter, name: str, weight: Tensor) -> None:
+def _write_norm(plan: QuantPlan, writer: ModelWriter, name: str, weight: Tensor) -> None:
     module = name.rpartition(".")[0]
     for prefix in (module, f"{module}.module")[: 1 + (plan.layout == "safe_tensor")]:
         writer.put(f"{prefix}.weight", weight)

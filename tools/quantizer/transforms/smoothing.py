@@ -16,14 +16,14 @@ from torch.fx import Node
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import expression_of, is_call, is_parameter
 from kvc8.tools.quantizer.recipes.vendor_math import fake_quantized_weight
-from kvc8.tools.quantizer.sites import Site
+from kvc8.tools.quantizer.sites import LinearSite
 
 RATIOS = tuple(i / 20 for i in range(20))
 LEAST = 1e-4
 
 
 @dataclass(frozen=True)
-class Group:
+class NormGroup:
     """The linears that read a norm, the norm's output and its weight."""
 
     source: Node
@@ -31,7 +31,7 @@ class Group:
     weights: Sequence[Node]
 
 
-def groups(sites: Sequence[Site]) -> list[Group]:
+def groups(sites: Sequence[LinearSite]) -> list[NormGroup]:
     """The norms of a model whose output is read by linears only.
 
     Raises ModelError where a norm has no weight of its own to take the scales.
@@ -51,7 +51,7 @@ def groups(sites: Sequence[Site]) -> list[Group]:
                 "quantize with --anti-method none"
             )
         if len(source.users) == len(weights):
-            found.append(Group(source, norms[0], weights))
+            found.append(NormGroup(source, norms[0], weights))
     return found
 
 
@@ -72,7 +72,7 @@ def scales(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return best
 
 
-def smooth(weights: dict[Node, Tensor], group: Group, s: Tensor) -> None:
+def smooth(weights: dict[Node, Tensor], group: NormGroup, s: Tensor) -> None:
     """Divide the norm's weight by s and multiply the linears' by it."""
     weights[group.norm] = weights[group.norm] / s
     for weight in group.weights:
