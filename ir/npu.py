@@ -360,6 +360,10 @@ atb_paged_attention = torch.ops.atb._npu_paged_attention.default
 atb_paged_attention_quant = torch.ops.atb._npu_paged_attention_quant.default
 atb_quantize_per_tensor = torch.ops.atb._npu_quantize_per_tensor.default
 
+# The most inputs or outputs of an npu_quant_matmul. The backend's legality table has it by this
+# name, with its source; a pass that widens a product keeps to it.
+WIDEST_QUANT_MATMUL = 65_535
+
 # Positions of the caches that an op writes to without its schema saying so.
 UNSAID_WRITES = MappingProxyType(
     {npu_rope_quant_kvcache: (3, 4), npu_dequant_rope_quant_kvcache: (3, 4)}

@@ -37,6 +37,10 @@ after:
         getitem_1: f16[1, T, 96] = split_with_sizes[1]  # mlp.gate
         return [getitem, getitem_1]
 
+Left apart where some of them are W8A8 and others float, where they quantize their input by different
+scales, where only some have a bias, and where W8A8 linears would together be wider than the NPU's
+product of int8 may be (gate and up of Llama 3.1 405B).
+
 W8A8 results are the same, bit for bit; a matrix product of floats may sum in another order.
 """
 
@@ -47,7 +51,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir import ops
+from kvc8.ir import npu, ops
 from kvc8.ir.expression import Expression
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
@@ -88,7 +92,14 @@ def _why_not(group: list[Node]) -> str:
         return "the linears of its input quantize it by different scales or zero points"
     if len({_bias(linear) is None for linear in group}) > 1:
         return "of the linears of its input some have a bias and others none"
+    width, widest = sum(_widths(group)), npu.WIDEST_QUANT_MATMUL
+    if is_call(group[0], ops.quant_linear) and width > widest:
+        return f"together they are {width:,} wide, and npu_quant_matmul is at most {widest:,}"
     return ""
+
+
+def _widths(group: list[Node]) -> list[int]:
+    return [int(tensor_type(linear).shape[-1]) for linear in group]
 
 
 def _quantizer(linear: Node) -> tuple[Expression | None, ...]:
@@ -107,8 +118,7 @@ def _pack(program: Program, group: list[Node]) -> Node:
     assert callable(first.target)
     args = [argument(first, 0), *(_packed(program, group, i) for i in range(1, len(first.args)))]
     both = program.call(first, first.target, *args, name="linear")
-    sizes = [int(tensor_type(linear).shape[-1]) for linear in group]
-    parts = program.call(first, ATEN.split_with_sizes.default, both, sizes, -1)
+    parts = program.call(first, ATEN.split_with_sizes.default, both, _widths(group), -1)
     for i, linear in enumerate(group):
         linear.replace_all_uses_with(program.call(first, getitem, parts, i))
     for node in (both, parts):

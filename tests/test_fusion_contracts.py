@@ -8,12 +8,17 @@ import torch
 from test_pass_docs import PROGRAMS
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
+from kvc8.backends.npu import legality
+from kvc8.backends.npu.facts import facts
+from kvc8.ir import npu
 from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz
 from kvc8.ir.program import Program
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
+from kvc8.passes.fuse_linears import fuse_linears
 from kvc8.passes.fuse_norm_quant import fuse_norm_quant
+from kvc8.passes.lower_linear import lower_linear
 
 NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 # Half a unit in the last place, relative to the value.
@@ -119,6 +124,21 @@ def test_fuse_linears_is_bit_exact_where_linears_are_w8a8(dtype):
     want, got = results("fuse_linears", dtype, stored, {"x": x})
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("width", "apart"), [(32767, False), (32768, True), (53248, True)])
+def test_linears_that_no_product_takes_together_are_left_apart(width, apart):
+    """Gate and up of Llama 3.1 405B are legal alone; the limit is that of the legality table."""
+    text = show(before("fuse_linears", torch.float16))
+    program = parse(text.replace("[96", f"[{width}").replace("T, 96]", f"T, {width}]"))
+    [remark] = fuse_linears(program)
+    why = f"together they are {2 * width:,} wide, and npu_quant_matmul is at most 65,535"
+    assert remark.why_not == (why if apart else "")
+    lower_linear(program)
+    rows = legality.limits("ascend910b")["npu_quant_matmul"]
+    found = [facts(call, 128) for call in program.calls(npu.npu_quant_matmul)]
+    assert [f["outer size"] for f in found] == ([width] * 2 if apart else [2 * width])
+    assert not [broken for f in found for broken in legality.breaks("npu_quant_matmul", rows, f)]
 
 
 @pytest.mark.parametrize("dtype", ALL)

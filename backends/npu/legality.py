@@ -7,9 +7,10 @@ The limits are data, legality.json: by soc and op a list of rows, each one limit
      "source": "...", "cure": "compile for onnx instead"}
 
 A limit is `one_of` a list, or `min`, `max` and `multiple` of a number, or `same_as` another fact,
-or `multiple_of` one. It holds `when` the facts named there are one of those values. `{nearest}` in
-a cure is the nearest legal value. All rows are what documents and sources say; no device was
-asked. The real torch_npu's own shape functions check much less.
+or `multiple_of` one. A number that passes keep to as well stands by its name in kvc8.ir.npu. A
+limit holds `when` the facts named there are one of those values. `{nearest}` in a cure is the
+nearest legal value. All rows are what documents and sources say; no device was asked. The real
+torch_npu's own shape functions check much less.
 """
 
 import json
@@ -17,11 +18,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from types import MappingProxyType
+from typing import Any
 
 from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvc8.backends.npu.facts import Fact, Facts, facts
+from kvc8.ir import npu
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, op_name
 
@@ -123,7 +126,13 @@ def limits(soc: str) -> Mapping[str, tuple[Limit, ...]]:
     if soc not in table:
         known = ", ".join(sorted(table))
         raise TargetError(f"--soc: there are no limits for {soc}; choose one of {known}")
-    return {op: tuple(Limit(**row) for row in rows) for op, rows in table[soc].items()}
+    return {op: tuple(Limit(**_numbers(row)) for row in rows) for op, rows in table[soc].items()}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with the number itself where it names one of kvc8.ir.npu."""
+    named = row.get("max")
+    return {**row, "max": getattr(npu, named)} if isinstance(named, str) else dict(row)
 
 
 def check(program: Program, soc: str, block_size: int) -> None:
