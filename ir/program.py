@@ -108,6 +108,12 @@ class Program:
             return found[-1] if found else None
         return self._last
 
+    def drop_dead_calls(self) -> None:
+        """Remove the calls that nothing uses and that write to nothing."""
+        for node in reversed(self.graph.nodes):
+            if node.op == "call_function" and not node.users and not _writes(node.target):
+                self.graph.erase_node(node)
+
     def drop_unused_parameters(self) -> None:
         """Remove the parameters that nothing uses; inputs and caches stay."""
         for node in self.parameters():
@@ -131,6 +137,10 @@ class Program:
             made[node] = graph.node_copy(node, made.__getitem__)
             made[node].meta = copy(node.meta)
         return Program(graph, self.stage, self.shapes)
+
+
+def _writes(target: object) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable
 
 
 def is_call(node: object, *ops: Op) -> bool:

@@ -149,13 +149,14 @@ def lower_paged_attention(
     prefill_kv: Literal["float", "int8"] = "float",
 ) -> Iterator[Remark]:
     """See the module."""
+    shared: dict[str, Node] = {}
     for node in program.calls(ops.paged_attention):
         k, v = find_side(argument(node, 1)), find_side(argument(node, 2))
         why = _why_not(node, k, v)
         if why or k is None or v is None:
             yield miss(node, why)
             continue
-        site = AttentionSite(program, node, k, v)
+        site = AttentionSite(program, node, k, v, shared)
         caches = _scatter(site)
         if phase == "decode":
             out = _decode(site, caches)
@@ -264,7 +265,7 @@ def _several_rows(site: AttentionSite, k: Node, v: Node, kv_ends: str) -> Node:
     """Sequences end to end in layout TND, or one a call in BSH; the last row sees the last key."""
     q, window = argument(site.node, 0), site.window
     packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS
-    options: dict[str, Argument] = {"atten_mask": _mask(site.program)}
+    options: dict[str, Argument] = {"atten_mask": _mask(site)}
     if packed:
         lengths = IntsType(size("B"))
         options["actual_seq_lengths"] = site.input("query_ends", lengths)
@@ -285,16 +286,19 @@ def _attend(site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, A
     )
 
 
-def _mask(program: Program) -> Node:
-    expression = Expression("masked_above", (MASK,))
-    found = [n for n in program.parameters() if n.meta["expression"] == expression]
-    type_ = TensorType(torch.bool, (MASK, MASK))
-    return found[0] if found else program.placeholder("causal_mask", type_, expression)
+def _mask(site: AttentionSite) -> Node:
+    if "causal_mask" not in site.shared:
+        type_, expression = (
+            TensorType(torch.bool, (MASK, MASK)),
+            Expression("masked_above", (MASK,)),
+        )
+        site.shared["causal_mask"] = site.program.placeholder("causal_mask", type_, expression)
+    return site.shared["causal_mask"]
 
 
 def _drop_inputs(program: Program) -> None:
     """Remove the inputs that the phase has no use for."""
-    program.graph.eliminate_dead_code()
+    program.drop_dead_calls()
     for node in program.inputs():
         # a site left alone uses them, and verify then speaks of it
         if node.name in OF_THE_BATCH and not node.users:

@@ -75,7 +75,7 @@ class Pass:
             what = f"takes a {self.takes.value} program and got a {program.stage.value} one"
             raise IRError(f"{self.name}: {what}; check the order in passes/pipeline.py")
         remarks = list(self.body(program, **options))
-        program.graph.eliminate_dead_code()
+        program.drop_dead_calls()
         program.drop_unused_parameters()
         program.stage = self.gives
         try:

@@ -78,8 +78,7 @@ def write(
     what its expression makes; TargetError where `out` exists or cannot be written: then nothing is.
     """
     check_programs(programs)
-    for program in programs.values():
-        check_parameters(program, checkpoint.tensors, {})
+    check_parameters(programs, checkpoint.tensors, {})
     derived: dict[str, torch.Tensor] = {}
     made: dict[Expression, str] = {}
     ready = {phase: _derive(programs[phase], checkpoint.read, derived, made) for phase in PHASES}
@@ -220,15 +219,16 @@ def check_programs(programs: Mapping[str, Program]) -> None:
 
 
 def check_parameters(
-    program: Program, tensors: Mapping[str, StoredTensor], derived: Mapping[str, StoredTensor]
+    programs: Mapping[str, Program],
+    tensors: Mapping[str, StoredTensor],
+    derived: Mapping[str, StoredTensor],
 ) -> None:
     """Raise IRError at a parameter that is not of the type that its expression makes."""
-    for node in program.parameters():
+    made: dict[Expression, TensorType] = {}  # phases share most of theirs
+    for node in (node for program in programs.values() for node in program.parameters()):
         expression = expression_of(node)
         try:
-            with torch.device("meta"):  # nothing is read and nothing allocated
-                is_ = make(expression, partial(_blank, tensors), partial(_blank, derived))
-                found = TensorType(is_.dtype, tuple(is_.shape))
+            found = made.get(expression) or _made(expression, tensors, derived)
         except IRError as error:
             raise IRError(f"{node.name}: {error}") from error
         except UNFIT as error:
@@ -236,9 +236,21 @@ def check_parameters(
             raise IRError(
                 f"{node.name}: {expression.op} does not fit ({why}); correct it"
             ) from error
+        made[expression] = found
         if found != tensor_type(node):
             what = f"is declared {tensor_type(node)} and its expression makes {found}"
             raise IRError(f"{node.name}: {what}; declare it so")
+
+
+def _made(
+    expression: Expression,
+    tensors: Mapping[str, StoredTensor],
+    derived: Mapping[str, StoredTensor],
+) -> TensorType:
+    """The type of what an expression makes; nothing is read and nothing allocated."""
+    with torch.device("meta"):
+        is_ = make(expression, partial(_blank, tensors), partial(_blank, derived))
+    return TensorType(is_.dtype, tuple(is_.shape))
 
 
 def _blank(tensors: Mapping[str, StoredTensor], name: str) -> torch.Tensor:

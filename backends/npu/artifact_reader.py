@@ -184,8 +184,7 @@ def _check(artifact: Artifact, manifest: Mapping[str, object]) -> None:
     where = place(artifact.path)
     try:
         check_programs(artifact.programs)
-        for program in artifact.programs.values():
-            check_parameters(program, artifact.tensors, artifact.derived)
+        check_parameters(artifact.programs, artifact.tensors, artifact.derived)
     except IRError as error:
         raise IRError(f"{where}: {error}") from error
     layout = artifact.layout

@@ -177,7 +177,7 @@ class Emitter:
         [result] = self.trace.exported.graph.find_nodes(op="output")
         [[logits]] = result.args
         self.program.graph.output([env[logits], *self.outputs])
-        self.program.graph.eliminate_dead_code()
+        self.program.drop_dead_calls()
         self.program.drop_unused_parameters()
         return self.program
 

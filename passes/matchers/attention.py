@@ -44,6 +44,7 @@ class AttentionSite:
     node: Node
     k: CacheSide
     v: CacheSide
+    shared: dict[str, Node]  # what all layers take, by name: looked up once, and not in each
 
     @property
     def heads(self) -> dict[str, Argument]:
@@ -64,8 +65,10 @@ class AttentionSite:
 
     def input(self, name: str, type_: TensorType | IntsType) -> Node:
         """The input of that name, one for all layers."""
-        found = [node for node in self.program.inputs() if node.name == name]
-        return found[0] if found else self.program.placeholder(name, type_)
+        if name not in self.shared:
+            found = [node for node in self.program.inputs() if node.name == name]
+            self.shared[name] = found[0] if found else self.program.placeholder(name, type_)
+        return self.shared[name]
 
 
 def find_side(cache: Node) -> CacheSide | None:
