@@ -33,6 +33,7 @@ def product_files() -> set[str]:
     """Every file below the layers, as the wheel should name it."""
     files = (file for layer in LAYERS for file in (ROOT / layer).rglob("*") if file.is_file())
     names = {file.relative_to(ROOT).as_posix() for file in files}
+    names.add("__init__.py")  # what `import kvc8` gives
     return {f"kvc8/{name}" for name in names - SCRIPTS if "__pycache__" not in name}
 
 
@@ -42,7 +43,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if setuptools_major() < 77:  # what pyproject.toml requires; fetching it needs a network
         pytest.skip("setuptools 77 or newer is not installed here")
     tree = tmp_path_factory.mktemp("tree")
-    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+    for name in ["pyproject.toml", "README.md", "LICENSE", "__init__.py"]:
         shutil.copy(ROOT / name, tree)
     for layer in LAYERS:
         shutil.copytree(
@@ -68,9 +69,8 @@ def test_every_package_is_listed() -> None:
     folders = {
         file.parent.relative_to(ROOT) for layer in LAYERS for file in ROOT.glob(f"{layer}/**/*.py")
     }
-    assert sorted(f"kvc8.{'.'.join(folder.parts)}" for folder in folders) == sorted(
-        PROJECT["tool"]["setuptools"]["packages"]
-    )
+    names = ["kvc8", *(f"kvc8.{'.'.join(folder.parts)}" for folder in folders)]
+    assert sorted(names) == sorted(PROJECT["tool"]["setuptools"]["packages"])
 
 
 @pytest.mark.parametrize("command", PROJECT["project"]["scripts"])

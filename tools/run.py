@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,6 @@ if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should
     from kvc8.backends.runtime.generate import Generation, Statistics, StepModel
     from kvc8.backends.runtime.scheduler import Sequence as Running
     from kvc8.tools.driver.tokenizer import Tokenizer
-
-EMULATED = "emulated on a CPU, as documented; not verified on a device"
-ON_DEVICE = "run on an NPU, which kvc8's authors have not done: compare with --device cpu"
-IN_ONNX_RUNTIME = "run in ONNX Runtime on a CPU, flavor {}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,32 +63,43 @@ def run(given: argparse.Namespace) -> int:
     device = _device(given)  # before anything that declares the NPU's ops
     from kvc8.backends.runtime.generate import generate
     from kvc8.backends.runtime.sampling import Sampling
-    from kvc8.tools.driver.tokenizer import read_tokenizer
+    from kvc8.tools.driver.loading import check_lengths, open_compiled
 
     sampling = Sampling(given.temperature, given.top_p, given.seed)
-    open_ = _open_onnx if _is_onnx(given.artifact) else _open_artifact
-    model_of, config, note = open_(given, device)
-    tokenizer = read_tokenizer(given.artifact)
-    chat = tokenizer.has_chat if given.chat is None else given.chat
-    prompts = [tokenizer.encode(prompt, chat) for prompt in given.prompt]
-    _check_lengths(config, prompts, given.max_new_tokens)
-    printer = _Printer(tokenizer, len(prompts), quiet=given.json)
-    model = model_of(prompts)
+    loaded = open_compiled(given.artifact, device, given.threads)
+    prompts = loaded.encode(given.prompt, given.chat)
+    check_lengths(loaded.config, prompts, given.max_new_tokens)
+    printer = _Printer(loaded.tokenizer, len(prompts), quiet=given.json)
+    model = loaded.allocate([len(p) + given.max_new_tokens for p in prompts], given.blocks)
+    if given.graph:
+        _record_graphs(model)
     recording = _recording(given, model) if given.dump else None
     generation = generate(
         model,
         prompts,
         most=given.max_new_tokens,
-        stops=tokenizer.stops,
+        stops=loaded.tokenizer.stops,
         sampling=sampling,
         on_token=printer.token,
         chunk=given.chunk,
         share=given.share_prefix,
     )
-    _report(given, generation, printer.texts(), note)
+    _report(given, generation, printer.texts(), loaded.note)
     if recording:
         recording.write(given.dump)
     return 0
+
+
+def _record_graphs(model: "StepModel") -> None:
+    """Record decode steps on the device, and replay them."""
+    import torch
+
+    from kvc8.backends.npu.graphs import Recorder
+    from kvc8.backends.runtime.model import Model
+
+    assert isinstance(model, Model)  # --graph is of --device npu, where no ONNX model runs
+    blocks = next(iter(model.caches.values())).shape[0]
+    model.runner = Recorder(torch.get_device_module("npu"), blocks)
 
 
 def _recording(given: argparse.Namespace, model: "StepModel") -> "ValueDump":
@@ -110,57 +117,6 @@ def _recording(given: argparse.Namespace, model: "StepModel") -> "ValueDump":
     return model.runner
 
 
-Opened = tuple[Callable[[list[list[int]]], "StepModel"], Mapping[str, object], str]
-
-
-def _is_onnx(path: Path) -> bool:
-    """Whether a directory says that it holds an ONNX model; any other is read as an artifact."""
-    from kvc8.ir.checkpoint.model_files import read_json
-
-    manifest = path / "manifest.json"
-    return manifest.is_file() and read_json(manifest).get("format") == "kvc8-onnx"
-
-
-def _open_onnx(given: argparse.Namespace, device: "torch.device") -> Opened:
-    """What gives the model with caches for its prompts; its config; how it is run."""
-    from kvc8.backends.onnx.model import open_model
-    from kvc8.ir.errors import TargetError
-
-    if given.device != "cpu":
-        what = "an ONNX model runs in ONNX Runtime on a CPU"
-        raise TargetError(f"--device: {what}; leave it out, or compile the model for npu")
-    model = open_model(given.artifact, given.threads)
-
-    def allocated(prompts: list[list[int]]) -> "StepModel":
-        tokens = [len(prompt) + given.max_new_tokens for prompt in prompts]
-        model.allocate(given.blocks, tokens)
-        return model
-
-    return allocated, model.config, IN_ONNX_RUNTIME.format(model.flavor)
-
-
-def _open_artifact(given: argparse.Namespace, device: "torch.device") -> Opened:
-    import torch
-
-    from kvc8.backends.npu.artifact_reader import read
-    from kvc8.backends.npu.graphs import Recorder
-    from kvc8.backends.runtime.model import load
-
-    artifact = read(given.artifact)
-    size = artifact.block_size
-
-    def loaded(prompts: list[list[int]]) -> "StepModel":
-        blocks = given.blocks or _enough(prompts, given.max_new_tokens, size)
-        model = load(
-            artifact.programs, artifact.make, blocks=blocks, block_size=size, device=device
-        )
-        if given.graph:
-            model.runner = Recorder(torch.get_device_module("npu"), blocks)
-        return model
-
-    return loaded, artifact.config, EMULATED if given.device == "cpu" else ON_DEVICE
-
-
 def _device(given: argparse.Namespace) -> "torch.device":
     if given.graph and given.device != "npu":
         from kvc8.ir.errors import TargetError
@@ -173,22 +129,6 @@ def _device(given: argparse.Namespace) -> "torch.device":
     import torch
 
     return torch.device("cpu")
-
-
-def _enough(prompts: list[list[int]], most: int, block_size: int) -> int:
-    """Blocks for all prompts at once."""
-    return sum(-(-(len(prompt) + most) // block_size) for prompt in prompts)
-
-
-def _check_lengths(config: Mapping[str, object], prompts: list[list[int]], most: int) -> None:
-    """Refuse what goes past the positions that the model was made for."""
-    from kvc8.ir.errors import ModelError
-
-    limit = config.get("max_position_embeddings")
-    longest = max(map(len, prompts))
-    if isinstance(limit, int) and longest + most > limit:
-        what = f"{longest} tokens and {most} to generate are more than the model's {limit}"
-        raise ModelError(f"--prompt: {what}; shorten the prompt or give a lower --max-new-tokens")
 
 
 class _Printer:

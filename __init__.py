@@ -1,0 +1,87 @@
+"""kvc8: int8 KV caches for language models on Ascend NPUs, with every step's numbers checked.
+
+    import kvc8
+
+    kvc8.compile("model-w8a8c8", target="npu", out="model-npu")
+    model = kvc8.load("model-npu")  # emulated on a CPU
+    print(model.generate(["Why is the sky blue?"])[0].text)
+
+Importing kvc8 imports neither torch nor transformers; each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from typing import Literal
+
+    import torch
+
+    from kvc8.passes.options import Options
+    from kvc8.tools.driver.compiling import Compiled
+    from kvc8.tools.driver.loading import Loaded
+
+__all__ = ["compile", "load"]
+
+
+def compile(
+    directory: str | PathLike[str],
+    *,
+    target: Literal["npu", "onnx"],
+    out: str | PathLike[str],
+    options: Options | None = None,
+    soc: str = "ascend910b",
+    block_size: int = 128,
+    flavor: Literal["standard", "gqa", "lowered"] | None = None,
+    dtype: torch.dtype | None = None,
+    kv_calibrated: Literal["pre-rope", "post-rope"] | None = None,
+) -> Compiled:
+    """Compile a model directory with scales for an int8 KV cache into the directory `out`.
+
+    `options` choose passes (kvc8.passes.options.Options); `flavor` is of ONNX; `dtype` is what the
+    program computes in: config.json's if unset, and float32 for ONNX Runtime. `kv_calibrated` says
+    where K was measured, if the directory's layout implies it wrongly. The result holds the
+    programs, the remark of each site that a pass looked at, and the cache's bytes a token. `out`
+    is written whole or not at all.
+
+    Raises kvc8.ir.errors.ModelError where the directory cannot be read or captured, IRError where
+    a pass finds nothing it needs, TargetError where the target cannot run the program or `out`
+    exists. Each is a sentence `where: what is wrong; what to do`.
+    """
+    from pathlib import Path
+
+    from kvc8.passes.options import Options
+    from kvc8.tools.driver.compiling import Target, compile_model, open_calibrated
+
+    checkpoint = open_calibrated(Path(directory), kv_calibrated)
+    to = Target(target, soc, block_size, flavor, dtype)
+    return compile_model(checkpoint, Path(out), to, options or Options())
+
+
+def load(
+    path: str | PathLike[str], *, device: Literal["cpu", "npu"] = "cpu", threads: int = 0
+) -> Loaded:
+    """Open what `compile` wrote, to generate text: an NPU artifact or an ONNX model.
+
+    With `device` "cpu" NPU ops are emulated as they are documented; "npu" needs torch_npu and CANN,
+    and must come before anything else of kvc8 is imported. `threads` are of ONNX Runtime (0: one a
+    core). For the steps alone, inside of another engine: kvc8.backends.npu.embed.load_steps.
+
+    Raises TargetError where there is no such device, ModelError or IRError where the directory is
+    damaged.
+    """
+    from pathlib import Path
+
+    if device == "npu":
+        from kvc8.backends.npu.device import load_torch_npu
+
+        on = load_torch_npu()
+    else:
+        import torch
+
+        on = torch.device("cpu")
+    from kvc8.tools.driver.loading import open_compiled
+
+    return open_compiled(Path(path), on, threads)

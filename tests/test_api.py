@@ -1,0 +1,48 @@
+"""kvc8 from Python: what a script calls instead of the commands."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvc8
+from kvc8.backends.onnx.model import OnnxModel
+from kvc8.ir.errors import TargetError
+from kvc8.passes.options import Options
+
+LLAMA = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "quant"
+HEAVY = ("torch", "torch_npu", "onnx", "onnxruntime", "matplotlib", "transformers")
+
+
+def test_importing_kvc8_imports_nothing_heavy():
+    code = f"import json, sys, kvc8; print(json.dumps([m for m in {HEAVY} if m in sys.modules]))"
+    made = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert json.loads(made.stdout) == []
+
+
+def test_what_does_not_go_together_is_refused(tmp_path):
+    with pytest.raises(TargetError) as refused:
+        kvc8.compile(LLAMA, target="npu", out=tmp_path / "out", flavor="gqa")
+    sentence = "--flavor: is of --target onnx; leave it out, or compile for onnx"
+    assert str(refused.value) == sentence
+
+
+@pytest.mark.slow
+def test_a_model_is_compiled_loaded_and_asked(tmp_path):
+    """The same tokens come out of the emulated NPU and of ONNX Runtime: int8 by other code."""
+    options = Options(prefill_kv="int8", fuse="off")
+    compiled = kvc8.compile(LLAMA, target="npu", out=tmp_path / "npu", options=options)
+    assert compiled.layout.bytes_per_token * 2 == compiled.layout.float16_bytes_per_token
+    assert set(compiled.phases) == {"prefill", "chunk", "decode"}
+    kvc8.compile(LLAMA, target="onnx", flavor="lowered", out=tmp_path / "onnx", options=options)
+    emulated, onnx = (
+        kvc8.load(tmp_path / name).generate(["the cache"], max_new_tokens=4, chat=False)
+        for name in ("npu", "onnx")
+    )
+    assert len(emulated[0].tokens) == 4
+    assert (emulated[0].prompt, emulated[0].finish) == (onnx[0].prompt, "length")
+    assert isinstance(kvc8.load(tmp_path / "onnx").allocate([4], None), OnnxModel)
