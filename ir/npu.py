@@ -36,6 +36,10 @@ _DTYPES = {
     13: torch.uint8,  # torch.quint8
     15: torch.bfloat16,
 }
+# The number by which an op's argument names a dtype.
+SCALAR_TYPES = MappingProxyType(
+    {torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+)
 
 
 def dtype_of(op: str, code: int | None, default: torch.dtype) -> torch.dtype:

@@ -49,7 +49,7 @@ from torch.fx import Node
 
 from kvc8.ir import ops
 from kvc8.ir.program import Program, Stage, argument, is_call
-from kvc8.passes.fold_kv_scales import dequantizer
+from kvc8.passes.matchers.attention import dequantizer
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 

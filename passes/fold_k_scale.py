@@ -102,8 +102,8 @@ from kvc8.ir.program import (
     tensor_type,
 )
 from kvc8.ir.types import TensorType, dtype_name
-from kvc8.passes.fold_kv_scales import dequantizer
-from kvc8.passes.repair_rope_scales import MOVES, Rope, behind, find_rope
+from kvc8.passes.matchers.attention import dequantizer
+from kvc8.passes.matchers.rope import MOVES, Rope, behind, find_rope
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten

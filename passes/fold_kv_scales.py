@@ -56,7 +56,6 @@ from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
 PARTS = ("quant_scale", "quant_offset", "dequant_scale", "dequant_offset")
-SCALAR_TYPES = {torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
 
 
 @rewrite(takes=Stage.QUANTIZED, gives=Stage.LOWERING, contract="bit_exact")
@@ -73,14 +72,6 @@ def fold_kv_scales(program: Program) -> Iterator[Remark]:
             _fold_dequantize(program, back, *parts[2:])
         symmetric = rows.args[2] is None
         yield hit(write, "symmetric, so without offsets" if symmetric else "offsets negated")
-
-
-def dequantizer(cache: Node) -> Node | None:
-    """The npu_anti_quant that made float what an attention reads; None for another cache."""
-    if not is_call(cache, ATEN.unflatten.int):
-        return None
-    back = argument(cache, 0)
-    return back if is_call(back, npu.npu_anti_quant) else None
 
 
 def _eight(
@@ -114,7 +105,7 @@ def _eight(
 def _fold_quantize(program: Program, rows: Node, scale: Node, offset: Node | None) -> None:
     heads, dim = (int(d) for d in tensor_type(rows).shape[1:])
     x = program.call(rows, ATEN.reshape.default, argument(rows, 0), [-1, heads * dim])
-    args = (x, scale, offset, SCALAR_TYPES[torch.int8], -1, True)
+    args = (x, scale, offset, npu.SCALAR_TYPES[torch.int8], -1, True)
     codes = program.call(rows, npu.npu_quantize, *args)
     back = program.call(rows, ATEN.reshape.default, codes, [-1, heads, dim])
     rows.replace_all_uses_with(back)
@@ -122,7 +113,7 @@ def _fold_quantize(program: Program, rows: Node, scale: Node, offset: Node | Non
 
 def _fold_dequantize(program: Program, back: Node, scale: Node, offset: Node | None) -> None:
     heads, dim = (int(d) for d in tensor_type(back).shape[2:])
-    code = SCALAR_TYPES[tensor_type(back).dtype]
+    code = npu.SCALAR_TYPES[tensor_type(back).dtype]
     codes = program.call(back, ATEN.flatten.using_ints, argument(back, 0), 2, 3, name="flatten")
     options = {"offset": offset, "dst_dtype": code}
     wide = program.call(back, npu.npu_anti_quant, codes, scale, kwargs=options)

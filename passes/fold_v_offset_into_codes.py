@@ -78,7 +78,7 @@ from kvc8.ir import ops
 from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type, users
 from kvc8.ir.types import TensorType
-from kvc8.passes.fold_v_offset import constant, offset_site
+from kvc8.passes.matchers.projection import constant, offset_site
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 

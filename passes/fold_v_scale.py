@@ -75,8 +75,8 @@ from kvc8.ir import ops
 from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
-from kvc8.passes.fold_kv_scales import dequantizer
-from kvc8.passes.fold_v_offset import per_query, projection
+from kvc8.passes.matchers.attention import dequantizer
+from kvc8.passes.matchers.projection import per_query, projection
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ONE = Expression("values", ((1.0,), torch.float32))

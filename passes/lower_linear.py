@@ -45,7 +45,6 @@ from kvc8.ir import npu, ops
 from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
-from kvc8.passes.fold_kv_scales import SCALAR_TYPES
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 
@@ -62,14 +61,14 @@ def lower_linear(program: Program) -> Iterator[Remark]:
         x, scale, zero = quantize.args
         whole = _derived(program, zero, "_int", torch.int32) if isinstance(zero, Node) else None
         codes = program.call(
-            quantize, npu.npu_quantize, x, scale, whole, SCALAR_TYPES[torch.int8], -1, True
+            quantize, npu.npu_quantize, x, scale, whole, npu.SCALAR_TYPES[torch.int8], -1, True
         )
         quantize.replace_all_uses_with(codes)
     for linear in program.calls(ops.quant_linear):
         x8, weight, deq_scale, bias, dtype = linear.args
         assert isinstance(weight, Node)
         assert isinstance(deq_scale, Node)
-        options = {"bias": bias, "output_dtype": SCALAR_TYPES[dtype]}  # type: ignore[index]
+        options = {"bias": bias, "output_dtype": npu.SCALAR_TYPES[dtype]}  # type: ignore[index]
         args = (x8, _transposed(program, weight), _packed(program, deq_scale, linear))
         new = program.call(linear, npu.npu_quant_matmul, *args, name="linear", kwargs=options)
         linear.replace_all_uses_with(new)

@@ -21,9 +21,10 @@ from kvc8.ir.text import parse, show
 from kvc8.passes.fold_k_offset import fold_k_offset
 from kvc8.passes.fold_k_scale import fold_k_scale
 from kvc8.passes.fold_kv_scales import fold_kv_scales
-from kvc8.passes.fold_v_offset import fold_v_offset, projection
+from kvc8.passes.fold_v_offset import fold_v_offset
 from kvc8.passes.fold_v_offset_into_codes import fold_v_offset_into_codes
 from kvc8.passes.fold_v_scale import fold_v_scale
+from kvc8.passes.matchers.projection import projection
 from kvc8.passes.pipeline import QUANTIZE
 from kvc8.passes.pipeline import run as run_passes
 from kvc8.passes.rewrite import Pass, Remark

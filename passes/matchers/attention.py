@@ -10,7 +10,6 @@ from kvc8.ir import npu, ops
 from kvc8.ir.expression import cast
 from kvc8.ir.program import Program, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import IntsType, TensorType, dtype_name, size
-from kvc8.passes.fold_kv_scales import dequantizer
 
 TOKENS = size("T")
 
@@ -100,3 +99,11 @@ def dequantized(site: AttentionSite, side: CacheSide, codes: Node) -> Node:
     flat = site.call(torch.ops.aten.reshape.default, codes, [-1, width(codes)])
     wide = site.call(npu.npu_anti_quant, flat, side.back.args[1], **side.back.kwargs)
     return site.call(torch.ops.aten.reshape.default, wide, [-1, *side.shape])
+
+
+def dequantizer(cache: Node) -> Node | None:
+    """The npu_anti_quant that made float what an attention reads; None for another cache."""
+    if not is_call(cache, torch.ops.aten.unflatten.int):
+        return None
+    back = argument(cache, 0)
+    return back if is_call(back, npu.npu_anti_quant) else None

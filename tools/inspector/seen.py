@@ -25,7 +25,7 @@ from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles
 from kvc8.ir.errors import KVC8Error, ModelError
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, argument, expression_of
-from kvc8.passes.repair_rope_scales import Rope, find_rope, from_linear
+from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
 
 LARGEST_SCALE = 1 << 20  # numbers; what claims to hold more is no scale of a cache
 
