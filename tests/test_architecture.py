@@ -2,10 +2,12 @@
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +52,7 @@ TOP_LEVEL = {
 LEFT_BY_BUILDS = ["build", "dist", "*.egg-info", "__pycache__"]
 NAMELESS = {"base", "common", "helpers", "misc", "util", "utils"}
 NOT_PASSES = {"__init__", "options", "pipeline", "rewrite"}
-MOST_LINES = 400
+MOST_LINES, MOST_FILES = 400, 20
 
 MUTATORS = {
     *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
@@ -153,6 +155,67 @@ def test_layers_are_imported_downwards(file: Path) -> None:
         if module.split(".")[0] == "kvc8":
             other = module.split(".")[1]
             assert other in MAY_IMPORT[layer], f"{layer} may not import {other}"
+
+
+ROOMS_OF_IR = ("kvc8.ir.checkpoint", "kvc8.ir.capture")
+CORE = [file for file in FILES if file.parent == ROOT / "ir"]
+COMMANDS = [file for file in FILES if file.parent == ROOT / "tools"]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+SHARED_BY_COMMANDS = {"kvc8.tools.command"}
+
+
+@pytest.mark.parametrize("file", CORE, ids=lambda file: file.stem)
+def test_the_core_of_ir_knows_no_checkpoint_and_no_capture(file: Path) -> None:
+    assert [m for m, _ in imports(parse(file)) if m.startswith(ROOMS_OF_IR)] == []
+
+
+@pytest.mark.parametrize("file", PASSES, ids=lambda file: file.stem)
+def test_no_pass_imports_a_pass(file: Path) -> None:
+    others = {f"kvc8.passes.{other.stem}" for other in PASSES}
+    assert [m for m, _ in imports(parse(file)) if m in others] == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_no_command_is_imported(file: Path) -> None:
+    commands = {f"kvc8.tools.{command.stem}" for command in COMMANDS} - SHARED_BY_COMMANDS
+    assert [m for m, _ in imports(parse(file)) if m in commands] == []
+
+
+@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_no_test_imports_a_test(file: Path) -> None:
+    names = {other.stem for other in TESTS if other.stem.startswith("test_")}
+    assert [m for m, _ in imports(parse(file)) if m.split(".")[0] in names] == []
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    """Neither of modules nor of rooms; a folder inside of a room belongs to it."""
+    modules, rooms = nx.DiGraph(), nx.DiGraph()
+    for file in FILES:
+        here = file.relative_to(ROOT).with_suffix("").parts
+        for module, _ in imports(parse(file)):
+            there = tuple(module.split(".")[1:])
+            if module.startswith("kvc8.") and ROOT.joinpath(*there).with_suffix(".py").exists():
+                modules.add_edge(here, there)
+                rooms.add_edge(here[:-1][:2], there[:-1][:2])
+    rooms.remove_edges_from([*nx.selfloop_edges(rooms)])
+    assert [*nx.simple_cycles(modules)] == []
+    assert [*nx.simple_cycles(rooms)] == []
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in FILES}), ids=str)
+def test_no_room_is_crowded(folder: Path) -> None:
+    if folder.name != "passes":  # a file a pass
+        assert len([*folder.glob("*.py")]) <= MOST_FILES
+
+
+def test_no_two_classes_have_one_name() -> None:
+    named = Counter(
+        node.name
+        for file in FILES
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in named.items() if count > 1] == []
 
 
 @each_file

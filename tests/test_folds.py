@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from support.onnx_models import captured
+from support.pass_docs import load
 from support.steps import step, values
-from test_pass_docs import load
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir import ops

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from test_pass_docs import PROGRAMS
+from support.pass_docs import PROGRAMS
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu import legality

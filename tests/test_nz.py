@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.fake_npu import FakeNpu
 from support.fused_models import in_turn, lowered, quantized
+from support.npu_calls import misfits, npu_calls
 from support.onnx_models import BOUND
-from test_device import FakeNpu
-from test_npu_programs import misfits, npu_calls
-from test_pass_docs import load as load_pass
+from support.pass_docs import load as load_pass
 
 from kvc8.backends.npu import artifact_reader, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels

@@ -4,7 +4,7 @@ import io
 import sys
 
 import pytest
-from test_pass_docs import load
+from support.pass_docs import load
 
 from kvc8.tools import command, opt
 

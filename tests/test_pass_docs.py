@@ -3,30 +3,16 @@
 `pytest tests/test_pass_docs.py --bless` writes what it does print; review the difference.
 """
 
-import importlib
-import re
 from functools import partial
-from pathlib import Path
 from textwrap import dedent, indent
 
 import pytest
+from support.pass_docs import FOLDER, PASSES, load
 
 from kvc8.ir.errors import IRError
 from kvc8.ir.text import parse, show
 from kvc8.passes import pipeline
-from kvc8.passes.rewrite import Pass, name_of
-
-FOLDER = Path(pipeline.__file__).parent
-NOT_PASSES = ("options", "pipeline", "rewrite")
-PASSES = sorted(p.stem for p in FOLDER.glob("[!_]*.py") if p.stem not in NOT_PASSES)
-PROGRAMS = re.compile(r"(before:\n)(.*?)(\n\nafter:\n)(.*?)(\n(?:\n(?!    )|\Z))", re.DOTALL)
-
-
-def load(name: str) -> tuple[Pass, re.Match[str]]:
-    module = importlib.import_module(f"kvc8.passes.{name}")
-    found = PROGRAMS.search(module.__doc__ or "")
-    assert found, f"{name}: its docstring has no `before:` and `after:`"
-    return getattr(module, name), found
+from kvc8.passes.rewrite import name_of
 
 
 @pytest.mark.parametrize("name", PASSES)
