@@ -10,6 +10,9 @@ An expression is an expression; in a program's text it stands as the parameter's
 | `values([...], dtype)` | the numbers written here, 1-D (rotary frequencies, say) |
 | `cast(x, dtype)` `reshape(x, shape)` `transpose(x, a, b)` | as torch |
 | `slice(x, dim, start, end)` `concat([x, ...], dim)` | as torch |
+| `shard(x, dim, size)` | of x along dim, each rank's own `size` entries (ir/ranks.py) |
+| `shard(x, dim, size, copies)` | the same, where so many neighboring ranks share a part |
+| `first(x)` | x on the first rank, zeros on the others |
 | `neg(x)` `reciprocal(x)` `round(x)` `expand(x, shape)` | as torch |
 | `add(x, y)` `sub(x, y)` `mul(x, y)` `div(x, y)` | as torch, broadcast |
 | `per_query(x, groups)` | of [H, D], what each query head sees: [H*groups*D] |
@@ -21,6 +24,7 @@ An expression is an expression; in a program's text it stands as the parameter's
 | `w8a8_bias(...)` | the float bias that quant_bias stands for |
 | `rope_bound(scale, zero, distance, width, kind, factor)` | K scales that hold after RoPE |
 | `round_up(x, dtype)` | float32 x, at least as large and exact in dtype |
+| `fp19(x)` | float32 x cut to the 10 fraction bits that an int8 matmul reads of a packed scale |
 | `masked_above(n)` | bool [n, n], True above the diagonal: the NPU's compressed causal mask |
 | `derived(name)` | what the compiler made of an expression like these; an artifact holds it |
 | `cache(scale, zero, calibrated)` | a KV cache: what the runtime allocates, not a tensor on disk |
@@ -40,6 +44,7 @@ from kvc8.ir.types import DTYPE_NAMES
 
 Arg: TypeAlias = "Expression | str | int | float | torch.dtype | tuple[Arg, ...] | None"
 Read = Callable[[str], Tensor]
+EACH_RANK = ("shard", "first")  # what ir/ranks.py binds to a rank
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,8 @@ def make(expression: Expression, read: Read, derived: Read | None = None) -> Ten
         return read(str(expression.args[0]))
     if expression.op == "derived" and derived:
         return derived(str(expression.args[0]))
+    if expression.op in EACH_RANK:
+        raise IRError(f"{expression.op}: is another on each rank; bind one, with of_rank")
     if expression.op not in STEPS:
         raise IRError(f"{expression.op}: makes no tensor; use one of {', '.join(STEPS)}")
     return STEPS[expression.op](*(_made(arg, read, derived) for arg in expression.args))
@@ -153,6 +160,10 @@ def _head_power(x: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(x), exponent.clamp(-14, 15).expand(x.shape))
 
 
+def _fp19(x: Tensor) -> Tensor:
+    return (x.contiguous().view(torch.int32) & -(1 << 13)).view(torch.float32)
+
+
 def _masked_above(n: int) -> Tensor:
     return torch.ones(n, n, dtype=torch.bool).triu(1)
 
@@ -180,6 +191,7 @@ STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "int_bits": _int_bits,
         "rope_bound": _rope_bound,
         "round_up": _round_up,
+        "fp19": _fp19,
         "masked_above": _masked_above,
         "w8a8": _w8a8,
         "w8a8_bias": _w8a8_bias,

@@ -29,7 +29,7 @@ from kvc8.ir.shapes import Shapes
 from kvc8.ir.types import DTYPE_NAMES, DTYPES, Dim, IntsType, TensorType, Type, dim, show_type, size
 
 WIDTH = 100
-SPACES = ("aten", "kvc8", "npu", "atb")
+SPACES = ("aten", "kvc8", "npu", "atb", "_c10d_functional")
 
 
 def show(program: Program) -> str:

@@ -3,7 +3,8 @@
 At every stage: fx's own lint; only placeholders, calls and one output; each call's type is what
 its op infers from its arguments now; the output is the logits and each cache as it now is; and
 no op writes to its arguments, but that in a LOWERED program the NPU's cache writes may, and to what
-aten.new_empty made for them, before anything else reads that.
+aten.new_empty made for them, before anything else reads that. Where ranks divide the program among
+them, the logits are the same on all of them (ir/ranks.py).
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir import npu, ops
+from kvc8.ir import npu, ops, rank_ops
 from kvc8.ir.errors import IRError
 from kvc8.ir.nz import nz_row
 from kvc8.ir.program import (
@@ -27,19 +28,24 @@ from kvc8.ir.program import (
     tensor_type,
     type_of,
 )
+from kvc8.ir.ranks import each_ranks_own
 from kvc8.ir.types import show_type
 
 FLOAT = frozenset(
     {ops.cache_write, ops.paged_attention, ops.quantize, ops.quant_linear, ops.grouped_linear}
 )
+RANKS = frozenset(
+    {rank_ops.int_linear, rank_ops.dequant_sum, rank_ops.all_reduce, rank_ops.all_gather}
+)
 OPS: Mapping[Stage, frozenset[OpOverload]] = MappingProxyType(
     {
         Stage.CAPTURED: FLOAT,
-        Stage.QUANTIZED: FLOAT | {ops.dequantize},
-        Stage.LOWERING: FLOAT | {ops.dequantize},
+        Stage.QUANTIZED: FLOAT | RANKS | {ops.dequantize},
+        Stage.LOWERING: FLOAT | RANKS | {ops.dequantize},
         Stage.LOWERED: frozenset(),
     }
 )
+NPU_SPACES = ("npu", "atb", "_c10d_functional")
 NPU_STAGES = (Stage.LOWERING, Stage.LOWERED)
 
 
@@ -53,6 +59,7 @@ def verify(program: Program) -> None:
         elif node.op not in ("placeholder", "output"):
             raise IRError(f"{node.name}: a {node.op} node; capture with torch.export")
     _check_output(program)
+    _check_ranks(program)
     for cache in program.caches():
         _check_cache(program.stage, cache)
 
@@ -79,7 +86,7 @@ def _may_be_written(arg: Argument, by: Node) -> bool:
 
 
 def _npu_or_aten(stage: Stage, op: OpOverload) -> bool:
-    return op.namespace == "aten" or (op.namespace in ("npu", "atb") and stage in NPU_STAGES)
+    return op.namespace == "aten" or (op.namespace in NPU_SPACES and stage in NPU_STAGES)
 
 
 def _written(node: Node) -> list[Argument]:
@@ -112,6 +119,30 @@ def _check_output(program: Program) -> None:
         if tensor_type(cache) != result:
             what = f"is {tensor_type(cache)} but comes back as {result}"
             raise IRError(f"{cache.name}: {what}; return the caches in the order of the inputs")
+
+
+def _check_ranks(program: Program) -> None:
+    """All ranks give the same logits: what differs between them has been summed or gathered."""
+    own = each_ranks_own(program)
+    [output] = program.graph.find_nodes(op="output")
+    logits = output.args[0][0]
+    if logits not in own:
+        return
+    first = min(node for node in _behind(logits, own) if node.op == "call_function")
+    where = f"{first.name} ({first.meta['origin']})" if first.meta.get("origin") else first.name
+    what = f"is another on each rank, and the logits {logits.name} with it"
+    raise IRError(f"{where}: {what}; put a collective between them")
+
+
+def _behind(node: Node, own: set[Node]) -> set[Node]:
+    """What each rank has of its own that a node is computed of, and the node."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source in own and source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
 
 
 def _check_cache(stage: Stage, cache: Node) -> None:

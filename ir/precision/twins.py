@@ -106,8 +106,8 @@ def make_exact(expression: Expression, read: Read) -> Tensor:
     """
     if expression.op == "stored":
         return _wide(read(str(expression.args[0])))
-    if expression.op == "int_bits":
-        return STEPS["int_bits"](make_exact(_inner(expression), read).float())
+    if expression.op in ("int_bits", "fp19"):
+        return _wide(STEPS[expression.op](make_exact(_inner(expression), read).float()))
     if expression.op not in STEPS:
         raise IRError(f"{expression.op}: makes no tensor; use one of {', '.join(STEPS)}")
     keep = expression.op == "round_up"  # its dtype says which values there are

@@ -13,7 +13,7 @@ of what those ops are. The values that go in are rounded to float32 in both form
 import torch
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir import ops, rank_ops
 from kvc8.ir.expression import cast
 from kvc8.ir.program import Program, expression_of, is_call, is_parameter, type_of
 from kvc8.ir.types import TensorType
@@ -51,7 +51,7 @@ def _widen_placeholder(node: Node) -> None:
 def _takes_scale(user: Node, node: Node) -> bool:
     if is_call(user, ops.quantize, ops.dequantize):
         return node in user.args[1:3]
-    return is_call(user, ops.quant_linear)
+    return is_call(user, ops.quant_linear, rank_ops.dequant_sum)
 
 
 def _wider(arg: object) -> object:
