@@ -38,7 +38,10 @@ _DTYPES = {
 }
 # The number by which an op's argument names a dtype.
 SCALAR_TYPES = MappingProxyType(
-    {torch.int8: 1, torch.float16: 5, torch.float32: 6, torch.bfloat16: 15}
+    {
+        **{torch.int8: 1, torch.int32: 3},
+        **{torch.float16: 5, torch.float32: 6, torch.bfloat16: 15},
+    }
 )
 
 
@@ -81,6 +84,10 @@ def _quant_matmul(
     batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
     dtype = dtype_of("npu_quant_matmul", output_dtype, torch.int8)
     return x1.new_empty((*batch, x1.shape[-2], x2.shape[-1]), dtype=dtype)
+
+
+def _dequant_bias(x: Tensor, *_: Any, output_dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return x.new_empty(x.shape, dtype=output_dtype or torch.float16)
 
 
 def _trans_quant_param(scale: Tensor, offset: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -283,6 +290,7 @@ def _shape_rules() -> dict[str, Callable[..., Any]]:
         "npu_quantize": _quantize,
         "npu_dynamic_quant": _dynamic_quant,
         "npu_quant_matmul": _quant_matmul,
+        "npu_dequant_bias": _dequant_bias,
         "npu_trans_quant_param": _trans_quant_param,
         "npu_anti_quant": _anti_quant,
         "npu_scatter_pa_kv_cache": _nothing,
@@ -334,6 +342,7 @@ _declare({"npu": _NPU, "atb": _ATB})
 npu_quantize = torch.ops.npu.npu_quantize.default
 npu_dynamic_quant = torch.ops.npu.npu_dynamic_quant.default
 npu_quant_matmul = torch.ops.npu.npu_quant_matmul.default
+npu_dequant_bias = torch.ops.npu.npu_dequant_bias.default
 npu_trans_quant_param = torch.ops.npu.npu_trans_quant_param.default
 npu_anti_quant = torch.ops.npu.npu_anti_quant.default
 npu_scatter_pa_kv_cache = torch.ops.npu.npu_scatter_pa_kv_cache.default

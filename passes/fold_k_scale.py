@@ -112,6 +112,7 @@ ROTATION = (
     *(ATEN.mul.Tensor, ATEN.add.Tensor, ATEN.neg.default),
     *(ATEN.cat.default, ATEN.slice.Tensor, ATEN.stack.default),
 )
+SAME_VALUES = ("reshape", "cast", "round_up", "shard")  # of channels in their order
 
 
 @rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="real_exact")
@@ -194,7 +195,7 @@ def _tied(scale: Expression, rope: Rope) -> bool:
     """Whether both channels of each RoPE pair have one scale, as far as its expression tells."""
     if scale.op == "rope_bound":
         return scale.args[2:5] == (rope.distance, rope.width, rope.kind)
-    inner = scale.args[0] if scale.op in ("reshape", "cast", "round_up") else None
+    inner = scale.args[0] if scale.op in SAME_VALUES else None
     return _uniform(scale) or (isinstance(inner, Expression) and _tied(inner, rope))
 
 
@@ -203,7 +204,7 @@ def _uniform(scale: Expression) -> bool:
     if scale.op == "expand":
         x = scale.args[0]
         return isinstance(x, Expression) and x.op == "reshape" and set(x.args[1]) == {1}  # type: ignore[arg-type]
-    inner = scale.args[0] if scale.op in ("reshape", "cast", "round_up") else None
+    inner = scale.args[0] if scale.op in SAME_VALUES else None
     return isinstance(inner, Expression) and _uniform(inner)
 
 

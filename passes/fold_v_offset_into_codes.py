@@ -65,7 +65,8 @@ float, whose bias takes it exactly.
 Bound: x8' + f stands for (u + c)/s_in + z moved by at most half a step, as x8 does. In the range of
 codes both are within s_in/2 of u + c; at an end of it x8' reaches f further, or stops f short, and
 |f| <= 1/2 keeps it within s_in/2 there too. The bias is rounded to a whole number of deq_scale.
-Together y moves by at most deq_scale*(sum_k |w| + 1/2) in each output.
+Together y moves by at most deq_scale*(sum_k |w| + 1/2) in each output, and the int32 sums of a rank
+by at most sum_k |w| + 1/2 over its own part of w.
 """
 
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir import ops, rank_ops
 from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type, users
 from kvc8.ir.types import TensorType
@@ -84,6 +85,8 @@ from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
     """How far each output of o_proj may move: see the module."""
+    if is_call(new, rank_ops.int_linear):
+        return look(argument(new, 1)).double().abs().sum(1) + 0.5
     if not is_call(new, ops.quant_linear):
         return torch.zeros(())
     weight, deq_scale = (look(argument(new, i)) for i in (1, 2))
@@ -127,12 +130,14 @@ def _fold(program: Program, attention: Node, back: Node, quantize: Node) -> None
 
 def _fold_bias(program: Program, linear: Node, rest: Expression) -> None:
     """Add w·rest, rounded, to the int32 bias of a linear."""
-    x8, weight, deq_scale, bias, dtype = linear.args
-    assert isinstance(weight, Node)
+    weight = argument(linear, 1)
+    at = 2 if is_call(linear, rank_ops.int_linear) else 3  # a rank adds the share of its own inputs
+    bias = linear.args[at] if len(linear.args) > at else None
     added = Expression("matvec", (expression_of(weight), rest))
     if isinstance(bias, Node):
         added = Expression("add", (expression_of(bias), added))
     type_ = TensorType(torch.int32, tensor_type(weight).shape[:1])
     name = weight.name.removesuffix("_int8") + "_quant_bias_with_v"
     expression = cast(Expression("round", (added,)), torch.int32)
-    linear.args = (x8, weight, deq_scale, program.placeholder(name, type_, expression), dtype)
+    new = program.placeholder(name, type_, expression)
+    linear.args = (*linear.args[:at], new, *linear.args[at + 1 :])

@@ -32,7 +32,9 @@ after:
 Bound: the 19-bit scale is the float32 one cut off after 10 fraction bits, so a float16 result is
 smaller by at most one part in 1024, and then rounded. With a bfloat16 or float32 result the scale
 stays float32 and the result is the same, bit for bit (float32 is for checking numbers on a CPU; no
-device takes it).
+device takes it). What ranks added up is scaled by npu_dequant_bias, with the same 19 bits for
+float16, so that it is what one device gives; for bfloat16 the op takes a bfloat16 scale, which is
+off by at most one part in 256.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,17 +43,23 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir import npu, ops
-from kvc8.ir.expression import Expression, cast
+from kvc8.ir import npu, ops, rank_ops
+from kvc8.ir.expression import Expression, cast, values
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
+RESHAPE = torch.ops.aten.reshape.default
+ONE = TensorType(torch.float32, (1,))
+
 
 def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
     """How far a result may be from what it was: see the module. The 19-bit scale loses 2**-10."""
-    cut = is_call(new, npu.npu_quant_matmul) and tensor_type(new).dtype is torch.float16
-    return look(old).abs() * 2.0**-10 if cut else torch.zeros(())
+    dtype, of_ranks = tensor_type(new).dtype, is_call(old, rank_ops.dequant_sum)
+    cut = (of_ranks or is_call(new, npu.npu_quant_matmul)) and dtype is torch.float16
+    if cut or (of_ranks and dtype is torch.bfloat16):
+        return look(old).abs() * (2.0**-10 if cut else 2.0**-8)
+    return torch.zeros(())
 
 
 @rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="quantizing", bound=bound)
@@ -73,8 +81,51 @@ def lower_linear(program: Program) -> Iterator[Remark]:
         new = program.call(linear, npu.npu_quant_matmul, *args, name="linear", kwargs=options)
         linear.replace_all_uses_with(new)
         yield hit(new)
+    for linear in program.calls(rank_ops.int_linear):
+        yield hit(_int_linear(program, linear), "its int32 sums, which ranks add up")
+    for scaled in program.calls(rank_ops.dequant_sum):
+        yield hit(_dequant_sum(program, scaled), "what ranks added up")
     for linear in program.calls(torch.ops.aten.linear.default):
         yield miss(linear, f"its weight {argument(linear, 1).name} is float; ATen's linear runs it")
+
+
+def _int_linear(program: Program, linear: Node) -> Node:
+    """The sums of a rank; the op asks for a scale, which int32 results do not take."""
+    x8, weight, *bias = linear.args
+    assert isinstance(weight, Node)
+    found = [node for node in program.parameters() if node.name == "no_scale"]
+    one = values(torch.ones(1))
+    scale = found[0] if found else program.placeholder("no_scale", ONE, one)
+    options = {"bias": bias[0] if bias else None, "output_dtype": npu.SCALAR_TYPES[torch.int32]}
+    args = (x8, _transposed(program, weight), scale)
+    new = program.call(linear, npu.npu_quant_matmul, *args, name="linear", kwargs=options)
+    linear.replace_all_uses_with(new)
+    return new
+
+
+def _dequant_sum(program: Program, scaled: Node) -> Node:
+    """Scale the sum of all ranks, [1, T, O], by an op that takes rows."""
+    sums, deq_scale, bias, dtype = scaled.args
+    assert isinstance(deq_scale, Node)
+    assert isinstance(dtype, torch.dtype)
+    width = tensor_type(scaled).shape[-1]
+    rows = program.call(scaled, RESHAPE, sums, [-1, width])
+    args = (rows, _scale_of_sums(program, deq_scale, dtype), None, bias)
+    options = {"output_dtype": dtype}
+    new = program.call(scaled, npu.npu_dequant_bias, *args, kwargs=options)
+    shaped = program.call(scaled, RESHAPE, new, [1, -1, width])
+    scaled.replace_all_uses_with(shaped)
+    return shaped
+
+
+def _scale_of_sums(program: Program, deq_scale: Node, dtype: torch.dtype) -> Node:
+    """As `npu_dequant_bias` takes it: for float16 cut as a matmul of the whole would read it."""
+    if dtype is torch.bfloat16:
+        return _derived(program, deq_scale, "_bf16", dtype)
+    if dtype is not torch.float16:
+        return deq_scale
+    cut = Expression("fp19", (expression_of(deq_scale),))
+    return program.placeholder(f"{deq_scale.name}_fp19", tensor_type(deq_scale), cut)
 
 
 def _derived(program: Program, source: Node, suffix: str, dtype: torch.dtype) -> Node:

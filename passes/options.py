@@ -5,6 +5,8 @@ from typing import Literal, get_args, get_type_hints
 
 from kvc8.ir.errors import TargetError
 
+MOST_RANKS = 1024  # heads of no model yet; a larger number is a mistake
+
 
 @dataclass(frozen=True)
 class Options:
@@ -20,8 +22,14 @@ class Options:
     fuse: Literal["on", "off"] = "on"
     # How int8 caches lie in memory (ir/nz.py).
     kv_format: Literal["nd", "nz"] = "nd"
+    # How what ranks have of a W8A8 linear is added up: exactly, or as engines do, in half the bytes.
+    sums: Literal["int32", "half"] = "int32"
+    ranks: int = 1  # devices that the model is divided among
 
     def __post_init__(self) -> None:
+        if not 1 <= self.ranks <= MOST_RANKS:
+            what = f"is {self.ranks} and should be from 1 to {MOST_RANKS}"
+            raise TargetError(f"ranks: {what}; correct it")
         for name in NAMES:
             given, allowed = getattr(self, name), choices(name)
             if given not in allowed:
@@ -29,7 +37,7 @@ class Options:
                 raise TargetError(f"{name}: {what}; correct it")
 
 
-NAMES = tuple(field.name for field in fields(Options))
+NAMES = tuple(field.name for field in fields(Options) if field.name != "ranks")  # with a list
 
 
 def choices(name: str) -> tuple[str, ...]:

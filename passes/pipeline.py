@@ -22,6 +22,7 @@ from kvc8.passes.fuse_swiglu_quant import fuse_swiglu_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
+from kvc8.passes.lower_collectives import lower_collectives
 from kvc8.passes.lower_linear import lower_linear
 from kvc8.passes.lower_norms import lower_norms
 from kvc8.passes.lower_paged_attention import lower_paged_attention
@@ -32,6 +33,7 @@ from kvc8.passes.remove_cache_copies import remove_cache_copies
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
 from kvc8.passes.rewrite import Pass, Remark, Step, name_of, pass_of
+from kvc8.passes.shard import shard
 
 log = logging.getLogger("kvc8")
 
@@ -46,6 +48,9 @@ QUANTIZE: tuple[Step, ...] = (
     insert_kv_quant,
 )
 AS_IS: tuple[Step, ...] = (remove_identities, insert_linear_quant, insert_kv_quant)
+
+# `--tp N`: after either of the two, with how many ranks and how they sum bound to it.
+DIVIDE: tuple[Step, ...] = (shard,)
 
 # What reads the int8 cache: exact, and free of offsets wherever that costs nothing.
 FOLD_OFFSETS: tuple[Step, ...] = (fold_kv_scales, fold_k_offset, fold_v_offset)
@@ -67,7 +72,14 @@ FOLD_KV_AND_WEIGHTS: tuple[Step, ...] = (
 )
 
 # A decoder layer without its attention, in NPU ops.
-LAYER: tuple[Step, ...] = (fuse_linears, lower_linear, lower_norms, lower_rope, lower_swiglu)
+LAYER: tuple[Step, ...] = (
+    fuse_linears,
+    lower_linear,
+    lower_collectives,
+    lower_norms,
+    lower_rope,
+    lower_swiglu,
+)
 
 NPU_PREFILL: tuple[Step, ...] = (
     fold_kv_scales,  # and no more: it sees K and V before they are quantized
@@ -99,7 +111,9 @@ FUSE_NZ: tuple[Step, ...] = (fuse_norm_rope_quant_cache, fuse_norm_quant, fuse_s
 
 def quantize_passes(options: Options) -> tuple[Step, ...]:
     """The passes up to QUANTIZED."""
-    return QUANTIZE if options.kv_scales == "repair" else AS_IS
+    passes = QUANTIZE if options.kv_scales == "repair" else AS_IS
+    dividing = (partial(step, ranks=options.ranks, sums=options.sums) for step in DIVIDE)
+    return (*passes, *dividing) if options.ranks > 1 else passes
 
 
 def reading(passes: tuple[Step, ...], read: Read) -> tuple[Step, ...]:
@@ -163,11 +177,12 @@ def lower_for_npu(
     of_int8, told = program.copy(), list[tuple[str, Remark]]()
     plan = phases(options)
     shared, _ = plan["decode"]
-    told += run(of_int8, shared, see, "int8", len(QUANTIZE))
+    first = len(quantize_passes(options))
+    told += run(of_int8, shared, see, "int8", first)
     lowered = {}
     for phase, (before, passes) in plan.items():
         lowered[phase] = (of_int8 if before else program).copy()
-        told += run(lowered[phase], passes, see, phase, len(QUANTIZE) + len(before))
+        told += run(lowered[phase], passes, see, phase, first + len(before))
     return lowered, told
 
 

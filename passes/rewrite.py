@@ -36,6 +36,7 @@ class Remark:
     origin: str
     why_not: str = ""
     note: str = ""  # what a reader may want to know of a site that was rewritten
+    contract: Contract | None = None  # of this site, where it is stricter than the pass's
 
     def __str__(self) -> str:
         where = f"{self.node} ({self.origin})" if self.origin else self.node
@@ -44,9 +45,9 @@ class Remark:
         return f"{where}: {self.note}" if self.note else where
 
 
-def hit(node: Node, note: str = "") -> Remark:
+def hit(node: Node, note: str = "", contract: Contract | None = None) -> Remark:
     """The site was rewritten."""
-    return Remark(node.name, node.meta.get("origin", ""), note=note)
+    return Remark(node.name, node.meta.get("origin", ""), note=note, contract=contract)
 
 
 def miss(node: Node, why: str) -> Remark:

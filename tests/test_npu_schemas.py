@@ -128,6 +128,10 @@ OTHERS: dict[str, Callable[[], Call]] = {
         [torch.ones(5, 3).T, torch.ones(5), torch.ones(5), torch.ones(1), int8(1)],
         {},
     ),
+    "npu::npu_dequant_bias|int32": lambda: (
+        [int32(5, -7, 9, 2).view(2, 2), torch.rand(2), None, int32(1, 2)],
+        {"output_dtype": torch.float16},
+    ),
     "npu::npu_dynamic_quant|transposed": lambda: ([torch.ones(4, 3).T], {}),
 }
 CALLS = vectors()

@@ -3,7 +3,7 @@
 import torch
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir import ops, rank_ops
 from kvc8.ir.expression import Expression
 from kvc8.ir.program import argument, expression_of, is_call, is_parameter, tensor_type, users
 from kvc8.passes.matchers.attention import dequantizer
@@ -36,7 +36,7 @@ def projection(attention: Node, back: Node) -> tuple[Node | None, str]:
     [reader] = found
     if is_call(reader, ATEN.linear.default) and is_parameter(argument(reader, 1)):
         return reader, ""
-    consumers = [is_call(user, ops.quant_linear) for user in users(reader)]
+    consumers = [is_call(user, ops.quant_linear, rank_ops.int_linear) for user in users(reader)]
     if is_call(reader, ops.quantize) and consumers == [True]:
         return reader, ""
     return None, f"{reader.name} reads it, which is no linear"

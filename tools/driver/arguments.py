@@ -2,6 +2,7 @@
 
 import argparse
 
+from kvc8.ir.errors import TargetError
 from kvc8.passes.options import NAMES, Options, choices
 
 HELP = {
@@ -11,6 +12,7 @@ HELP = {
     "fold": "drop the cache's offsets where that is exact (default), or fold its scales as well",
     "fuse": "do by one launch what one op does that takes several (default), or leave them apart",
     "kv_format": "how int8 caches lie in memory; nz fits few models (docs/phases.md)",
+    "sums": "how --tp adds up W8A8 linears: exactly (default), or in half the bytes, as engines do",
 }
 
 
@@ -22,9 +24,17 @@ def add_options(to: argparse.ArgumentParser, names: tuple[str, ...] = NAMES) -> 
         to.add_argument(flag, choices=allowed, default=allowed[0], help=HELP[name])
 
 
+def add_ranks(to: argparse.ArgumentParser) -> None:
+    """Add the argument that divides a model."""
+    text = "devices to divide the model among (tensor parallelism); default: 1"
+    to.add_argument("--tp", type=int, default=1, metavar="N", help=text)
+
+
 def options_of(args: argparse.Namespace) -> Options:
     """The Options that a command was given."""
-    return Options(**{name: getattr(args, name) for name in NAMES})
+    if args.tp < 1:
+        raise TargetError(f"--tp: {args.tp} devices; give 1 or more")
+    return Options(**{name: getattr(args, name) for name in NAMES}, ranks=args.tp)
 
 
 def add_kv_calibrated(to: argparse.ArgumentParser) -> None:

@@ -25,6 +25,7 @@ def _kernels() -> dict[str, Callable[..., Any]]:
         "npu::npu_anti_quant": quantization.npu_anti_quant,
         "npu::npu_trans_quant_param": matmul.npu_trans_quant_param,
         "npu::npu_quant_matmul": matmul.npu_quant_matmul,
+        "npu::npu_dequant_bias": matmul.npu_dequant_bias,
         "npu::npu_scatter_pa_kv_cache": cache.npu_scatter_pa_kv_cache,
         "npu::npu_scatter_pa_kv_cache_functional": cache.npu_scatter_pa_kv_cache_functional,
         "npu::npu_scatter_nd_update_": cache.npu_scatter_nd_update_,

@@ -70,7 +70,7 @@ def npu_quant_matmul(
 
     A packed scale is FP19, and so is a float32 scale for float16 and int8 results without
     pertoken_scale: torch_npu packs it (QuantMatmulKernelNpuOpApi.cpp). int8 results of a packed
-    scale take the offset packed with it, else the argument.
+    scale take the offset packed with it, else the argument. int32 results are the sums, unscaled.
 
     Extension of kvc8: output_dtype float32, with a float32 scale used in full precision, is exactly
     (x1 @ x2 + bias).to(float32) * scale.
@@ -81,6 +81,8 @@ def npu_quant_matmul(
     sums = _products(x1, x2)
     if bias is not None and bias.dtype == torch.int32:
         sums = sums + bias
+    if target == torch.int32:
+        return sums
     value = sums.to(torch.float32) * _factor(scale, pertoken_scale, target)
     if pertoken_scale is not None:
         value = value * pertoken_scale.unsqueeze(-1)
@@ -89,6 +91,34 @@ def npu_quant_matmul(
     if target != torch.int8:
         return value.to(target)
     return saturate(value + _shift(scale, offset))
+
+
+def npu_dequant_bias(
+    x: Tensor,
+    weight_scale: Tensor,
+    activation_scale: Tensor | None,
+    bias: Tensor | None,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """(x + bias) * weight_scale of int32 sums x [m, n], rounded once to output_dtype [m, n].
+
+    bias int32 [n]; weight_scale [n], float32 for float16 results and bfloat16 for bfloat16 ones; no
+    activation_scale and no float bias (aclnnDequantBias). float32 inside is assumed. Extension of
+    kvc8: float32 results, of a float32 scale.
+    """
+    target = output_dtype or torch.float16
+    if activation_scale is not None or (bias is not None and bias.dtype != torch.int32):
+        what = "a scale of tokens, or a bias that is not int32, is not emulated"
+        raise TargetError(f"npu_dequant_bias: {what}; leave it out")
+    wanted = torch.bfloat16 if target == torch.bfloat16 else torch.float32
+    if x.dtype != torch.int32 or x.ndim != 2 or weight_scale.dtype != wanted:
+        given = f"{x.dtype}{list(x.shape)} with a {weight_scale.dtype} scale"
+        raise TargetError(
+            f"npu_dequant_bias: {given} is not emulated; give int32 [m, n] and a {wanted} scale"
+        )
+    sums = x if bias is None else x + bias
+    return (sums.to(torch.float32) * weight_scale.to(torch.float32)).to(target)
 
 
 def _check(x1: Tensor, x2: Tensor, scale: Tensor, bias: Tensor | None, target: torch.dtype) -> None:
@@ -112,6 +142,7 @@ def _check(x1: Tensor, x2: Tensor, scale: Tensor, bias: Tensor | None, target: t
         torch.int8: (torch.int64, torch.float32),
         torch.float16: (torch.int64, torch.float32),
         torch.bfloat16: (torch.float32, torch.bfloat16),
+        torch.int32: (torch.float32, torch.bfloat16),
         torch.float32: (torch.float32,),
     }
     if scale.dtype not in allowed.get(target, ()):
