@@ -18,7 +18,7 @@ from kvc8.ir.errors import IRError, TargetError
 from kvc8.ir.program import Program
 from kvc8.passes.pipeline import See
 from kvc8.tools.command import entry
-from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, options_of
+from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, add_ranks, options_of
 from kvc8.tools.driver.compiling import (
     DTYPES,
     Compiled,
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
         help="compute in this; if unset config.json's for an NPU, and float32 for ONNX",
     )
     add_options(found)
+    add_ranks(found)
     add_kv_calibrated(found)
     found.add_argument(
         "--check",

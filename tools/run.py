@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvc8.tools.command import entry
+from kvc8.tools.driver.ranks import Ranks, joined, local_device
 
 if TYPE_CHECKING:  # these take seconds to import, and a mistyped command should not wait for it
     import torch
@@ -59,21 +61,27 @@ def _positive(text: str) -> int:
 
 
 def run(given: argparse.Namespace) -> int:
-    """Load, generate and print."""
+    """Load, generate and print, as the only rank or as one of several."""
     device = _device(given)  # before anything that declares the NPU's ops
+    with joined(device) as ranks:
+        return _run(given, device, ranks)
+
+
+def _run(given: argparse.Namespace, device: "torch.device", ranks: Ranks) -> int:
     from kvc8.backends.runtime.generate import generate
+    from kvc8.backends.runtime.ranks import agreed
     from kvc8.backends.runtime.sampling import Sampling
     from kvc8.tools.driver.loading import check_lengths, open_compiled
 
     sampling = Sampling(given.temperature, given.top_p, given.seed)
-    loaded = open_compiled(given.artifact, device, given.threads)
+    loaded = open_compiled(given.artifact, device, given.threads, ranks)
     prompts = loaded.encode(given.prompt, given.chat)
     check_lengths(loaded.config, prompts, given.max_new_tokens)
-    printer = _Printer(loaded.tokenizer, len(prompts), quiet=given.json)
+    printer = _Printer(loaded.tokenizer, len(prompts), quiet=given.json or not ranks.leads)
     model = loaded.allocate([len(p) + given.max_new_tokens for p in prompts], given.blocks)
     if given.graph:
         _record_graphs(model)
-    recording = _recording(given, model) if given.dump else None
+    recording = _recording(given, model, ranks) if given.dump else None
     generation = generate(
         model,
         prompts,
@@ -83,7 +91,10 @@ def run(given: argparse.Namespace) -> int:
         on_token=printer.token,
         chunk=given.chunk,
         share=given.share_prefix,
+        agree=partial(agreed, device=device) if ranks.size > 1 else None,
     )
+    if not ranks.leads:
+        return 0
     _report(given, generation, printer.texts(), loaded.note)
     if recording:
         recording.write(given.dump)
@@ -102,12 +113,14 @@ def _record_graphs(model: "StepModel") -> None:
     model.runner = Recorder(torch.get_device_module("npu"), blocks)
 
 
-def _recording(given: argparse.Namespace, model: "StepModel") -> "ValueDump":
+def _recording(given: argparse.Namespace, model: "StepModel", ranks: Ranks) -> "ValueDump":
     """What keeps the values of the first step of each phase."""
     from kvc8.backends.npu.dumps import ValueDump
     from kvc8.backends.runtime.model import Model
     from kvc8.ir.errors import TargetError
 
+    if ranks.size > 1:
+        raise TargetError("--dump: is of one rank; dump what was compiled without --tp")
     if not isinstance(model, Model) or given.graph:
         what = "keeps the values of an NPU program's nodes, run one by one"
         raise TargetError(f"--dump: {what}; leave out --graph, and name what was compiled for npu")
@@ -125,7 +138,7 @@ def _device(given: argparse.Namespace) -> "torch.device":
     if given.device == "npu":
         from kvc8.backends.npu.device import load_torch_npu
 
-        return load_torch_npu()
+        return load_torch_npu(local_device())
     import torch
 
     return torch.device("cpu")

@@ -39,7 +39,7 @@ from kvc8.ir.checkpoint.new_directory import refuse_existing
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.tools.command import entry
-from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, options_of
+from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, add_ranks, options_of
 from kvc8.tools.driver.compiling import open_calibrated, quantize
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.reporter.costs import page_path
@@ -87,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--tokens", type=int, default=200, help="of the prompt")
     found.add_argument("--steps", type=int, default=32, help="decode steps after it")
     add_options(found)
+    add_ranks(found)
     add_kv_calibrated(found)
     _add_parts(found.add_mutually_exclusive_group())
     found.add_argument(

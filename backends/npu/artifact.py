@@ -31,10 +31,11 @@ from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import IRError
 from kvc8.ir.expression import Arg, Expression, Read, make, stored_names
 from kvc8.ir.program import Program, Stage, expression_of, tensor_type
+from kvc8.ir.ranks import bound, differs
 from kvc8.ir.text import show
 from kvc8.ir.types import TensorType, dtype_name
 
-FORMAT = 3
+FORMAT = 4
 PHASES = ("prefill", "chunk", "decode")
 MANIFEST, DERIVED, WEIGHTS, INDEX = (
     "manifest.json",
@@ -50,11 +51,11 @@ COPIED = (
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
-# What an expression may do at load time: it moves values and changes none. The rest is done now,
+# What an expression may do at load time: it moves values or cuts bits off. The rest is done now,
 # for a result of up to LARGEST_DERIVED bytes.
 PLAIN = frozenset(
     ("stored", "cast", "reshape", "slice", "concat", "transpose", "expand", "float_bits", "values")
-) | {"masked_above", "derived"}
+) | {"masked_above", "derived", "shard", "first", "fp19"}
 LARGEST_DERIVED = 1_000_000
 # What torch raises when an expression's arguments do not fit.
 UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
@@ -67,6 +68,7 @@ class CompiledFor:
     soc: str
     block_size: int  # tokens that a block of the cache holds
     notes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    ranks: int = 1  # devices that the model is divided among
 
 
 def write(
@@ -78,10 +80,11 @@ def write(
     what its expression makes; TargetError where `out` exists or cannot be written: then nothing is.
     """
     check_programs(programs)
-    check_parameters(programs, checkpoint.tensors, {})
+    check_parameters(programs, checkpoint.tensors, {}, target.ranks)
     derived: dict[str, torch.Tensor] = {}
     made: dict[Expression, str] = {}
-    ready = {phase: _derive(programs[phase], checkpoint.read, derived, made) for phase in PHASES}
+    derive = partial(_derive, read=checkpoint.read, ranks=target.ranks, derived=derived, made=made)
+    ready = {phase: derive(programs[phase]) for phase in PHASES}
     with new_directory(out) as part:
         part.write(MANIFEST, _json(_manifest(checkpoint, ready, target)))
         for phase, program in ready.items():
@@ -91,6 +94,15 @@ def write(
         for name in COPIED:
             if source := model_file(checkpoint.path, name):
                 part.write(name, source.read_bytes())
+
+
+def identity(out: Path) -> dict[str, bytes]:
+    """What tells an artifact from others, by name; of shards their sizes."""
+    files = (MANIFEST, *(f"{phase}.py" for phase in PHASES), DERIVED, CONFIG)
+    shards = sorted((out / WEIGHTS).glob("*")) if (out / WEIGHTS).is_dir() else []
+    sizes = [f"{shard.name} {shard.stat().st_size}" for shard in shards]
+    parts = {name: (out / name).read_bytes() for name in files}
+    return parts | {WEIGHTS: "\n".join(sizes).encode()}
 
 
 @dataclass(frozen=True)
@@ -112,21 +124,29 @@ def disk_use(out: Path) -> DiskUse:
 
 
 def _derive(
-    program: Program, read: Read, derived: dict[str, torch.Tensor], made: dict[Expression, str]
+    program: Program,
+    read: Read,
+    ranks: int,
+    derived: dict[str, torch.Tensor],
+    made: dict[Expression, str],
 ) -> Program:
     """A copy that takes small computed parameters from `derived`, where they are put.
 
     `made` has the name of each expression that was computed, so that programs share the result.
+    What is another on each rank lies there for all of them, one after the other.
     """
     program = program.copy()
     for node in program.parameters():
         expression, type_ = expression_of(node), tensor_type(node)
         if is_plain(expression) or _nbytes(type_) >= LARGEST_DERIVED:
             continue
-        name = made.setdefault(expression, node.name)
+        name, own = made.setdefault(expression, node.name), differs(expression)
         if name not in derived:
-            derived[name] = make(expression, read).clone(memory_format=torch.contiguous_format)
-        node.meta["expression"] = Expression("derived", (name,))
+            each = [make(bound(expression, rank), read) for rank in range(ranks if own else 1)]
+            derived[name] = torch.cat(each) if own else each[0].contiguous().clone()
+        found = Expression("derived", (name,))
+        part = Expression("shard", (found, 0, int(type_.shape[0]))) if own else found
+        node.meta["expression"] = part
     return program
 
 
@@ -167,6 +187,7 @@ def _manifest(
         "soc": target.soc,
         "dtype": dtype_name(logits_type(programs["decode"]).dtype),
         "block_size": target.block_size,
+        "ranks": target.ranks,
         "bytes_per_token": layout.bytes_per_token,
         "float16_bytes_per_token": layout.float16_bytes_per_token,
         "kv_cache": [cache.as_json() for cache in layout.caches],
@@ -222,11 +243,15 @@ def check_parameters(
     programs: Mapping[str, Program],
     tensors: Mapping[str, StoredTensor],
     derived: Mapping[str, StoredTensor],
+    ranks: int = 1,
 ) -> None:
-    """Raise IRError at a parameter that is not of the type that its expression makes."""
+    """Raise IRError at a parameter that is not of the type that its expression makes.
+
+    A part that the last rank can take, each other rank can.
+    """
     made: dict[Expression, TensorType] = {}  # phases share most of theirs
     for node in (node for program in programs.values() for node in program.parameters()):
-        expression = expression_of(node)
+        expression = bound(expression_of(node), ranks - 1)
         try:
             found = made.get(expression) or _made(expression, tensors, derived)
         except IRError as error:

@@ -30,12 +30,14 @@ from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles, read
 from kvc8.ir.errors import IRError, TargetError
 from kvc8.ir.expression import Expression, make, stored_names
 from kvc8.ir.program import Program, expression_of
+from kvc8.ir.ranks import of_rank, side_by_side
 from kvc8.ir.text import parse
 from kvc8.ir.types import dtype_name
 from kvc8.ir.verify import verify
 
 AGAIN = "compile the model again"
-NAMESPACES = ("aten", "npu", "atb", "operator")  # of what a LOWERED program calls
+# Of what a LOWERED program calls.
+NAMESPACES = ("aten", "npu", "atb", "_c10d_functional", "operator")
 FILE_OPS = ("from_file",)  # ATen's own way to a file
 # What reading a text that is no program may raise, besides IRError.
 NOT_A_PROGRAM = (ValueError, TypeError, AttributeError, IndexError, RuntimeError, AssertionError)
@@ -51,6 +53,7 @@ class Artifact:
     soc: str
     dtype: str  # that the logits have, "f16"
     block_size: int
+    ranks: int  # devices that the model is divided among; the programs are each one's
     notes: Mapping[str, str]
     config: Mapping[str, object]  # the model's own config.json
     programs: Mapping[str, Program]  # by phase: "prefill", "chunk" and "decode"
@@ -62,6 +65,17 @@ class Artifact:
     def layout(self) -> KVLayout:
         """The KV cache of the programs."""
         return kv_layout(self.programs["decode"])
+
+    def of_rank(self, rank: int) -> Mapping[str, Program]:
+        """The programs with the parameters of one rank. Raises TargetError where it has none."""
+        if not 0 <= rank < self.ranks:
+            what = f"rank {rank} of a model compiled for {self.ranks}"
+            raise TargetError(f"{place(self.path)}: {what}; give one from 0 to {self.ranks - 1}")
+        return {phase: of_rank(program, rank) for phase, program in self.programs.items()}
+
+    def side_by_side(self) -> Mapping[str, Program]:
+        """The programs of all ranks as one each, which run where one device is."""
+        return {phase: side_by_side(p, self.ranks) for phase, p in self.programs.items()}
 
     def make(self, expression: Expression) -> torch.Tensor:
         """Make a parameter, mapping into memory what it is made of."""
@@ -88,6 +102,7 @@ def read(path: Path) -> Artifact:
         soc=_text(path, manifest, "soc"),
         dtype=_text(path, manifest, "dtype"),
         block_size=positive(manifest, "block_size", place(path / MANIFEST)),
+        ranks=positive(manifest, "ranks", place(path / MANIFEST)),
         notes=_notes(path, manifest),
         config=read_json(_file(path, CONFIG)),
         programs=programs,
@@ -184,7 +199,7 @@ def _check(artifact: Artifact, manifest: Mapping[str, object]) -> None:
     where = place(artifact.path)
     try:
         check_programs(artifact.programs)
-        check_parameters(artifact.programs, artifact.tensors, artifact.derived)
+        check_parameters(artifact.programs, artifact.tensors, artifact.derived, artifact.ranks)
     except IRError as error:
         raise IRError(f"{where}: {error}") from error
     layout = artifact.layout

@@ -13,8 +13,8 @@ TORCH_NPU = "torch_npu"
 INSTALL = "install kvc8[npu] on a machine with CANN, or give --device cpu"
 
 
-def load_torch_npu() -> torch.device:
-    """Import torch_npu and give its first device.
+def load_torch_npu(index: int = 0) -> torch.device:
+    """Import torch_npu and give a device of this machine, which becomes the current one.
 
     It must come before kvc8.ir.npu is imported: each of the two declares the NPU's ops, and only
     kvc8.ir.npu leaves alone what is declared already. Raises TargetError where torch_npu is not
@@ -28,10 +28,14 @@ def load_torch_npu() -> torch.device:
         )
     try:
         import_module(TORCH_NPU)
-        present = bool(torch.get_device_module("npu").is_available())
+        present = torch.get_device_module("npu").device_count()
     except (ImportError, OSError, RuntimeError) as error:
         why = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
         raise TargetError(f"torch_npu: does not load ({why}); {INSTALL}") from error
     if not present:
         raise TargetError(f"torch_npu: finds no NPU; {INSTALL}")
-    return torch.device("npu", 0)
+    if index >= present:
+        what = f"finds {present} NPUs and no number {index}"
+        raise TargetError(f"torch_npu: {what}; start as many ranks as there are")
+    torch.get_device_module("npu").set_device(index)
+    return torch.device("npu", index)

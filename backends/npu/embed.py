@@ -71,8 +71,11 @@ class EmbeddedModel:
     block_size: int
 
 
-def load_steps(path: Path, device: torch.device) -> EmbeddedModel:
-    """Read what kvc8-compile wrote and put its parameters on a device.
+def load_steps(path: Path, device: torch.device, rank: int = 0) -> EmbeddedModel:
+    """Read what kvc8-compile wrote and put the parameters of one rank on a device.
+
+    The programs of several ranks call a process group "tp"; the engine gives its own that name by
+    backends/runtime/ranks.py's `name_group`.
 
     On an NPU, call kvc8.backends.npu.device.load_torch_npu before importing this. Raises IRError or
     TargetError where the artifact is damaged.
@@ -80,6 +83,6 @@ def load_steps(path: Path, device: torch.device) -> EmbeddedModel:
     artifact, made = read(path), dict[Expression, Tensor]()
     steps = {
         phase: Step(program, make_parameters(program, artifact.make, device, made))
-        for phase, program in artifact.programs.items()
+        for phase, program in artifact.of_rank(rank).items()
     }
     return EmbeddedModel(**steps, layout=artifact.layout, block_size=artifact.block_size)

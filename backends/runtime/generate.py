@@ -15,6 +15,7 @@ from kvc8.backends.runtime.scheduler import Scheduler
 from kvc8.backends.runtime.scheduler import Sequence as Running
 
 OnToken = Callable[[Running, int], None]
+Agree = Callable[[Sequence[int]], Sequence[int]]
 
 
 class StepModel(Protocol):
@@ -79,18 +80,20 @@ def generate(
     on_token: OnToken | None = None,
     chunk: int | None = None,
     share: bool = False,
+    agree: Agree | None = None,
 ) -> Generation:
     """Continue prompts, each by up to `most` tokens or to a token of `stops`.
 
     Prompts are taken `chunk` tokens at a time, or whole; with `share` those that begin alike share
-    the blocks of that beginning. `on_token` sees each token as it comes. The model's caches are
+    the blocks of that beginning. `on_token` sees each token as it comes. Ranks that run one model
+    `agree` on tokens: those of the first rank go on. The model's caches are
     taken over: what they held is written over. Raises TargetError for a prompt that the cache could
     not hold alone.
     """
     count = next(iter(model.caches.values())).shape[0]
     scheduler = Scheduler(Blocks(count, model.block_size), stops, share)
     result = Generation([scheduler.add(prompt, most) for prompt in prompts])
-    return _Run(model, scheduler, result, sampling or Sampling(), on_token, chunk).run()
+    return _Run(model, scheduler, result, sampling or Sampling(), on_token, chunk, agree).run()
 
 
 @dataclass
@@ -103,6 +106,7 @@ class _Run:
     sampling: Sampling
     on_token: OnToken | None
     chunk: int | None
+    agree: Agree | None
 
     def __post_init__(self) -> None:
         self.random = [self.sampling.generator(i) for i in range(len(self.result.sequences))]
@@ -143,8 +147,13 @@ class _Run:
         self.choose(sequences, logits)
 
     def choose(self, sequences: list[Running], logits: Tensor) -> None:
-        for sequence, row in zip(sequences, logits, strict=True):
-            token = choose(row, self.sampling, self.random[sequence.index])
+        tokens = [
+            choose(row, self.sampling, self.random[sequence.index])
+            for sequence, row in zip(sequences, logits, strict=True)
+        ]
+        for sequence, token in zip(
+            sequences, self.agree(tokens) if self.agree else tokens, strict=True
+        ):
             self.scheduler.record(sequence, token)
             if self.on_token:
                 self.on_token(sequence, token)

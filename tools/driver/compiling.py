@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,7 @@ from kvc8.ir.errors import ModelError, TargetError
 from kvc8.ir.expression import Read
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
-from kvc8.passes.options import Options
+from kvc8.passes.options import NAMES, Options
 from kvc8.passes.rewrite import Remark
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -136,6 +136,8 @@ def _check_place(out: Path, target: Target, options: Options) -> None:
         raise TargetError(f"{out}: exists already; choose another directory or remove it")
     if options.kv_format == "nz" and target.kind != "npu":
         raise TargetError("--kv-format: nz is of --target npu; leave it out, or compile for npu")
+    if options.ranks > 1 and target.kind != "npu":
+        raise TargetError("--tp: is of --target npu; leave it out, or compile for npu")
 
 
 def _all(watchers: Sequence[pipeline.See]) -> pipeline.See:
@@ -157,7 +159,8 @@ def _write(
     if target.kind == "npu":
         for phase in phases.values():
             legality.check(phase, target.soc, target.block_size)
-        compiled_for = artifact.CompiledFor(target.soc, target.block_size, asdict(options))
+        notes = {name: str(getattr(options, name)) for name in NAMES}
+        compiled_for = artifact.CompiledFor(target.soc, target.block_size, notes, options.ranks)
         artifact.write(out, checkpoint, phases, compiled_for)
         return
     from kvc8.backends.onnx import emitter, lowered  # onnx takes a second to import

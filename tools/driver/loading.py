@@ -12,6 +12,7 @@ from kvc8.backends.runtime.model import load
 from kvc8.backends.runtime.sampling import Sampling
 from kvc8.ir.checkpoint.model_files import read_json
 from kvc8.ir.errors import ModelError, TargetError
+from kvc8.tools.driver.ranks import ALONE, Ranks, check_ranks, check_size
 from kvc8.tools.driver.tokenizer import Tokenizer, read_tokenizer
 
 CPU = torch.device("cpu")
@@ -80,14 +81,17 @@ class Loaded:
         ]
 
 
-def open_compiled(path: Path, device: torch.device = CPU, threads: int = 0) -> Loaded:
+def open_compiled(
+    path: Path, device: torch.device = CPU, threads: int = 0, ranks: Ranks = ALONE
+) -> Loaded:
     """Open what kvc8-compile wrote, for npu or for onnx, with its parameters on a device.
 
     `threads` are of ONNX Runtime; 0 is one a core. For an NPU `device` is what
-    backends.npu.device.load_torch_npu gave. Raises IRError, ModelError or TargetError where the
-    directory is damaged, or an ONNX model should run on an NPU.
+    backends.npu.device.load_torch_npu gave; with `ranks`, those of one rank. Raises IRError,
+    ModelError or TargetError where the directory is damaged or not compiled for so many ranks, or
+    an ONNX model should run on an NPU.
     """
-    return _onnx(path, device, threads) if is_onnx(path) else _artifact(path, device)
+    return _onnx(path, device, threads, ranks) if is_onnx(path) else _artifact(path, device, ranks)
 
 
 def is_onnx(path: Path) -> bool:
@@ -107,12 +111,13 @@ def check_lengths(
         raise ModelError(f"--prompt: {what}; shorten the prompt or give a lower --max-new-tokens")
 
 
-def _onnx(path: Path, device: torch.device, threads: int) -> Loaded:
+def _onnx(path: Path, device: torch.device, threads: int, ranks: Ranks) -> Loaded:
     from kvc8.backends.onnx.model import open_model  # onnxruntime takes a second to import
 
     if device.type != "cpu":
         what = "an ONNX model runs in ONNX Runtime on a CPU"
         raise TargetError(f"--device: {what}; leave it out, or compile the model for npu")
+    check_size(path, 1, ranks)
     model = open_model(path, threads)
 
     def allocate(tokens: Sequence[int], blocks: int | None) -> StepModel:
@@ -122,14 +127,15 @@ def _onnx(path: Path, device: torch.device, threads: int) -> Loaded:
     return Loaded(path, model.config, IN_ONNX_RUNTIME.format(model.flavor), allocate)
 
 
-def _artifact(path: Path, device: torch.device) -> Loaded:
+def _artifact(path: Path, device: torch.device, ranks: Ranks) -> Loaded:
     from kvc8.backends.npu.artifact_reader import read  # declares the NPU's ops
 
     artifact = read(path)
-    size = artifact.block_size
+    check_ranks(artifact, ranks, device)
+    programs, size = artifact.of_rank(ranks.rank), artifact.block_size
 
     def allocate(tokens: Sequence[int], blocks: int | None) -> StepModel:
         count = blocks or sum(-(-each // size) for each in tokens)
-        return load(artifact.programs, artifact.make, blocks=count, block_size=size, device=device)
+        return load(programs, artifact.make, blocks=count, block_size=size, device=device)
 
     return Loaded(path, artifact.config, EMULATED if device.type == "cpu" else ON_DEVICE, allocate)

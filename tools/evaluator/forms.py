@@ -102,7 +102,7 @@ def _artifact(path: Path, window: int) -> Form:
     artifact = read(path)
     size = artifact.block_size
     model = runtime.load(
-        artifact.programs, artifact.make, blocks=_blocks(window, size), block_size=size
+        artifact.side_by_side(), artifact.make, blocks=_blocks(window, size), block_size=size
     )
     return Form(str(path), "NPU, emulated", _prefill(model, size))
 

@@ -28,7 +28,7 @@ def of_compiled(out: Path, tokens: Tokens) -> Run:
         return _in_onnxruntime(open_model(out), tokens)
     artifact = read(out)
     blocks = len(tokens.table)
-    model = runtime.load(artifact.programs, artifact.make, blocks=blocks, block_size=BLOCK)
+    model = runtime.load(artifact.side_by_side(), artifact.make, blocks=blocks, block_size=BLOCK)
     made = feed_tokens(model, tokens)
     for cache in artifact.layout.caches:
         if cache.format == "nz":
