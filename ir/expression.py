@@ -90,9 +90,9 @@ def make(expression: Expression, read: Read, derived: Read | None = None) -> Ten
     if expression.op == "derived" and derived:
         return derived(str(expression.args[0]))
     if expression.op in EACH_RANK:
-        raise IRError(f"{expression.op}: is another on each rank; bind one, with of_rank")
+        raise IRError(f"{expression.op}", "is another on each rank", "bind one, with of_rank")
     if expression.op not in STEPS:
-        raise IRError(f"{expression.op}: makes no tensor; use one of {', '.join(STEPS)}")
+        raise IRError(expression.op, "makes no tensor", f"use one of {', '.join(STEPS)}")
     return STEPS[expression.op](*(_made(arg, read, derived) for arg in expression.args))
 
 

@@ -75,13 +75,14 @@ def by_channel(scale: Tensor, offset: Tensor | None, width: int, where: str) -> 
     for name, value in (("scale", scale), ("offset", offset)):
         if value.numel() not in (1, width):
             raise ModelError(
-                f"{where}: the {name} holds {value.numel()} numbers for {width} channels; "
-                "use the config.json that the model was quantized with"
+                where,
+                f"the {name} holds {value.numel()} numbers for {width} channels",
+                "use the config.json that the model was quantized with",
             )
     _check_scale(scale, where, "calibrate the model again")
     if not whole(offset):
         raise ModelError(
-            f"{where}: an offset is not a whole number from -256 to 256; calibrate the model again"
+            where, "an offset is not a whole number from -256 to 256", "calibrate the model again"
         )
     return Channels(scale.reshape(-1).expand(width), offset.reshape(-1).expand(width))
 
@@ -103,8 +104,9 @@ def derive(
     """
     if model_dtype not in (torch.float16, torch.bfloat16):
         raise ModelError(
-            f"{where}: the model computes in {model_dtype} and an int8 KV cache wants float16 or "
-            "bfloat16; convert the model"
+            where,
+            f"the model computes in {model_dtype} and an int8 KV cache wants float16 or bfloat16",
+            "convert the model",
         )
     made: list[Tensor] = []
     for channels in (k, v):
@@ -125,12 +127,15 @@ def heads_of_rank(kv_heads: int, rank: int, ranks: int) -> range:
     if ranks < 1 or (kv_heads % ranks and ranks % kv_heads):
         even = ", ".join(str(n) for n in range(1, kv_heads + 1) if kv_heads % n == 0)
         raise ModelError(
-            f"tensor parallel over {ranks}: cannot share out {kv_heads} KV heads evenly; "
-            f"use {even} or a multiple of {kv_heads} ranks"
+            f"tensor parallel over {ranks}",
+            f"cannot share out {kv_heads} KV heads evenly",
+            f"use {even} or a multiple of {kv_heads} ranks",
         )
     if not 0 <= rank < ranks:
         raise ModelError(
-            f"tensor parallel over {ranks}: has no rank {rank}; use a rank from 0 to {ranks - 1}"
+            f"tensor parallel over {ranks}",
+            f"has no rank {rank}",
+            f"use a rank from 0 to {ranks - 1}",
         )
     if ranks >= kv_heads:
         head = rank // (ranks // kv_heads)
@@ -147,8 +152,9 @@ def shard(value: Tensor, kv_heads: int, rank: int, ranks: int) -> Tensor:
     head_dim, rest = divmod(value.shape[-1], kv_heads)
     if rest:
         raise ModelError(
-            f"tensor parallel over {ranks}: {value.shape[-1]} channels are not {kv_heads} whole "
-            "heads; check num_key_value_heads in config.json"
+            f"tensor parallel over {ranks}",
+            f"{value.shape[-1]} channels are not {kv_heads} whole heads",
+            "check num_key_value_heads in config.json",
         )
     heads = heads_of_rank(kv_heads, rank, ranks)
     return value[..., heads.start * head_dim : heads.stop * head_dim]
@@ -236,14 +242,14 @@ def _made(
 
 def _check_scale(scale: Tensor, where: str, remedy: str) -> None:
     if not bool((scale.isfinite() & (scale > 0)).all()):
-        raise ModelError(f"{where}: a scale is not a finite positive number; {remedy}")
+        raise ModelError(where, "a scale is not a finite positive number", remedy)
 
 
 def _check_int8(offset: Tensor, where: str) -> None:
     wide = offset.to(torch.int32)
     if bool((wide.abs() > 128).any() or (wide == 128).any()):
         raise ModelError(
-            f"{where}: an offset does not fit int8; choose a form that keeps wider offsets"
+            where, "an offset does not fit int8", "choose a form that keeps wider offsets"
         )
 
 

@@ -50,7 +50,7 @@ def dtype_of(op: str, code: int | None, default: torch.dtype) -> torch.dtype:
     if code is None:
         return default
     if code not in _DTYPES:
-        raise TargetError(f"{op}: output type {code} is not known; use one of {sorted(_DTYPES)}")
+        raise TargetError(op, f"output type {code} is not known", f"use one of {sorted(_DTYPES)}")
     return _DTYPES[code]
 
 
@@ -58,7 +58,7 @@ def codes_of(op: str, code: int | None) -> torch.dtype:
     """The integer dtype that an int argument of a quantizing op names (None: int8)."""
     dtype = dtype_of(op, code, torch.int8)
     if dtype.is_floating_point:
-        raise TargetError(f"{op}: output type {dtype} does not hold codes; use torch.int8")
+        raise TargetError(op, f"output type {dtype} does not hold codes", "use torch.int8")
     return dtype
 
 
@@ -78,8 +78,9 @@ def _quant_matmul(
 ) -> Tensor:
     if x1.shape[-1] != x2.shape[-2]:
         raise TargetError(
-            f"npu_quant_matmul: x1 is {list(x1.shape)} and x2 is {list(x2.shape)}; "
-            "give x2 as [in_features, out_features]"
+            "npu_quant_matmul",
+            f"x1 is {list(x1.shape)} and x2 is {list(x2.shape)}",
+            "give x2 as [in_features, out_features]",
         )
     batch = torch.broadcast_shapes(x1.shape[:-2], x2.shape[:-2])
     dtype = dtype_of("npu_quant_matmul", output_dtype, torch.int8)
@@ -132,12 +133,13 @@ def _attention(
     rank = {"BSH": 3, "TND": 3, "BSND": 4, "BNSD": 4}.get(input_layout)
     if rank is None:
         raise TargetError(
-            f"attention: input_layout {input_layout} is not known; use BSH, BSND, BNSD or TND"
+            "attention", f"input_layout {input_layout} is not known", "use BSH, BSND, BNSD or TND"
         )
     if query.ndim != rank or num_heads <= 0:
         raise TargetError(
-            f"attention: a query of {list(query.shape)} with {num_heads} heads is not "
-            f"{input_layout}; reshape it"
+            "attention",
+            f"a query of {list(query.shape)} with {num_heads} heads is not {input_layout}",
+            "reshape it",
         )
     return query.new_empty(query.shape, dtype=torch.int8 if quant_scale2 is not None else None)
 
@@ -270,8 +272,9 @@ def _grouped_matmul(
 ) -> list[Tensor]:
     if len(x) != 1 or len(weight) != 1 or split_item not in (2, 3) or weight[0].ndim != 3:
         raise TargetError(
-            f"npu_grouped_matmul: {len(x)} inputs by {len(weight)} weights, split_item "
-            f"{split_item}; give one input, one weight [experts, in, out] and split_item 2"
+            "npu_grouped_matmul",
+            f"{len(x)} inputs by {len(weight)} weights, split_item {split_item}",
+            "give one input, one weight [experts, in, out] and split_item 2",
         )
     dtype = dtype_of("npu_grouped_matmul", output_dtype, x[0].dtype)
     return [x[0].new_empty((x[0].shape[0], weight[0].shape[2]), dtype=dtype)]

@@ -34,10 +34,10 @@ def nz_row(cache: Node) -> tuple[int, int]:
     wanted = (size("N"), pieces, size("S"), PIECE)
     if not isinstance(pieces, int) or not isinstance(heads, int) or type_.shape != wanted:
         what = f"is {type_} and an NZ cache is [N, pieces, S, {PIECE}]"
-        raise IRError(f"{cache.name}: {what}; make it so by nz_type")
+        raise IRError(cache.name, what, "make it so by nz_type")
     if heads < 1 or pieces % heads:
         what = f"{pieces} pieces of {PIECE} are no {heads} heads"
-        raise IRError(f"{cache.name}: {what}; write cache_nz(heads) with the number of heads")
+        raise IRError(cache.name, what, "write cache_nz(heads) with the number of heads")
     return heads, pieces * PIECE // heads
 
 

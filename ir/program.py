@@ -128,7 +128,7 @@ class Program:
         try:
             return self.shapes.infer(node.target, tuple(args), kwargs)
         except IRError as error:
-            raise IRError(f"{node.name}: {error}") from error
+            raise error.within(node.name) from error
 
     def copy(self) -> "Program":
         """Another program of the same nodes, which may be edited apart; it shares the types."""
@@ -186,7 +186,7 @@ def substitute(arg: object, value: Callable[[Node], object]) -> object:
 def type_of(node: Node) -> Type:
     """What a node gives."""
     if "type" not in node.meta:
-        raise IRError(f"{node.name}: has no type; make nodes with Program.call")
+        raise IRError(node.name, "has no type", "make nodes with Program.call")
     found: Type = node.meta["type"]
     return found
 
@@ -194,17 +194,19 @@ def type_of(node: Node) -> Type:
 def tensor_type(node: object) -> TensorType:
     """What a node gives, where that must be one tensor."""
     if not isinstance(node, Node):
-        raise IRError(f"{node!r}: a constant where a tensor is wanted; capture it as a parameter")
+        raise IRError(
+            f"{node!r}", "a constant where a tensor is wanted", "capture it as a parameter"
+        )
     found = type_of(node)
     if not isinstance(found, TensorType):
-        raise IRError(f"{node.name}: gives {found} where a tensor is wanted; take one item of it")
+        raise IRError(node.name, f"gives {found} where a tensor is wanted", "take one item of it")
     return found
 
 
 def argument(node: Node, index: int) -> Node:
     """A node's argument, which must be a node."""
     if index >= len(node.args) or not isinstance(node.args[index], Node):
-        raise IRError(f"{node.name}: argument {index} is no tensor; capture it as one")
+        raise IRError(node.name, f"argument {index} is no tensor", "capture it as one")
     found = node.args[index]
     assert isinstance(found, Node)
     return found
@@ -220,7 +222,7 @@ def unshaped(node: Node) -> Node:
 def expression_of(node: Node) -> Expression:
     """What a parameter or cache is made of."""
     if "expression" not in node.meta:
-        raise IRError(f"{node.name}: is no parameter; give it an expression")
+        raise IRError(node.name, "is no parameter", "give it an expression")
     found: Expression = node.meta["expression"]
     return found
 

@@ -52,7 +52,7 @@ def _bound(arg: Arg, rank: int) -> Arg:
 
 def _whole(arg: Arg) -> int:
     if not isinstance(arg, int):
-        raise IRError(f"shard: {arg} is no whole number; write shard(x, dim, size[, copies])")
+        raise IRError("shard", f"{arg} is no whole number", "write shard(x, dim, size[, copies])")
     return arg
 
 

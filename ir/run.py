@@ -38,12 +38,12 @@ def run(
                 observe(node, env[node])
         for dead in last.get(node, ()):
             del env[dead]
-    raise IRError("the program has no output; end it with `return [...]`")
+    raise IRError("the program", "has no output", "end it with `return [...]`")
 
 
 def _given(node: Node, values: Mapping[str, Value]) -> Value:
     if node.name not in values:
-        raise IRError(f"{node.name}: has no value; give one for each placeholder")
+        raise IRError(node.name, "has no value", "give one for each placeholder")
     return values[node.name]
 
 

@@ -50,7 +50,7 @@ class Shapes:
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             why = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             what = f"does not take {_show(args)} {_show(kwargs)}".rstrip(" {}")
-            raise IRError(f"{target}: {what} ({why}); correct the call") from error
+            raise IRError(str(target), f"{what} ({why})", "correct the call") from error
         self._check_free(target)
         return self._type(result)
 
@@ -59,7 +59,7 @@ class Shapes:
         for symbol, number in self._env.replacements.items():
             names = [str(name) for name, sym in self._symbols.items() if sym.node._expr == symbol]
             what = f"its shape rule takes the size {' '.join(names)} for {number}"
-            raise IRError(f"{target}: {what}; write the rule for any size")
+            raise IRError(str(target), what, "write the rule for any size")
 
     def _hint(self, number: IntType) -> int:
         """A value that stands for a whole number, where an op takes no symbolic one."""
@@ -109,7 +109,7 @@ class Shapes:
                 return tuple(self._type(item) for item in result)
             case None:
                 return ()
-        raise IRError(f"{result!r}: neither a tensor nor a whole number; no op may give it")
+        raise IRError(f"{result!r}", "neither a tensor nor a whole number", "no op may give it")
 
     def _dim(self, d: int | SymInt) -> Dim:
         if isinstance(d, int):

@@ -87,13 +87,17 @@ def parse(text: str, shapes: Shapes | None = None) -> Program:
     try:
         body = ast.parse(text).body
     except SyntaxError as error:
-        raise IRError(f"line {error.lineno}: {error.msg}; write one Python function") from error
+        raise IRError(
+            f"line {error.lineno}", f"{error.msg}", "write one Python function"
+        ) from error
     if len(body) != 1 or not isinstance(body[0], ast.FunctionDef):
-        raise IRError("line 1: not one function; write `def captured(...):` and its body")
+        raise IRError("line 1", "not one function", "write `def captured(...):` and its body")
     function = body[0]
     if function.name not in [stage.value for stage in Stage]:
         stages = ", ".join(stage.value for stage in Stage)
-        raise IRError(f"line 1: {function.name} is no stage; name the function one of {stages}")
+        raise IRError(
+            "line 1", f"{function.name} is no stage", f"name the function one of {stages}"
+        )
     program = Program(Graph(), Stage(function.name), shapes or Shapes())
     return _Reader(program, text.splitlines()).read(function)
 
@@ -125,7 +129,7 @@ class _Reader:
                 self.nodes[name] = node
                 _check_type(node, note)
             case _:
-                raise IRError(f"line {line.lineno}: not `name: type = op(...)`; write it so")
+                raise IRError(f"line {line.lineno}", "not `name: type = op(...)`", "write it so")
 
     def call(
         self, call: ast.expr
@@ -136,7 +140,7 @@ class _Reader:
             case ast.Call(func=func, args=args, keywords=keywords):
                 kwargs = {str(k.arg): self.arg(k.value) for k in keywords}
                 return _read_op(func), tuple(self.arg(a) for a in args), kwargs
-        raise IRError(f"line {call.lineno}: {ast.unparse(call)} is not a call; write op(...)")
+        raise IRError(f"line {call.lineno}", f"{ast.unparse(call)} is not a call", "write op(...)")
 
     def arg(self, expr: ast.expr) -> Argument:
         if isinstance(expr, ast.Name) and expr.id in self.nodes:
@@ -154,8 +158,8 @@ def _literal(expr: ast.expr) -> str | int | float | bool | None:
     except ValueError:
         found = ()
     if found is not None and not isinstance(found, str | int | float | bool):
-        what = f"line {expr.lineno}: {ast.unparse(expr)} is neither a value above nor a constant"
-        raise IRError(f"{what}; name a line above it")
+        what = f"{ast.unparse(expr)} is neither a value above nor a constant"
+        raise IRError(f"line {expr.lineno}", what, "name a line above it")
     return found
 
 
@@ -163,7 +167,7 @@ def _check_type(node: Node, note: ast.expr) -> None:
     is_ = show_type(type_of(node))
     if ast.unparse(note) != ast.unparse(ast.parse(is_)):
         wrote = ast.unparse(note)
-        raise IRError(f"{node.name}: written as {wrote} but is {is_}; correct the text")
+        raise IRError(node.name, f"written as {wrote} but is {is_}", "correct the text")
 
 
 def _read_op(func: ast.expr) -> Callable[..., object]:
@@ -176,7 +180,9 @@ def _read_op(func: ast.expr) -> Callable[..., object]:
     packet = getattr(getattr(torch.ops, space), op, None) if op and space in SPACES else None
     named = getattr(packet, overload, None)
     if not isinstance(named, OpOverload):
-        raise IRError(f"line {func.lineno}: there is no op {ast.unparse(func)}; correct its name")
+        raise IRError(
+            f"line {func.lineno}", f"there is no op {ast.unparse(func)}", "correct its name"
+        )
     return named
 
 
@@ -188,7 +194,7 @@ def _read_type(note: ast.expr | None) -> Type:
             shape = dims.elts if isinstance(dims, ast.Tuple) else [dims]
             return TensorType(DTYPES[dtype], tuple(_read_dim(d) for d in shape))
     where = ast.unparse(note) if note else "an input without a type"
-    raise IRError(f"{where}: not a type; write `f32[2, T]` or `ints[B]`")
+    raise IRError(where, "not a type", "write `f32[2, T]` or `ints[B]`")
 
 
 def _read_dim(expr: ast.expr) -> Dim:
@@ -207,7 +213,7 @@ def _read_dim(expr: ast.expr) -> Dim:
                 if isinstance(sign, ast.Sub)
                 else a * b
             )
-    raise IRError(f"{ast.unparse(expr)}: not a size; write sums and products of ints and names")
+    raise IRError(f"{ast.unparse(expr)}", "not a size", "write sums and products of ints and names")
 
 
 def read_expression(expr: ast.expr) -> Expression:
@@ -215,7 +221,7 @@ def read_expression(expr: ast.expr) -> Expression:
     match expr:
         case ast.Call(func=ast.Name(id=op), args=args, keywords=[]):
             return Expression(op, tuple(map(_read_expression_arg, args)))
-    raise IRError(f"{ast.unparse(expr)}: not an expression; see ir/expression.py")
+    raise IRError(f"{ast.unparse(expr)}", "not an expression", "see ir/expression.py")
 
 
 def _read_expression_arg(expr: ast.expr) -> Arg:

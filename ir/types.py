@@ -90,5 +90,7 @@ def show_type(t: Type) -> str:
 def dtype_name(dtype: torch.dtype) -> str:
     """The short name of a dtype. Raises IRError for one that programs do not use."""
     if dtype not in DTYPE_NAMES:
-        raise IRError(f"{dtype}: has no place in a program; cast to one of {', '.join(DTYPES)}")
+        raise IRError(
+            str(dtype), "has no place in a program", f"cast to one of {', '.join(DTYPES)}"
+        )
     return DTYPE_NAMES[dtype]

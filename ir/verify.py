@@ -57,7 +57,7 @@ def verify(program: Program) -> None:
             _check_op(program.stage, node)
             _check_type(program, node)
         elif node.op not in ("placeholder", "output"):
-            raise IRError(f"{node.name}: a {node.op} node; capture with torch.export")
+            raise IRError(node.name, f"a {node.op} node", "capture with torch.export")
     _check_output(program)
     _check_ranks(program)
     for cache in program.caches():
@@ -70,11 +70,11 @@ def _check_op(stage: Stage, node: Node) -> None:
         return  # arithmetic on the host, or an item of a tuple
     legal = op in OPS[stage] if op.namespace == "kvc8" else _npu_or_aten(stage, op)
     if not legal:
-        where = f"{node.name}: {op} has no place in a {stage.value} program"
-        raise IRError(f"{where}; run the pass that replaces it")
+        what = f"{op} has no place in a {stage.value} program"
+        raise IRError(node.name, what, "run the pass that replaces it")
     for arg in _written(node):
         if stage is not Stage.LOWERED or not _may_be_written(arg, node):
-            raise IRError(f"{node.name}: {op} writes to {arg}; use its functional form")
+            raise IRError(node.name, f"{op} writes to {arg}", "use its functional form")
 
 
 def _may_be_written(arg: Argument, by: Node) -> bool:
@@ -103,13 +103,13 @@ def _check_type(program: Program, node: Node) -> None:
     if fresh != type_of(node):
         marked, is_ = show_type(type_of(node)), show_type(fresh)
         why = "the pass that changed its arguments must set it again"
-        raise IRError(f"{node.name}: marked {marked} but is {is_}; {why}")
+        raise IRError(node.name, f"marked {marked} but is {is_}", why)
 
 
 def _check_output(program: Program) -> None:
     last = next(iter(reversed(program.graph.nodes)), None)
     if last is None or last.op != "output" or not isinstance(last.args[0], tuple | list):
-        raise IRError("the program has no output; end it with `return [...]`")
+        raise IRError("the program", "has no output", "end it with `return [...]`")
     results = [tensor_type(item) for item in last.args[0]]
     caches = program.caches()
     if not caches:
@@ -118,7 +118,7 @@ def _check_output(program: Program) -> None:
     for cache, result in zip(caches, given, strict=True):
         if tensor_type(cache) != result:
             what = f"is {tensor_type(cache)} but comes back as {result}"
-            raise IRError(f"{cache.name}: {what}; return the caches in the order of the inputs")
+            raise IRError(cache.name, what, "return the caches in the order of the inputs")
 
 
 def _check_ranks(program: Program) -> None:
@@ -131,7 +131,7 @@ def _check_ranks(program: Program) -> None:
     first = min(node for node in _behind(logits, own) if node.op == "call_function")
     where = f"{first.name} ({first.meta['origin']})" if first.meta.get("origin") else first.name
     what = f"is another on each rank, and the logits {logits.name} with it"
-    raise IRError(f"{where}: {what}; put a collective between them")
+    raise IRError(where, what, "put a collective between them")
 
 
 def _behind(node: Node, own: set[Node]) -> set[Node]:
@@ -151,9 +151,9 @@ def _check_cache(stage: Stage, cache: Node) -> None:
         nz_row(cache)
         if stage is not Stage.LOWERED or dtype is not torch.int8:
             what = f"an NZ cache of {dtype} in a {stage.value} program"
-            raise IRError(f"{cache.name}: {what}; only int8 ones are, in a lowered program")
+            raise IRError(cache.name, what, "only int8 ones are, in a lowered program")
     if stage is Stage.CAPTURED and not dtype.is_floating_point:
-        raise IRError(f"{cache.name}: an {dtype} cache in a captured program; capture a float one")
+        raise IRError(cache.name, f"an {dtype} cache in a captured program", "capture a float one")
     if stage is Stage.QUANTIZED and dtype is torch.int8:
         for write in [user for user in cache.users if is_call(user, ops.cache_write)]:
             _check_same_scale(write)
@@ -163,10 +163,10 @@ def _check_same_scale(write: Node) -> None:
     """What goes into an int8 cache was quantized as what comes out of it is dequantized."""
     rows = argument(write, 1)
     if not is_call(rows, ops.quantize):
-        raise IRError(f"{write.name}: rows {rows.name} are not quantized; quantize them")
+        raise IRError(write.name, f"rows {rows.name} are not quantized", "quantize them")
     for reader in write.users:
         if reader.op == "output":
             continue
         if not is_call(reader, ops.dequantize) or reader.args[1:3] != rows.args[1:3]:
             what = f"reads {write.name} otherwise than {rows.name} quantized it"
-            raise IRError(f"{reader.name}: {what}; dequantize by the same scale and zero")
+            raise IRError(reader.name, what, "dequantize by the same scale and zero")

@@ -29,12 +29,12 @@ class Options:
     def __post_init__(self) -> None:
         if not 1 <= self.ranks <= MOST_RANKS:
             what = f"is {self.ranks} and should be from 1 to {MOST_RANKS}"
-            raise TargetError(f"ranks: {what}; correct it")
+            raise TargetError("ranks", what, "correct it")
         for name in NAMES:
             given, allowed = getattr(self, name), choices(name)
             if given not in allowed:
                 what = f"is {given!r} and should be {' or '.join(map(repr, allowed))}"
-                raise TargetError(f"{name}: {what}; correct it")
+                raise TargetError(name, what, "correct it")
 
 
 NAMES = tuple(field.name for field in fields(Options) if field.name != "ranks")  # with a list

@@ -99,7 +99,7 @@ def repair_rope_scales(program: Program, read: Read | None = None) -> Iterator[R
         if not from_linear(rope.source if rope else argument(write, 1)):
             what = "its K scales were measured at k_proj and a norm follows it"
             where = write.meta.get("origin", write.name)
-            raise IRError(f"{where}: {what}; quantize again after RoPE")
+            raise IRError(where, what, "quantize again after RoPE")
         if rope is None:
             yield miss(write, "no RoPE lies between its k_proj and the cache")
             continue

@@ -74,7 +74,7 @@ class Pass:
         """Run over a program. Raises IRError, with the remarks as notes, where it does not verify."""
         if program.stage is not self.takes:
             what = f"takes a {self.takes.value} program and got a {program.stage.value} one"
-            raise IRError(f"{self.name}: {what}; check the order in passes/pipeline.py")
+            raise IRError(self.name, what, "check the order in passes/pipeline.py")
         remarks = list(self.body(program, **options))
         program.drop_dead_calls()
         program.drop_unused_parameters()
@@ -92,7 +92,7 @@ class Pass:
     def _check_hits(self, remarks: list[Remark]) -> None:
         if self.required and all(remark.why_not for remark in remarks):
             why = f" ({remarks[0]})" if remarks else ""
-            raise IRError(f"{self.name}: rewrote nothing{why}; {self.required}")
+            raise IRError(self.name, f"rewrote nothing{why}", f"{self.required}")
 
 
 Step = Pass | partial[list[Remark]]

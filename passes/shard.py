@@ -116,7 +116,7 @@ def _check_ranks(program: Program, ranks: int) -> None:
     fit = [str(n) for n in range(2, most + 1) if all(_fits(n, *each) for each in heads)]
     has = " or ".join(f"{query} heads over {kv} KV heads" for query, kv in sorted(set(heads)))
     use = f"use one of {', '.join(fit)}" if fit else "leave it whole"
-    raise TargetError(f"shard: {has} do not divide among {ranks} ranks; {use}")
+    raise TargetError("shard", f"{has} do not divide among {ranks} ranks", use)
 
 
 def _heads(node: Node) -> int:

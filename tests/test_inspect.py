@@ -78,7 +78,7 @@ def found(directory: Path) -> dict[str, list[str]]:
     said: dict[str, list[str]] = {}
     for finding in tool.find(seen):
         said.setdefault(finding.kind, []).append(f"{finding.severity}: {finding}")
-    if "no model_type" in seen.refusal:
+    if "no model_type" in str(seen.refusal):
         said.pop("refused", None)
     return said
 

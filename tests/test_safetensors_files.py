@@ -111,7 +111,7 @@ def test_a_tensor_that_the_index_leaves_out_is_reported(tmp_path: Path) -> None:
     index.write_text(json.dumps(whole))
     checkpoint = open_checkpoint(tmp_path)
     assert sorted(checkpoint.tensors) == ["w0.weight", "w1.weight", "w3.weight"]
-    assert checkpoint.warnings == (
+    assert tuple(map(str, checkpoint.warnings)) == (
         f"{index}: leaves out w2.weight of its shards; kvc8 leaves it out too",
     )
 

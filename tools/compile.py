@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kvc8.backends.npu import artifact
 from kvc8.ir.checkpoint.reader import Checkpoint
-from kvc8.ir.errors import IRError, TargetError
+from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program
 from kvc8.passes.pipeline import See
 from kvc8.tools.command import entry
@@ -97,7 +97,9 @@ def _target(args: argparse.Namespace) -> Target:
     target = Target(args.target, args.soc, args.block_size, args.flavor, dtype)
     for option in ("report", "explain", "json"):
         if getattr(args, option) is True and target.kind != "npu":
-            raise TargetError(f"--{option}: is of --target npu; leave it out, or compile for npu")
+            raise TargetError(
+                f"--{option}", "is of --target npu", "leave it out, or compile for npu"
+            )
     return target
 
 
@@ -116,12 +118,11 @@ def _check_passes(
     values = watch_values(checkpoint, captured) if isinstance(args.report, Path) else None
     see = values.see if values else None
     verdicts = check_passes(checkpoint, captured, options_of(args), see, target.lowered)
-    first, *others = [v.sentence for v in verdicts if v.sentence] or [""]
-    if first:
-        error = IRError(first)
-        for other in others:
-            error.add_note(other)
-        raise error
+    errors = [verdict.error for verdict in verdicts if verdict.error]
+    if errors:
+        for other in errors[1:]:
+            errors[0].add_note(str(other))
+        raise errors[0]
     sites = sum(len(verdict.sites) for verdict in verdicts)
     what = f"{len(verdicts)} runs of passes keep their contracts at {sites} sites"
     print(f"checked: {what}", file=sys.stderr)

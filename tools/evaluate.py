@@ -106,15 +106,15 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
         text = args.text.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         what = f"is not text in UTF-8 (byte {error.start})"
-        raise ModelError(f"{place(args.text)}: {what}; save it as UTF-8") from error
+        raise ModelError(place(args.text), what, "save it as UTF-8") from error
     except OSError as error:
         why = shown(error.strerror)
-        raise ModelError(f"{place(args.text)}: cannot be read ({why}); name a text") from error
+        raise ModelError(place(args.text), f"cannot be read ({why})", "name a text") from error
     tokens = read_tokenizer(args.against).encode(text)
     starts = range(0, len(tokens) - args.window + 1, args.window)[: args.windows]
     if args.window < 2 or len(starts) < args.windows:
         what = f"gives {len(starts)} windows of {args.window} tokens and {args.windows} are wanted"
-        raise ModelError(f"{place(args.text)}: {what}; give a longer text, or fewer --windows")
+        raise ModelError(place(args.text), what, "give a longer text, or fewer --windows")
     return [tokens[start : start + args.window] for start in starts]
 
 
@@ -140,7 +140,7 @@ def _evaluate(
 def _check_width(form: Form, base: Form, ours: int, theirs: int) -> None:
     if ours != theirs:
         what = f"gives logits for {ours} tokens and {base.name} for {theirs}"
-        raise ModelError(f"{form.name}: {what}; name the float model that it was made from")
+        raise ModelError(form.name, what, "name the float model that it was made from")
 
 
 @contextmanager

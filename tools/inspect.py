@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kvc8.tools.command import ERROR, entry
 from kvc8.tools.driver.arguments import add_kv_calibrated
-from kvc8.tools.inspector.finding import Finding, parts
+from kvc8.tools.inspector.finding import Finding, inside
 from kvc8.tools.inspector.kv_findings import KV_CHECKS
 from kvc8.tools.inspector.model_findings import MODEL_CHECKS
 from kvc8.tools.inspector.plan import plan
@@ -75,8 +75,8 @@ def find(seen: Seen) -> list[Finding]:
     """Everything that the checks find, errors first; and a refusal that no check explains."""
     found = [finding for check in (*KV_CHECKS, *MODEL_CHECKS) for finding in check(seen)]
     if seen.refusal and not any(finding.severity == "error" for finding in found):
-        where, what, do = parts(seen.refusal, seen.files.path)
-        found.append(Finding("refused", "error", where, what, "kvc8-compile refuses it", do))
+        where, so = inside(seen.refusal, seen.files.path), "kvc8-compile refuses it"
+        found.append(Finding("refused", "error", where, seen.refusal.what, so, seen.refusal.do))
     return sorted(found, key=lambda finding: ORDER.index(finding.severity))
 
 

@@ -74,13 +74,13 @@ def work(args: argparse.Namespace) -> int:
     if args.run:
         return _repro(args.run)
     if args.program is None:
-        raise ModelError("kvc8-opt: no program given; name a file, - or --run DIR")
+        raise ModelError("kvc8-opt", "no program given", "name a file, - or --run DIR")
     program = parse(_text(args.program))
     verify(program)
     steps = known(args.phase)
     for name in [name for name in args.passes.split(",") if name]:
         if name not in steps:
-            raise ModelError(f"--passes: there is no {name}; choose from {', '.join(steps)}")
+            raise ModelError("--passes", f"there is no {name}", f"choose from {', '.join(steps)}")
         for remark in steps[name](program):
             print(f"{name}: {remark}", file=sys.stderr)
     if args.verify:
@@ -105,7 +105,7 @@ def _text(name: str) -> str:
     try:
         return Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"{name}: cannot be read ({error}); name a program's text") from error
+        raise ModelError(name, f"cannot be read ({error})", "name a program's text") from error
 
 
 def main() -> int:

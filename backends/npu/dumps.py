@@ -66,7 +66,7 @@ class ValueDump:
     def write(self, path: Path) -> None:
         """Write what was kept. Raises TargetError where the file exists."""
         if path.exists():
-            raise TargetError(f"{path}: exists already; choose another file or remove it")
+            raise TargetError(str(path), "exists already", "choose another file or remove it")
         save_file(self.tensors, path)
 
 
@@ -140,7 +140,7 @@ def _given(
 
 def _tensor(dump: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in dump:
-        raise TargetError(f"{name}: is not in the dump; give the dump of this very program")
+        raise TargetError(name, "is not in the dump", "give the dump of this very program")
     return dump[name]
 
 

@@ -45,13 +45,13 @@ class Step:
         names = [node.name for node in self.program.caches()]
         if len(caches) != len(names):
             what = f"{len(caches)} tensors for a program of {len(names)}"
-            raise TargetError(f"caches: {what}; give K and V of each layer")
+            raise TargetError("caches", what, "give K and V of each layer")
         given = {name: inputs[name] for name in self.inputs if name in inputs}
         by_name = dict(zip(names, caches, strict=True))
         logits, *written = run(self.program, {**self.parameters, **by_name, **given})
         for cache, new in zip(caches, written, strict=True):
             if new is not cache:  # a program that is not LOWERED gives new caches
-                raise IRError("the program gives new caches; embed what kvc8-compile wrote")
+                raise IRError("the program", "gives new caches", "embed what kvc8-compile wrote")
         return logits
 
 

@@ -107,7 +107,7 @@ def _check_lists(program: Program) -> None:
         for user in node.users:
             if not isinstance(type_of(node), TensorType) and user.target not in ATTENTION:
                 what = f"takes the list {node.name}, which a graph holds as it was recorded"
-                raise TargetError(f"{user.name}: {what}; run without --graph")
+                raise TargetError(user.name, what, "run without --graph")
 
 
 def _lengths(program: Program, values: Mapping[str, Value]) -> Lengths:

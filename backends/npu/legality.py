@@ -125,7 +125,7 @@ def limits(soc: str) -> Mapping[str, tuple[Limit, ...]]:
     table = json.loads(files("kvc8.backends.npu").joinpath("legality.json").read_text())
     if soc not in table:
         known = ", ".join(sorted(table))
-        raise TargetError(f"--soc: there are no limits for {soc}; choose one of {known}")
+        raise TargetError("--soc", f"there are no limits for {soc}", f"choose one of {known}")
     return {op: tuple(Limit(**_numbers(row)) for row in rows) for op, rows in table[soc].items()}
 
 
@@ -142,7 +142,7 @@ def check(program: Program, soc: str, block_size: int) -> None:
         if node.op == "call_function" and isinstance(node.target, OpOverload):
             for broken in broken_by(table, op_name(node.target), node, block_size):
                 where = node.meta.get("origin") or node.name
-                raise TargetError(f"{where}: {broken.reason(soc)}; {broken.cure}")
+                raise TargetError(where, f"{broken.reason(soc)}", f"{broken.cure}")
 
 
 def broken_by(

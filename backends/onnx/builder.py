@@ -138,8 +138,9 @@ class Builder:
             kind = "Add" if d.is_Add else "Mul"
             return reduce(lambda a, b: self.op(kind, a, b), map(self.size, d.args))
         raise TargetError(
-            f"{self.scope}: onnx cannot work out the size {d}; use sums and products of the "
-            "sizes of inputs"
+            f"{self.scope}",
+            f"onnx cannot work out the size {d}",
+            "use sums and products of the sizes of inputs",
         )
 
     def shape(self, dims: Sequence[Dim]) -> Value:

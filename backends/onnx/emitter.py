@@ -61,8 +61,8 @@ def emit(program: Program, checkpoint: Checkpoint, out: Path, flavor: Flavor = "
     does with its caches what the flavor cannot, or `out` exists already; then nothing is written.
     """
     if program.stage not in STAGES:
-        what = f"{program.stage.value}: ONNX is made from a captured or quantized program"
-        raise TargetError(f"{what}; emit before lowering for the NPU")
+        what = "ONNX is made from a captured or quantized program"
+        raise TargetError(program.stage.value, what, "emit before lowering for the NPU")
     check_caches(program, ops.cache_write)
     b = Builder()
     weights = Weights(b, checkpoint, Derived())
@@ -87,7 +87,7 @@ def check_caches(program: Program, *writes: Op) -> None:
         calls = list(users(cache))
         if any(is_call(call, *writes) for call in calls) and len(calls) > 1:
             what = "is read as it was before a call writes to it"
-            raise TargetError(f"{cache.name}: {what}; read what the write gives")
+            raise TargetError(cache.name, what, "read what the write gives")
 
 
 def _inputs(program: Program, b: Builder) -> list[Value]:
@@ -116,8 +116,8 @@ def lower(b: Builder, node: Node, lowerings: Mapping[Op, Lowering]) -> None:
     if node.target not in lowerings:
         name = str(node.target).removesuffix(".default")
         where = "npu_functions.py" if name.startswith("npu.") else "lowerings.py"
-        what = f"{node.name}: onnx has no lowering for {name}"
-        raise TargetError(f"{what}; add one to backends/onnx/{where}, or remove the call")
+        do = f"add one to backends/onnx/{where}, or remove the call"
+        raise TargetError(node.name, f"onnx has no lowering for {name}", do)
     args = [substitute(arg, b.values.__getitem__) for arg in node.args]
     kwargs = {name: substitute(arg, b.values.__getitem__) for name, arg in node.kwargs.items()}
     made = lowerings[node.target](b, node, *args, **kwargs)

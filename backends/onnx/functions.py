@@ -75,7 +75,7 @@ class FunctionCall:
     def refusal(self, how: str) -> TargetError:
         """The error at a call that no function does."""
         what = f"{op_name(self.node.target)} {how} has no ONNX function"  # type: ignore[arg-type]
-        return TargetError(f"{self.node.name}: {what}; add it to backends/onnx/npu_functions.py")
+        return TargetError(self.node.name, what, "add it to backends/onnx/npu_functions.py")
 
 
 Body = Callable[[FunctionCall], Sequence[Value]]

@@ -94,7 +94,7 @@ def _check(program: Program) -> None:
         found = [*rest, *(user for back in readers for user in users(back))]
         if len(found) != 1 or not is_call(found[0], ops.paged_attention):
             what = "is not read by one attention, which is what GroupQueryAttention does"
-            raise TargetError(f"{write.name}: {what}; compile with --flavor standard")
+            raise TargetError(write.name, what, "compile with --flavor standard")
 
 
 def _side(node: Node, index: int) -> _Side:
@@ -103,17 +103,17 @@ def _side(node: Node, index: int) -> _Side:
         scale = argument(cache, 1)
         if cache.args[2] is not None:
             what = "has zero points, and the int8 cache of GroupQueryAttention has none"
-            raise TargetError(f"{argument(cache, 0).name}: {what}; compile with --flavor standard")
+            raise TargetError(argument(cache, 0).name, what, "compile with --flavor standard")
         cache = argument(cache, 0)
     write = cache
     if not is_call(write, ops.cache_write) or not is_cache(argument(write, 0)):
         what = "attends to a cache that it does not write"
-        raise TargetError(f"{node.name}: {what}; compile with --flavor standard")
+        raise TargetError(node.name, what, "compile with --flavor standard")
     rows = argument(write, 1)
     if scale is not None:
         if not is_call(rows, ops.quantize) or rows.args[1:] != (scale, None):
             what = "is written with another scale than it is read with"
-            raise TargetError(f"{write.name}: {what}; compile with --flavor standard")
+            raise TargetError(write.name, what, "compile with --flavor standard")
         rows = argument(rows, 0)
     return _Side(argument(write, 0), write, rows, scale)
 

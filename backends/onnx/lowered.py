@@ -55,8 +55,8 @@ def _model(
     phase: str, program: Program, checkpoint: Checkpoint, derived: Derived
 ) -> tuple[ir.Model, Weights]:
     if program.stage is not Stage.LOWERED:
-        what = f"{phase}: is a {program.stage.value} program"
-        raise TargetError(f"{what}; run the passes of the npu target, or choose another flavor")
+        do = "run the passes of the npu target, or choose another flavor"
+        raise TargetError(phase, f"is a {program.stage.value} program", do)
     check_caches(program, npu.npu_scatter_pa_kv_cache_functional)
     b, functions = Builder(), Functions()
     weights = Weights(b, checkpoint, derived)

@@ -33,7 +33,7 @@ def _unary(kind: str) -> Lowering:
 def _binary(kind: str) -> Lowering:
     def lower(b: Builder, node: Node, x: object, y: object, alpha: float = 1) -> Value:
         if alpha != 1:
-            raise TargetError(f"{node.name}: onnx has no alpha; multiply before the call")
+            raise TargetError(node.name, "onnx has no alpha", "multiply before the call")
         return b.op(kind, _operand(b, node, 0, x), _operand(b, node, 1, y))
 
     return lower
@@ -46,7 +46,7 @@ def _operand(b: Builder, node: Node, index: int, x: object) -> Value:
         return b.number(x, dtype)
     if isinstance(arg, Node) and isinstance(x, Value):
         return b.cast(x, tensor_type(arg).dtype, dtype)
-    raise TargetError(f"{node.name}: onnx has no {x} as a number; use a tensor or a constant")
+    raise TargetError(node.name, f"onnx has no {x} as a number", "use a tensor or a constant")
 
 
 def _same(b: Builder, node: Node, x: Value, *_: object, **__: object) -> Value:
@@ -123,7 +123,7 @@ def _index(b: Builder, node: Node, x: Value, indices: Sequence[Value | None]) ->
     given = [axis for axis, index in enumerate(indices) if index is not None]
     of = node.args[1][given[0]]  # type: ignore[index]
     if len(given) != 1 or tensor_type(of).dtype not in (torch.int64, torch.int32):
-        raise TargetError(f"{node.name}: onnx indexes by one list of rows; use one, of integers")
+        raise TargetError(node.name, "onnx indexes by one list of rows", "use one, of integers")
     return b.op("Gather", x, indices[given[0]], axis=given[0])
 
 
@@ -143,7 +143,7 @@ def _split(b: Builder, node: Node, x: Value, _: object, dim: int = 0) -> tuple[V
     for type_ in types:
         width = type_.shape[dim]  # type: ignore[union-attr]
         if not isinstance(width, int):
-            raise TargetError(f"{node.name}: onnx splits by known sizes; split another dimension")
+            raise TargetError(node.name, "onnx splits by known sizes", "split another dimension")
         parts.append(b.op("Slice", x, [start], [start + width], [dim], [1]))
         start += width
     return tuple(parts)

@@ -64,7 +64,7 @@ def _floor_divide(b: Builder, node: Node, x: Value, divisor: object) -> Value:
     """Whole numbers: ONNX's Div rounds to zero, its Mod has the divisor's sign."""
     dtype = tensor_type(node).dtype
     if not isinstance(divisor, int) or dtype not in (torch.int64, torch.int32):
-        raise TargetError(f"{node.name}: onnx divides whole numbers by a constant; use one")
+        raise TargetError(node.name, "onnx divides whole numbers by a constant", "use one")
     by = b.number(divisor, dtype)
     return b.op("Div", b.op("Sub", x, b.op("Mod", x, by)), by)
 
@@ -74,7 +74,7 @@ def _histc(b: Builder, node: Node, x: Value, bins: int, low: float, high: float)
     whole = argument(node, 0)
     whole = argument(whole, 0) if is_call(whole, aten.to.dtype) else whole
     if bins != high - low + 1 or tensor_type(whole).dtype.is_floating_point:
-        raise TargetError(f"{node.name}: onnx counts whole numbers; use a bin for each of them")
+        raise TargetError(node.name, "onnx counts whole numbers", "use a bin for each of them")
     each = b.constant(torch.arange(int(low), int(high) + 1))
     rows = b.op("Unsqueeze", b.cast(b.value(whole), tensor_type(whole).dtype, I64), [1])
     counts = b.op("ReduceSum", b.cast(b.op("Equal", rows, each), torch.bool, I64), [0], keepdims=0)
@@ -88,7 +88,7 @@ def _cumsum(b: Builder, node: Node, x: Value, dim: int, **_: object) -> Value:
 
 def _arange(b: Builder, node: Node, end: Dim, **_: object) -> Value:
     if tensor_type(node).dtype is not I64:
-        raise TargetError(f"{node.name}: onnx counts in int64; cast after the call")
+        raise TargetError(node.name, "onnx counts in int64", "cast after the call")
     return b.op("Range", b.number(0, I64), b.op("Squeeze", b.size(end), [0]), b.number(1, I64))
 
 
@@ -106,7 +106,7 @@ def _index_put(
     add: bool = False,
 ) -> Value:
     if len(indices) != 1 or indices[0] is None or add:
-        raise TargetError(f"{node.name}: onnx writes to one list of rows; use one, without adding")
+        raise TargetError(node.name, "onnx writes to one list of rows", "use one, without adding")
     return b.op("ScatterND", x, b.op("Unsqueeze", indices[0], [-1]), values)
 
 

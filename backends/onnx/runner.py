@@ -76,7 +76,7 @@ class Session:
 def _manifest(out: Path) -> Mapping[str, object]:
     manifest = read_json(out / "manifest.json")
     if manifest.get("format") != "kvc8-onnx" or manifest.get("version") != 1:
-        raise TargetError(f"{place(out)}: is no ONNX model of this kvc8; compile it again")
+        raise TargetError(place(out), "is no ONNX model of this kvc8", "compile it again")
     return manifest
 
 
@@ -95,7 +95,7 @@ def load(out: Path, threads: int = 0, phase: str = "model") -> Session:
     manifest, described = _manifest(out), phases_of(out).get(phase)
     if not isinstance(described, dict):
         raise TargetError(
-            f"{place(out)}: has no phase {shown(phase)}; choose one of its manifest's"
+            place(out), f"has no phase {shown(phase)}", "choose one of its manifest's"
         )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -107,11 +107,11 @@ def load(out: Path, threads: int = 0, phase: str = "model") -> Session:
             str(out / f"{phase}.onnx"), options, providers=["CPUExecutionProvider"]
         )
     except ort_state.NotImplemented as error:  # bfloat16: most ops have no kernel for it
-        what = f"{place(out)}: ONNX Runtime cannot compute this on a CPU ({shown(error)})"
-        raise TargetError(f"{what}; compile it in float32") from error
+        what = f"ONNX Runtime cannot compute this on a CPU ({shown(error)})"
+        raise TargetError(place(out), what, "compile it in float32") from error
     except (ort_state.Fail, ort_state.InvalidProtobuf, ort_state.NoSuchFile) as error:
-        what = f"{place(out)}: cannot be loaded ({shown(error)})"
-        raise TargetError(f"{what}; compile it again") from error
+        what = f"cannot be loaded ({shown(error)})"
+        raise TargetError(place(out), what, "compile it again") from error
     inputs, caches, outputs = (_ports(out, described, p) for p in ("inputs", "caches", "outputs"))
     return Session(str(manifest.get("flavor")), inputs, caches, outputs, session)
 
@@ -129,20 +129,20 @@ def _ports(out: Path, manifest: Mapping[str, object], part: str) -> tuple[Port, 
         return tuple(Port(e["name"], DTYPES[e["dtype"]], tuple(e["shape"])) for e in entries)
     except (AssertionError, KeyError, TypeError) as error:
         what = f"{part} are not what kvc8-compile writes"
-        raise TargetError(f"{place(out / 'manifest.json')}: {what}; compile it again") from error
+        raise TargetError(place(out / "manifest.json"), what, "compile it again") from error
 
 
 def _feed(port: Port, given: Mapping[str, Tensor]) -> ort.OrtValue:
     if port.name not in given:
-        raise TargetError(f"{port.name}: has no value; give one, or allocate the caches")
+        raise TargetError(port.name, "has no value", "give one, or allocate the caches")
     tensor = given[port.name]
     fits = len(port.shape) == tensor.dim() and all(
         isinstance(d, str) or d == n for d, n in zip(port.shape, tensor.shape, strict=True)
     )
     if tensor.dtype is not port.dtype or not fits:
         wants = f"{port.dtype} {list(port.shape)}"
-        what = f"{port.name}: is {tensor.dtype} {list(tensor.shape)} and the model takes {wants}"
-        raise TargetError(f"{what}; convert it")
+        what = f"is {tensor.dtype} {list(tensor.shape)} and the model takes {wants}"
+        raise TargetError(port.name, what, "convert it")
     return ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
 
 

@@ -31,7 +31,9 @@ class Blocks:
     def take(self, count: int) -> list[int]:
         """Give `count` blocks that nobody has. Raises TargetError where there are fewer."""
         if count > self.free:
-            raise TargetError(f"KV cache: {count} blocks wanted and {self.free} free; ask for more")
+            raise TargetError(
+                "KV cache", f"{count} blocks wanted and {self.free} free", "ask for more"
+            )
         taken = [self._free.pop() for _ in range(count)]
         self._users.update(dict.fromkeys(taken, 1))
         self.most_used = max(self.most_used, self.used)
@@ -50,7 +52,7 @@ class Blocks:
         freed = []
         for block in blocks:
             if block not in self._users:
-                raise TargetError(f"KV cache: block {block} is free already; give it back once")
+                raise TargetError("KV cache", f"block {block} is free already", "give it back once")
             self._users[block] -= 1
             if not self._users[block]:
                 del self._users[block]

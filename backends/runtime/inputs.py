@@ -96,8 +96,9 @@ class Batch:
         block, offset = divmod(position, self.block_size)
         if block >= len(rows.table):
             raise TargetError(
-                f"position {position}: lies outside the {len(rows.table)} blocks of its sequence; "
-                "give the sequence more blocks"
+                f"position {position}",
+                f"lies outside the {len(rows.table)} blocks of its sequence",
+                "give the sequence more blocks",
             )
         return rows.table[block] * self.block_size + offset
 
@@ -184,4 +185,4 @@ def check_inputs(program: Program) -> None:
     for node in program.inputs():
         if node.name not in KNOWN and not WINDOW.fullmatch(node.name):
             known = ", ".join(sorted(KNOWN))
-            raise IRError(f"{node.name}: is no input that the runtime gives; use {known}")
+            raise IRError(node.name, "is no input that the runtime gives", f"use {known}")

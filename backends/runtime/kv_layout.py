@@ -74,9 +74,10 @@ def kv_layout(program: Program) -> KVLayout:
             caches.append(Cache(node.name, *nz_row(node), type_.dtype, "nz"))
             continue
         if len(type_.shape) != 4 or type_.shape[:2] != (BLOCKS, BLOCK_SIZE):
-            raise IRError(f"{node.name}: is {type_} and a cache is [N, S, heads, head_dim]")
+            what = f"is {type_} and a cache is [N, S, heads, head_dim]"
+            raise IRError(node.name, what, "give it that shape")
         heads, head_dim = type_.shape[2:]
         if not isinstance(heads, int) or not isinstance(head_dim, int):
-            raise IRError(f"{node.name}: is {type_}; its heads and head_dim must be numbers")
+            raise IRError(node.name, f"is {type_}", "its heads and head_dim must be numbers")
         caches.append(Cache(node.name, heads, head_dim, type_.dtype))
     return KVLayout(tuple(caches))

@@ -160,4 +160,4 @@ def make_parameters(
 def _check_scale(name: str, scale: Tensor) -> None:
     if not bool((scale.isfinite() & (scale > 0)).all()):
         what = "has a KV scale that is zero, negative or not a number"
-        raise TargetError(f"{name}: {what}; compile a model whose shards hold its weights")
+        raise TargetError(name, what, "compile a model whose shards hold its weights")

@@ -57,7 +57,7 @@ def check_alike(parts: Mapping[str, bytes], device: torch.device) -> None:
         others = [rank for rank, other in enumerate(each) if not torch.equal(other, each[0])]
         if others:
             what = f"rank {others[0]} has another one than rank 0"
-            raise TargetError(f"{name}: {what}; give all ranks one artifact, or copies of it")
+            raise TargetError(name, what, "give all ranks one artifact, or copies of it")
 
 
 def agreed(tokens: Sequence[int], device: torch.device) -> list[int]:
@@ -78,11 +78,11 @@ def may_speak() -> bool:
 
 
 @contextmanager
-def lost_ranks_in_a_sentence(sentence: str) -> Iterator[None]:
+def lost_ranks_in_a_sentence(where: str, what: str, do: str) -> Iterator[None]:
     """Raise a TargetError where a collective fails because another rank has ended."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise TargetError(sentence) from error
+        raise TargetError(where, what, do) from error

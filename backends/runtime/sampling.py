@@ -18,9 +18,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise TargetError(f"temperature: is {self.temperature}; give 0 or a positive number")
+            raise TargetError(
+                "temperature", f"is {self.temperature}", "give 0 or a positive number"
+            )
         if not 0 < self.top_p <= 1:
-            raise TargetError(f"top_p: is {self.top_p}; give a number above 0 and at most 1")
+            raise TargetError("top_p", f"is {self.top_p}", "give a number above 0 and at most 1")
 
     def generator(self, index: int) -> torch.Generator:
         """The random numbers of one sequence, whatever runs beside it."""
@@ -30,7 +32,7 @@ class Sampling:
 def choose(logits: Tensor, sampling: Sampling, random: torch.Generator) -> int:
     """Choose a token by its logits [vocabulary], of any float dtype, on the CPU."""
     if not bool(logits.isfinite().any()) or bool(logits.isnan().any()):
-        raise TargetError("logits: hold no numbers; check the model with kvc8-verify")
+        raise TargetError("logits", "hold no numbers", "check the model with kvc8-verify")
     if sampling.temperature == 0:
         return int(logits.argmax())
     weights = (logits.double() / sampling.temperature).softmax(0)

@@ -59,12 +59,12 @@ class Scheduler:
         sequence = Sequence(len(self.waiting) + len(self.running), tuple(prompt), limit)
         where = f"prompt {sequence.index + 1}"
         if not prompt or limit < 1:
-            raise TargetError(f"{where}: has no tokens, or none to generate; give at least one")
+            raise TargetError(where, "has no tokens, or none to generate", "give at least one")
         needed = self.blocks.needed(sequence.most_cached)
         if needed > self.blocks.count:
             tokens = f"{len(prompt)} tokens and {limit} to generate take {needed} blocks"
             what = f"{tokens} of {self.blocks.block_size} and the cache has {self.blocks.count}"
-            raise TargetError(f"{where}: {what}; allow {needed} blocks or generate fewer tokens")
+            raise TargetError(where, what, f"allow {needed} blocks or generate fewer tokens")
         self.waiting.append(sequence)
         return sequence
 

@@ -16,7 +16,7 @@ from torch.fx import Node
 from kvc8.ir.checkpoint.model_files import listed
 from kvc8.ir.checkpoint.msmodelslim import tied_head
 from kvc8.ir.checkpoint.reader import Checkpoint
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 from kvc8.ir.expression import cast, stored, stored_names
 from kvc8.ir.program import Program, tensor_type
 from kvc8.ir.types import TensorType
@@ -52,7 +52,7 @@ def _add(program: Program, norm: Node, name: str) -> None:
         user.replace_input_with(norm, moved)
 
 
-def account(checkpoint: Checkpoint, program: Program) -> list[str]:
+def account(checkpoint: Checkpoint, program: Program) -> list[ModelWarning]:
     """Report the stored tensors that a program does not use and that are not known to be spare.
 
     Raises ModelError for a bias that is not zero, and for a W8A8 weight that is not symmetric.
@@ -62,11 +62,12 @@ def account(checkpoint: Checkpoint, program: Program) -> list[str]:
     left = [name for name in checkpoint.tensors if name not in spare]
     for name in left:
         if name.endswith(".bias") and bool(checkpoint.read(name).any()):
-            what = f"{where}: {name} is not zero and the model has no such bias"
-            raise ModelError(f"{what}; quantize with anti-outlier method m3 or none")
+            what = f"{name} is not zero and the model has no such bias"
+            raise ModelError(where, what, "quantize with anti-outlier method m3 or none")
     rest = [name for name in left if not name.endswith((".bias", *BUFFERS))]
-    what = f"{where}: holds {listed(rest)}, which the model does not use"
-    return [f"{what}; check that config.json belongs to these weights"] if rest else []
+    what = f"holds {listed(rest)}, which the model does not use"
+    do = "check that config.json belongs to these weights"
+    return [ModelWarning(where, what, do)] if rest else []
 
 
 def _used(program: Program) -> set[str]:
@@ -82,8 +83,9 @@ def _spare(checkpoint: Checkpoint, used: set[str]) -> Iterator[str]:
         if linear.weight not in used:
             continue
         if linear.weight_offset and bool(checkpoint.read(linear.weight_offset).any()):
-            what = f"{checkpoint.path.name}: {linear.weight_offset} is not zero"
-            raise ModelError(f"{what}; quantize the weights symmetrically (w_sym=True)")
+            what = f"{linear.weight_offset} is not zero"
+            do = "quantize the weights symmetrically (w_sym=True)"
+            raise ModelError(checkpoint.path.name, what, do)
         yield from (name for name in vars(linear).values() if name)
     for side in (side for pair in checkpoint.kv.values() for side in pair):
         yield from (

@@ -207,11 +207,9 @@ def _constant(trace: Trace, name: str) -> Tensor:
     try:
         again = type(module)(config=trace.model.config)
     except (TypeError, ValueError, AttributeError) as error:
-        what = (
-            f"{name}: a buffer that no checkpoint holds and {type(module).__name__} cannot rebuild"
-        )
-        raise ModelError(f"{what}; its model is not supported") from error
+        what = f"a buffer that no checkpoint holds and {type(module).__name__} cannot rebuild"
+        raise ModelError(name, what, "its model is not supported") from error
     found = getattr(again, part)
     if not isinstance(found, Tensor):
-        raise ModelError(f"{name}: is no tensor; its model is not supported")
+        raise ModelError(name, "is no tensor", "its model is not supported")
     return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvc8.ir.checkpoint.reader import Checkpoint, KVScale
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 from kvc8.ir.expression import Expression, cast, stored, values
 from kvc8.ir.kv_params import whole
 
@@ -31,8 +31,9 @@ def parameter_expression(
             return stored(name) if same else cast(stored(name), dtype)
     if expression := _experts(checkpoint, names[0], shape, dtype):
         return expression
-    where = f"{checkpoint.path.name}: has no tensor {names[0]}, which the model needs"
-    raise ModelError(f"{where}; check that config.json belongs to these weights")
+    what = f"has no tensor {names[0]}, which the model needs"
+    do = "check that config.json belongs to these weights"
+    raise ModelError(checkpoint.path.name, what, do)
 
 
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
@@ -76,8 +77,8 @@ def _w8a8(checkpoint: Checkpoint, module: str, part: str) -> Expression:
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
     found = checkpoint.tensors[name].shape
     if found != shape:
-        where = f"{checkpoint.tensors[name].file.name}: {name} is {list(found)}"
-        raise ModelError(f"{where} and config.json wants {list(shape)}; check that they belong")
+        what = f"{name} is {list(found)} and config.json wants {list(shape)}"
+        raise ModelError(checkpoint.tensors[name].file.name, what, "check that they belong")
 
 
 def constant_expression(tensor: Tensor) -> Expression:
@@ -115,7 +116,7 @@ def _scale(
     return spread(kv.scale), None if symmetric or kv.offset is None else spread(kv.offset)
 
 
-def check_kv_scales(checkpoint: Checkpoint) -> list[str]:
+def check_kv_scales(checkpoint: Checkpoint) -> list[ModelWarning]:
     """Raise ModelError at a scale or offset that quantizes nothing; gives warnings.
 
     Shards whose scales are zero everywhere hold headers without data. They compile, for what a
@@ -126,16 +127,17 @@ def check_kv_scales(checkpoint: Checkpoint) -> list[str]:
         if side.offset is not None and not whole(checkpoint.read(side.offset)):
             what = "has an offset that is not a whole number from -256 to 256"
             again = "quantize the KV cache again"
-            raise ModelError(f"{checkpoint.path.name}: {side.offset} {what}; {again}")
+            raise ModelError(checkpoint.path.name, f"{side.offset} {what}", again)
     bad = [side.scale for side in sides if not _sound(checkpoint, side)]
     if not bad:
         return []
     names = [side.scale for side in sides]
     if bad == names and not any(bool(checkpoint.read(name).any()) for name in names):
         what = "every kv_cache_scale is zero, so the shards hold no data"
-        return [f"{checkpoint.path.name}: {what}; the result has the right shape and will not run"]
+        do = "the result has the right shape and will not run"
+        return [ModelWarning(checkpoint.path.name, what, do)]
     what = "has a scale that is zero, negative, infinite or not a number"
-    raise ModelError(f"{checkpoint.path.name}: {bad[0]} {what}; quantize the KV cache again")
+    raise ModelError(checkpoint.path.name, f"{bad[0]} {what}", "quantize the KV cache again")
 
 
 def _sound(checkpoint: Checkpoint, kv: KVScale) -> bool:

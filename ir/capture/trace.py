@@ -106,7 +106,7 @@ def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
     name = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")) or "float32"
     dtype = getattr(torch, str(name).removeprefix("torch."), None)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ModelError(f"config.json: dtype is {name}; write float16, bfloat16 or float32")
+        raise ModelError("config.json", f"dtype is {name}", "write float16, bfloat16 or float32")
     assert isinstance(dtype, torch.dtype)
     return dtype
 
@@ -115,8 +115,9 @@ def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The config as transformers reads it, without what describes quantization."""
     kind = str(checkpoint.config.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        where = f"config.json: transformers {transformers.__version__} knows no model_type {kind!r}"
-        raise ModelError(f"{where}; correct it, or install a transformers that does")
+        what = f"transformers {transformers.__version__} knows no model_type {kind!r}"
+        do = "correct it, or install a transformers that does"
+        raise ModelError("config.json", what, do)
     ours = ("quantization_config", "quantize", "auto_map")
     plain = {k: v for k, v in checkpoint.config.items() if k not in ours}
     try:
@@ -124,7 +125,7 @@ def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
         return found
     except FOREIGN as error:
         raise ModelError(
-            f"config.json: not one of a {kind} ({_first_line(error)}); correct it"
+            "config.json", f"not one of a {kind} ({_first_line(error)})", "correct it"
         ) from error
 
 
@@ -138,8 +139,9 @@ def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
             )
     except FOREIGN as error:
         why = _first_line(error)
-        what = f"config.json: a {config.model_type} cannot be built ({why})"
-        raise ModelError(f"{what}; use a causal language model of transformers") from error
+        what = f"a {config.model_type} cannot be built ({why})"
+        do = "use a causal language model of transformers"
+        raise ModelError("config.json", what, do) from error
     assert isinstance(model, torch.nn.Module)
     return model.eval()
 
@@ -162,7 +164,7 @@ def _layers_path(model: torch.nn.Module, config: PretrainedConfig) -> str:
         if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers:
             return str(name)
     what = f"has no list of {config.num_hidden_layers} layers"
-    raise ModelError(f"config.json: a {config.model_type} {what}; its code is not supported")
+    raise ModelError("config.json", f"a {config.model_type} {what}", "its code is not supported")
 
 
 def _layers(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
@@ -195,14 +197,15 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
                 _Flat(model), example, dynamic_shapes=sizes, strict=False
             )
     except FOREIGN as error:
-        what = f"config.json: a {type(model).__name__} cannot be traced ({_first_line(error)})"
-        raise ModelError(f"{what}; use a model whose attention transformers dispatches") from error
+        what = f"a {type(model).__name__} cannot be traced ({_first_line(error)})"
+        do = "use a model whose attention transformers dispatches"
+        raise ModelError("config.json", what, do) from error
     trace = Trace(exported, model, path)
     layers = len(_layers(model, path))
     sites = sum(is_call(node, attention_site) for node in trace.calls())
     if sites != layers:
         what = f"a {type(model).__name__} makes {sites} calls of attention for {layers} layers"
-        raise ModelError(f"config.json: {what}; its cache cannot be found, so use another model")
+        raise ModelError("config.json", what, "its cache cannot be found, so use another model")
     return trace
 
 

@@ -17,7 +17,7 @@ from kvc8.ir.checkpoint.layouts import (
 )
 from kvc8.ir.checkpoint.model_files import listed, shown
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 
 STATIC_INT8: Mapping[str, object] = {
     "num_bits": 8,
@@ -40,16 +40,18 @@ def read_compressed_tensors(
     """
     if scheme_of.get("config_groups"):
         raise ModelError(
-            f"{where}: config_groups quantizes linears in a way that kvc8 does not read; "
-            "take the float model and quantize it with kvc8-quantize"
+            where,
+            "config_groups quantizes linears in a way that kvc8 does not read",
+            "take the float model and quantize it with kvc8-quantize",
         )
     scheme = scheme_of.get("kv_cache_scheme")
     fields = scheme if isinstance(scheme, dict) else {}
     for name, value in STATIC_INT8.items():
         if fields.get(name) != value:
             raise ModelError(
-                f"{where}: kv_cache_scheme has {name} {shown(fields.get(name))} and kvc8 reads "
-                f"{value}; calibrate a static int8 KV cache"
+                where,
+                f"kv_cache_scheme has {name} {shown(fields.get(name))} and kvc8 reads {value}",
+                "calibrate a static int8 KV cache",
             )
     names = {key: name for name in tensors if (key := kv_name(name))}
     kv = kv_scales(names, tensors, kv_widths(config, where), "tensor", where)
@@ -61,13 +63,17 @@ def read_compressed_tensors(
     )
 
 
-def _rest(tensors: Mapping[str, StoredTensor], known: set[str], where: str) -> tuple[str, ...]:
+def _rest(
+    tensors: Mapping[str, StoredTensor], known: set[str], where: str
+) -> tuple[ModelWarning, ...]:
     """Account for the tensors that are not KV scales."""
     rest = {name: tensor for name, tensor in tensors.items() if name not in known}
     warnings = without_labels(rest.values(), where)
     if scales := [name for name in rest if name.endswith(("_scale", "_zero_point"))]:
         what = "which belongs to no scheme that kvc8 reads"
-        warnings.append(f"{where}: the model holds {listed(scales)}, {what}; check what wrote it")
+        warnings.append(
+            ModelWarning(where, f"the model holds {listed(scales)}, {what}", "check what wrote it")
+        )
     return tuple(warnings)
 
 

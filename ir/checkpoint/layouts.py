@@ -13,7 +13,7 @@ import torch
 
 from kvc8.ir.checkpoint.model_files import listed, place, positive, shown
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OFFSETS = (*FLOATS, torch.int8, torch.int32)
@@ -64,7 +64,7 @@ class Quantization:
     kv: Mapping[int, tuple[KVScale, KVScale]] = field(default_factory=dict)
     kv_calibrated: Calibrated | None = None
     kvc8: Mapping[str, object] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[ModelWarning, ...] = ()
 
 
 def kv_widths(config: Mapping[str, object], where: str) -> tuple[int, ...]:
@@ -82,8 +82,9 @@ def kv_widths(config: Mapping[str, object], where: str) -> tuple[int, ...]:
     each = heads if isinstance(heads, list) else [heads] * layers
     if len(each) != layers:
         raise ModelError(
-            f"{where}: num_key_value_heads has {len(each)} numbers for {layers} layers; "
-            "correct it from the model's original config.json"
+            where,
+            f"num_key_value_heads has {len(each)} numbers for {layers} layers",
+            "correct it from the model's original config.json",
         )
     head_dim = _head_dim(config, where)
     return tuple(
@@ -119,16 +120,18 @@ def kv_scales(
     """
     if beyond := sorted(name for key, name in names.items() if key[0] >= len(widths)):
         raise ModelError(
-            f"{where}: has {listed(beyond)} and config.json says {len(widths)} layers; "
-            "correct num_hidden_layers there"
+            where,
+            f"has {listed(beyond)} and config.json says {len(widths)} layers",
+            "correct num_hidden_layers there",
         )
     tail = "{}_proj.kv_cache_scale" if granularity == "channel" else "{}_scale"
     for layer in range(len(widths)):
         for side in SIDES:
             if (layer, side, "scale") not in names:
                 raise ModelError(
-                    f"{where}: layer {layer} has no {tail.format(side)}; "
-                    "calibrate the KV cache of every layer"
+                    where,
+                    f"layer {layer} has no {tail.format(side)}",
+                    "calibrate the KV cache of every layer",
                 )
     for key, name in names.items():
         check_dtype(tensors[name], FLOATS if key[2] == "scale" else OFFSETS)
@@ -147,21 +150,21 @@ def check_dtype(tensor: StoredTensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in dtypes:
         want = " or ".join(_dtype(dtype) for dtype in dtypes)
         raise ModelError(
-            f"{place(tensor.file)}: {shown(tensor.name)} is {_dtype(tensor.dtype)} "
-            f"and should be {want}; quantize the model again"
+            place(tensor.file),
+            f"{shown(tensor.name)} is {_dtype(tensor.dtype)} and should be {want}",
+            "quantize the model again",
         )
 
 
 def check_shape(tensor: StoredTensor, shapes: tuple[tuple[int, ...], ...], reason: str) -> None:
     """Raise ModelError unless `tensor` has one of `shapes`; `reason` says what asks for them."""
     if tensor.shape not in shapes:
-        raise ModelError(
-            f"{place(tensor.file)}: {shown(tensor.name)} has shape {list(tensor.shape)} and "
-            f"{reason} asks for {list(shapes[0])}; check that both belong to the same model"
-        )
+        wanted = f"{reason} asks for {list(shapes[0])}"
+        what = f"{shown(tensor.name)} has shape {list(tensor.shape)} and {wanted}"
+        raise ModelError(place(tensor.file), what, "check that both belong to the same model")
 
 
-def without_labels(tensors: Iterable[StoredTensor], where: str) -> list[str]:
+def without_labels(tensors: Iterable[StoredTensor], where: str) -> list[ModelWarning]:
     """Account for tensors that nothing describes: floats pass, others give a warning.
 
     Raises ModelError for a weight that is not floating point, as its meaning is not known.
@@ -169,12 +172,12 @@ def without_labels(tensors: Iterable[StoredTensor], where: str) -> list[str]:
     odd = [tensor for tensor in tensors if tensor.dtype not in FLOATS]
     if weights := [tensor.name for tensor in odd if tensor.name.endswith("weight")]:
         raise ModelError(
-            f"{where}: holds {listed(weights)}, which is not floating point and which nothing "
-            "describes; copy quant_model_description.json too, or take the float model"
+            where,
+            f"holds {listed(weights)}, which is not floating point and which nothing describes",
+            "copy quant_model_description.json too, or take the float model",
         )
-    others = listed([tensor.name for tensor in odd])
-    note = f"{where}: holds {others}, which is not floating point; kvc8 takes it for a buffer"
-    return [note] if odd else []
+    what = f"holds {listed([tensor.name for tensor in odd])}, which is not floating point"
+    return [ModelWarning(where, what, "kvc8 takes it for a buffer")] if odd else []
 
 
 def _dtype(dtype: torch.dtype) -> str:

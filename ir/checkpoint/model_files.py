@@ -50,8 +50,9 @@ def model_file(directory: Path, name: str, named_by: Path | None = None) -> Path
     where = place(named_by or directory)
     if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise ModelError(
-            f"{where}: names '{shown(name)}', which is not the bare name of a file in the "
-            "directory; copy the file into the directory and name it without a path"
+            where,
+            f"names '{shown(name)}', which is not the bare name of a file in the directory",
+            "copy the file into the directory and name it without a path",
         )
     path = directory / name
     try:
@@ -61,15 +62,15 @@ def model_file(directory: Path, name: str, named_by: Path | None = None) -> Path
         if not path.is_symlink():
             return None
         raise ModelError(
-            f"{place(path)}: is a link to a file that is not there; copy the file here"
+            place(path), "is a link to a file that is not there", "copy the file here"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(mode):
-        raise ModelError(f"{place(path)}: is not a regular file; put the file itself there")
+        raise ModelError(place(path), "is not a regular file", "put the file itself there")
     if not (real.is_relative_to(inside) or _in_blobs(real, inside)):
         raise ModelError(
-            f"{place(path)}: is a link that leaves the model directory; copy the file here"
+            place(path), "is a link that leaves the model directory", "copy the file here"
         )
     return path
 
@@ -85,7 +86,7 @@ def file_names(directory: Path) -> list[str]:
         return sorted(entry.name for entry in directory.iterdir())
     except FileNotFoundError as error:
         raise ModelError(
-            f"{place(directory)}: no such directory; check the path of the model"
+            place(directory), "no such directory", "check the path of the model"
         ) from error
     except (OSError, ValueError) as error:
         raise _unreadable(directory, error) from error
@@ -101,8 +102,9 @@ def read_json(path: Path) -> dict[str, object]:
         size = path.stat().st_size
         if size > LARGEST_JSON:
             raise ModelError(
-                f"{place(path)}: is {size} bytes long and {LARGEST_JSON} is the most that kvc8 "
-                "reads; check that this is the right file"
+                place(path),
+                f"is {size} bytes long and {LARGEST_JSON} is the most that kvc8 reads",
+                "check that this is the right file",
             )
         data = path.read_bytes()
     except OSError as error:
@@ -124,13 +126,13 @@ def parse_json(data: bytes, where: str) -> dict[str, object]:
     try:
         value: object = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{where}: is not JSON ({shown(error)}); copy the file again") from error
+        raise ModelError(where, f"is not JSON ({shown(error)})", "copy the file again") from error
     if not isinstance(value, dict):
         raise ModelError(
-            f"{where}: holds {shown(value)} and should hold a JSON object; copy the file again"
+            where, f"holds {shown(value)} and should hold a JSON object", "copy the file again"
         )
     if twice:
-        raise ModelError(f"{where}: says '{shown(twice[0])}' twice; remove one of them")
+        raise ModelError(where, f"says '{shown(twice[0])}' twice", "remove one of them")
     return value
 
 
@@ -139,8 +141,9 @@ def positive(config: Mapping[str, object], name: str, where: str) -> int:
     value = config.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 24:
         raise ModelError(
-            f"{where}: {name} is {shown(value)} and should be a positive number; "
-            "correct it from the model's original config.json"
+            where,
+            f"{name} is {shown(value)} and should be a positive number",
+            "correct it from the model's original config.json",
         )
     return value
 
@@ -148,5 +151,5 @@ def positive(config: Mapping[str, object], name: str, where: str) -> int:
 def _unreadable(path: Path, error: Exception) -> ModelError:
     why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return ModelError(
-        f"{place(path)}: cannot be read ({shown(why)}); check the file and its rights"
+        place(path), f"cannot be read ({shown(why)})", "check the file and its rights"
     )

@@ -35,7 +35,7 @@ from kvc8.ir.checkpoint.layouts import (
 )
 from kvc8.ir.checkpoint.model_files import listed, place, shown
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 
 NAME, OLD_NAME = "quant_model_description.json", "quant_model_description_"  # ..._w8a8.json
 LABELS = ("FLOAT", "W8A8", "C8")
@@ -64,12 +64,12 @@ LINEAR: Mapping[str, tuple[torch.dtype, ...]] = {
 REQUIRED = ("weight", "input_scale", "input_offset", "quant_bias", "deq_scale")
 NEWER_WEIGHTS = "quant_model_weights"
 UNSUPPORTED = (
-    "the vendor does not support C8 without W8A8; add W8A8 with kvc8-quantize "
-    "to run this on the vendor's own stack"
+    "the vendor does not support C8 without W8A8",
+    "add W8A8 with kvc8-quantize to run this on the vendor's own stack",
 )
 SWITCHED_OFF = (
-    "holds KV scales and neither it nor config.json says C8; add kv_quant_type C8 "
-    "for the vendor's own stack to use them"
+    "holds KV scales and neither it nor config.json says C8",
+    "add kv_quant_type C8 for the vendor's own stack to use them",
 )
 
 
@@ -94,12 +94,12 @@ def read_description(
         kv = kv_scales(kv_names, tensors, widths, "channel", where)
     w8a8 = {prefix: _linear(where, prefix, linears[prefix], tensors) for prefix in linears}
     if kv and not w8a8:
-        warnings.append(f"{where}: {UNSUPPORTED}")
+        warnings.append(ModelWarning(where, *UNSUPPORTED))
     if kv and not switched:
-        warnings.append(f"{where}: {SWITCHED_OFF}")
+        warnings.append(ModelWarning(where, *SWITCHED_OFF))
     kvc8 = description.get("kvc8", {})
     if not isinstance(kvc8, dict):
-        raise ModelError(f"{where}: kvc8 is {shown(kvc8)}; it should be an object")
+        raise ModelError(where, f"kvc8 is {shown(kvc8)}", "it should be an object")
     layout = layout_of(path, description, tensors)
     calibrated = calibrated_of(where, layout, kvc8) if kv else None
     return Quantization(layout, w8a8, kv, calibrated, kvc8, tuple(warnings))
@@ -139,7 +139,7 @@ def calibrated_of(where: str, layout: str, kvc8: Mapping[str, object]) -> Calibr
             return "post-rope"
         case other:
             raise ModelError(
-                f"{where}: kv_calibrated is {shown(other)}; it should be pre-rope or post-rope"
+                where, f"kv_calibrated is {shown(other)}", "it should be pre-rope or post-rope"
             )
 
 
@@ -148,7 +148,7 @@ def _labels(
     description: Mapping[str, object],
     tensors: Mapping[str, StoredTensor],
     config: Mapping[str, object],
-) -> tuple[dict[str, str], list[str]]:
+) -> tuple[dict[str, str], list[ModelWarning]]:
     """Tell labels from settings and check both; gives the labels, and warnings."""
     labels: dict[str, str] = {}
     strange: list[str] = []
@@ -161,26 +161,27 @@ def _labels(
             labels[name] = _label(where, name, value, tensors)
         elif name != "kvc8":
             strange.append(name)
-    warnings = []
+    warnings = list[ModelWarning]()
     if strange:
-        known = "kvc8 does not know and leaves out; check what wrote it"
-        warnings.append(f"{where}: says {listed(strange)}, which {known}")
+        what = f"says {listed(strange)}, which kvc8 does not know and leaves out"
+        warnings.append(ModelWarning(where, what, "check what wrote it"))
     warnings += _unlabeled(where, labels, tensors)
     return labels, warnings
 
 
 def _unlabeled(
     where: str, labels: Mapping[str, str], tensors: Mapping[str, StoredTensor]
-) -> list[str]:
+) -> list[ModelWarning]:
     """Report the tensors that have no label; raises ModelError for one that is not float."""
     bare = [name for name in tensors if name not in labels]
     if odd := [name for name in bare if tensors[name].dtype not in FLOATS]:
         raise ModelError(
-            f"{where}: has no label for {listed(odd)}, which is not floating point; "
-            "copy the description that belongs to these weights"
+            where,
+            f"has no label for {listed(odd)}, which is not floating point",
+            "copy the description that belongs to these weights",
         )
-    kind = "kvc8 takes it as FLOAT, check that it is"
-    return [f"{where}: has no label for {listed(bare)}; {kind}"] if bare else []
+    what, do = f"has no label for {listed(bare)}", "kvc8 takes it as FLOAT, check that it is"
+    return [ModelWarning(where, what, do)] if bare else []
 
 
 def tied_head(name: str, config: Mapping[str, object]) -> bool:
@@ -202,8 +203,9 @@ def _setting(where: str, name: str, value: object) -> list[str]:
     if name in HARMLESS:
         return [name]
     raise ModelError(
-        f"{where}: {name} is {shown(value)}, which kvc8 does not read; "
-        "quantize the model to W8A8 with C8, per channel"
+        where,
+        f"{name} is {shown(value)}, which kvc8 does not read",
+        "quantize the model to W8A8 with C8, per channel",
     )
 
 
@@ -211,13 +213,15 @@ def _label(where: str, name: str, value: str, tensors: Mapping[str, StoredTensor
     """Check one label and that its tensor is stored."""
     if value not in LABELS:
         raise ModelError(
-            f"{where}: labels {shown(name)} {shown(value)}, which kvc8 does not read; "
-            "quantize the model to W8A8 with C8"
+            where,
+            f"labels {shown(name)} {shown(value)}, which kvc8 does not read",
+            "quantize the model to W8A8 with C8",
         )
     if name not in tensors:
         raise ModelError(
-            f"{where}: labels {shown(name)} {value} and no weights file holds it; "
-            "copy the directory again"
+            where,
+            f"labels {shown(name)} {value} and no weights file holds it",
+            "copy the directory again",
         )
     return value
 
@@ -233,7 +237,7 @@ def _sort_out(
         if (key := kv_name(name)) and label != "FLOAT":
             if key in kv:
                 raise ModelError(
-                    f"{where}: labels both {shown(kv[key])} and {shown(name)}; remove one of them"
+                    where, f"labels both {shown(kv[key])} and {shown(name)}", "remove one of them"
                 )
             kv[key] = name
         elif label == "FLOAT" and not key:
@@ -242,8 +246,9 @@ def _sort_out(
             linears.setdefault(prefix, {})[part] = name
         elif not _norm_copy(name, tensors, labels):
             raise ModelError(
-                f"{where}: labels {shown(name)} {label}, which such a tensor cannot be; "
-                "quantize the model again"
+                where,
+                f"labels {shown(name)} {label}, which such a tensor cannot be",
+                "quantize the model again",
             )
     return kv, linears
 
@@ -281,8 +286,9 @@ def _linear(
     """Check the tensors of a W8A8 linear and put their names together."""
     if missing := [part for part in REQUIRED if part not in parts]:
         raise ModelError(
-            f"{where}: {shown(prefix)} is W8A8 and has no {listed(missing)}; "
-            "quantize the model again"
+            where,
+            f"{shown(prefix)} is W8A8 and has no {listed(missing)}",
+            "quantize the model again",
         )
     bias = parts.get("bias", f"{prefix}.bias")
     linear = LinearQuant(
@@ -306,10 +312,9 @@ def _check_linear(linear: LinearQuant, tensors: Mapping[str, StoredTensor]) -> N
     for part, tensor in stored.items():
         check_dtype(tensor, LINEAR[part])
     if len(weight.shape) != 2:
-        raise ModelError(
-            f"{place(weight.file)}: {shown(weight.name)} has shape {list(weight.shape)} and a "
-            "linear's weight has two dimensions; quantize the model again"
-        )
+        wanted = "a linear's weight has two dimensions"
+        what = f"{shown(weight.name)} has shape {list(weight.shape)} and {wanted}"
+        raise ModelError(place(weight.file), what, "quantize the model again")
     rows = weight.shape[0]
     for part, tensor in stored.items():
         shapes: tuple[tuple[int, ...], ...] = ((rows,),)

@@ -100,7 +100,7 @@ def kept_directory(out: Path, resume: bool) -> Iterator[tuple[PartialDirectory, 
     fresh = not home.exists()
     if not fresh and not resume:
         what = "an unfinished run is beside it"
-        raise TargetError(f"{place(out)}: {what}; give --resume, or remove {shown(home.name)}")
+        raise TargetError(place(out), what, f"give --resume, or remove {shown(home.name)}")
     try:
         for folder in (part.path, state):
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _held(lock: int, out: Path) -> Iterator[None]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise TargetError(f"{place(out)}: another process writes it; wait for it") from error
+        raise TargetError(place(out), "another process writes it", "wait for it") from error
     yield
 
 
@@ -138,7 +138,7 @@ def _move(whole: Path, out: Path) -> None:
 def refuse_existing(out: Path) -> None:
     """Raise TargetError where there is something at `out` already."""
     if out.exists() or out.is_symlink():
-        raise TargetError(f"{place(out)}: exists already; choose another directory or remove it")
+        raise TargetError(place(out), "exists already", "choose another directory or remove it")
 
 
 def _remove_stale(out: Path) -> None:
@@ -172,8 +172,8 @@ def flush(folder: Path) -> None:
 def _sentence(out: Path, part: PartialDirectory, error: OSError) -> TargetError:
     if error.errno in FULL:
         what = f"the disk is full after {part.written / 1e6:.0f} MB"
-        return TargetError(f"{place(out)}: {what}; free space or choose another directory")
+        return TargetError(place(out), what, "free space or choose another directory")
     if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
-        return TargetError(f"{place(out)}: exists already; choose another directory or remove it")
+        return TargetError(place(out), "exists already", "choose another directory or remove it")
     why = shown(error.strerror or error)
-    return TargetError(f"{place(out)}: cannot be written ({why}); choose another directory")
+    return TargetError(place(out), f"cannot be written ({why})", "choose another directory")

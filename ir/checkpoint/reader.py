@@ -24,7 +24,7 @@ from kvc8.ir.checkpoint.layouts import (
 from kvc8.ir.checkpoint.model_files import file_names, listed, model_file, place, read_json, shown
 from kvc8.ir.checkpoint.msmodelslim import NAME, OLD_NAME, read_description
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles, read_header, read_index
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 
 __all__ = [
     "Calibrated",
@@ -56,7 +56,7 @@ class Checkpoint:
     w8a8: Mapping[str, LinearQuant]  # by module, e.g. "model.layers.0.self_attn.q_proj"
     kv: Mapping[int, tuple[KVScale, KVScale]]  # K and V by layer; empty without C8
     kv_calibrated: Calibrated | None  # where K was observed; None without C8
-    warnings: tuple[str, ...]  # a sentence each, `where: what; what to do`
+    warnings: tuple[ModelWarning, ...]
     kvc8: Mapping[str, object] = field(default_factory=dict)  # what kvc8-quantize noted
     _files: TensorFiles = field(default_factory=TensorFiles, repr=False, compare=False)
 
@@ -82,7 +82,7 @@ class Checkpoint:
         """
         if name not in self.tensors:
             raise ModelError(
-                f"{place(self.path)}: has no tensor {shown(name)}; check the model's type"
+                place(self.path), f"has no tensor {shown(name)}", "check the model's type"
             )
         return self._files.read(self.tensors[name])
 
@@ -96,7 +96,7 @@ class Files:
     description_path: Path | None  # of msModelSlim's description; None where there is none
     description: Mapping[str, object]
     tensors: Mapping[str, StoredTensor]
-    warnings: tuple[str, ...]
+    warnings: tuple[ModelWarning, ...]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -116,7 +116,7 @@ def read_files(path: Path) -> Files:
     config_path = model_file(path, "config.json")
     if config_path is None:
         raise ModelError(
-            f"{place(path)}: has no config.json; name the directory of a Hugging Face model"
+            place(path), "has no config.json", "name the directory of a Hugging Face model"
         )
     config = read_json(config_path)
     description, unread = _find_description(path, names, config)
@@ -144,7 +144,7 @@ def understand(files: Files) -> Checkpoint:
 
 def _find_description(
     directory: Path, names: list[str], config: Mapping[str, object]
-) -> tuple[Path | None, list[str]]:
+) -> tuple[Path | None, list[ModelWarning]]:
     """Find msModelSlim's description as MindIE does: the new name, then `quantize`'s."""
     wanted = (NAME, f"{OLD_NAME}{config.get('quantize')}.json")
     there = [name for name in names if name.startswith(OLD_NAME) and name.endswith(".json")]
@@ -154,16 +154,17 @@ def _find_description(
     chosen = next((name for name in wanted if name in there), there[0])
     if chosen not in wanted and len(there) > 1:
         raise ModelError(
-            f"{place(directory)}: holds {listed(there)}; keep the one that describes the weights"
+            place(directory), f"holds {listed(there)}", "keep the one that describes the weights"
         )
     rest = [name for name in there if name != chosen]
-    note = f"{place(directory)}: {listed(rest)} is not read beside {chosen}; remove it"
-    return model_file(directory, chosen), [note] if rest else []
+    what = f"{listed(rest)} is not read beside {chosen}"
+    warning = ModelWarning(place(directory), what, "remove it")
+    return model_file(directory, chosen), [warning] if rest else []
 
 
 def _read_weights(
     directory: Path, names: list[str], described: bool
-) -> tuple[dict[str, StoredTensor], list[str]]:
+) -> tuple[dict[str, StoredTensor], list[ModelWarning]]:
     """Read the headers of the weights files; gives tensors by name, and warnings."""
     chosen = _find_weights(directory, names, described)
     path = model_file(directory, chosen)
@@ -173,12 +174,11 @@ def _read_weights(
     else:
         tensors, warnings = read_header(path), []
     if not tensors:
-        raise ModelError(f"{place(path)}: holds no tensors; copy the file again")
+        raise ModelError(place(path), "holds no tensors", "copy the file again")
     used = {tensor.file.name for tensor in tensors.values()} | {chosen}
     if rest := [name for name in names if name.endswith((SUFFIX, INDEX)) and name not in used]:
-        warnings.append(
-            f"{place(directory)}: {listed(rest)} is not read; check that it is not needed"
-        )
+        what = f"{listed(rest)} is not read"
+        warnings.append(ModelWarning(place(directory), what, "check that it is not needed"))
     return tensors, warnings
 
 
@@ -192,8 +192,9 @@ def _find_weights(directory: Path, names: list[str], described: bool) -> str:
                 return found[0]
             if found:
                 raise ModelError(
-                    f"{place(directory)}: holds {listed(found)} and no one file that says which "
-                    "to read; copy the index too, or remove what is not the model's"
+                    place(directory),
+                    f"holds {listed(found)} and no one file that says which to read",
+                    "copy the index too, or remove what is not the model's",
                 )
     for name in ("model" + SUFFIX, "model" + INDEX):  # the order in which transformers looks
         if name in names:
@@ -201,7 +202,7 @@ def _find_weights(directory: Path, names: list[str], described: bool) -> str:
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     why = f" but {listed(pickles)}, which kvc8 does not run" if pickles else " and no index"
     raise ModelError(
-        f"{place(directory)}: has no model.safetensors{why}; save the model as safetensors"
+        place(directory), f"has no model.safetensors{why}", "save the model as safetensors"
     )
 
 
@@ -217,18 +218,21 @@ def _quantization(files: Files) -> Quantization:
     method = settings.get("quant_method")
     if method is not None or (settings and "kv_quant_type" not in settings):
         raise ModelError(
-            f"{where}: quantization_config has quant_method {shown(method)}, which kvc8 does not "
-            "read; take the float model and quantize it with kvc8-quantize"
+            where,
+            f"quantization_config has quant_method {shown(method)}, which kvc8 does not read",
+            "take the float model and quantize it with kvc8-quantize",
         )
     if parts := [name for name in tensors if name.endswith(MSMODELSLIM_PARTS)]:
         raise ModelError(
-            f"{place(path)}: holds {listed(parts)} of a quantized model and no {NAME}; "
-            "copy that file too"
+            place(path),
+            f"holds {listed(parts)} of a quantized model and no {NAME}",
+            "copy that file too",
         )
     warnings = without_labels(tensors.values(), place(path))
     if "quantize" in config and config["quantize"] not in (None, "float"):
         kind = f"quantize is {shown(config['quantize'])} and the model is plain float"
-        warnings.append(f"{where}: {kind}; remove it, or copy the quantized model's files")
+        do = "remove it, or copy the quantized model's files"
+        warnings.append(ModelWarning(where, kind, do))
     return Quantization("float", warnings=tuple(warnings))
 
 
@@ -238,8 +242,9 @@ def _quantization_config(where: str, config: Mapping[str, object]) -> Mapping[st
         return {}
     if not isinstance(settings, dict):
         raise ModelError(
-            f"{where}: quantization_config is {shown(settings)} and should be an object; "
-            "copy the file again"
+            where,
+            f"quantization_config is {shown(settings)} and should be an object",
+            "copy the file again",
         )
     return settings
 
@@ -249,6 +254,7 @@ def _check_switch(where: str, config: Mapping[str, object], found: Quantization)
     kind = _quantization_config(where, config).get("kv_quant_type")
     if kind == "C8" and not found.kv:
         raise ModelError(
-            f"{where}: kv_quant_type is C8 and the model has no KV scales; "
-            "copy its quant_model_description.json too, or remove kv_quant_type"
+            where,
+            "kv_quant_type is C8 and the model has no KV scales",
+            "copy its quant_model_description.json too, or remove kv_quant_type",
         )

@@ -25,7 +25,7 @@ from kvc8.ir.checkpoint.model_files import (
     read_json,
     shown,
 )
-from kvc8.ir.errors import ModelError
+from kvc8.ir.errors import ModelError, ModelWarning
 
 SMALL = 1 << 20  # bytes; up to it a tensor is read and not mapped
 DTYPES: Mapping[str, torch.dtype] = {
@@ -69,11 +69,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = file.read(length) if length <= min(LARGEST_JSON, size - 8) else None
     except OSError as error:
         raise ModelError(
-            f"{place(path)}: cannot be read ({shown(error.strerror)}); check its rights"
+            place(path), f"cannot be read ({shown(error.strerror)})", "check its rights"
         ) from error
     if header is None:
         raise ModelError(
-            f"{place(path)}: is {size} bytes long, too short for its own header; copy it again"
+            place(path), f"is {size} bytes long, too short for its own header", "copy it again"
         )
     entries = parse_json(header, f"{place(path)} (header)")
     entries.pop("__metadata__", None)
@@ -85,23 +85,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _entry(path: Path, name: str, entry: object, data: int) -> StoredTensor:
     """Check one entry of the header of `path`, whose tensors begin at byte `data`."""
-    where = f"{place(path)}: {shown(name)}"
+    where = place(path)
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape = fields.get("dtype"), _sizes(fields.get("shape"))
     span = _sizes(fields.get("data_offsets"))
     if len(fields) != 3 or shape is None or span is None or len(span) != 2:
-        raise ModelError(f"{where} has a damaged header entry; copy the file again")
+        what = f"{shown(name)} has a damaged header entry"
+        raise ModelError(where, what, "copy the file again")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ModelError(
-            f"{where} has dtype {shown(dtype)}, which kvc8 does not read; "
-            f"save it as one of {', '.join(DTYPES)}"
-        )
+        what = f"{shown(name)} has dtype {shown(dtype)}, which kvc8 does not read"
+        raise ModelError(where, what, f"save it as one of {', '.join(DTYPES)}")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if span[1] - span[0] != nbytes:
-        raise ModelError(
-            f"{where} takes {nbytes} bytes and its header gives it those from {span[0]} to "
-            f"{span[1]}; copy the file again"
-        )
+        span_ = f"those from {span[0]} to {span[1]}"
+        what = f"{shown(name)} takes {nbytes} bytes and its header gives it {span_}"
+        raise ModelError(where, what, "copy the file again")
     return StoredTensor(name, path, DTYPES[dtype], shape, data + span[0], nbytes)
 
 
@@ -120,17 +118,18 @@ def _check_cover(path: Path, tensors: list[StoredTensor], start: int, size: int)
         if tensor.offset != end:
             what = "overlaps" if tensor.offset < end else "leaves a hole after"
             raise ModelError(
-                f"{place(path)}: {shown(tensor.name)} {what} {last}; copy the file again"
+                place(path), f"{shown(tensor.name)} {what} {last}", "copy the file again"
             )
         end, last = end + tensor.nbytes, shown(tensor.name)
     if end != size:
         raise ModelError(
-            f"{place(path)}: is {size} bytes long and its header describes {end}; "
-            "copy the file again"
+            place(path),
+            f"is {size} bytes long and its header describes {end}",
+            "copy the file again",
         )
 
 
-def read_index(directory: Path, index: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+def read_index(directory: Path, index: Path) -> tuple[dict[str, StoredTensor], list[ModelWarning]]:
     """Read every shard that `index` names: tensors by name, and warnings.
 
     Raises ModelError where the index is damaged, or names a file that is missing or lies outside
@@ -138,25 +137,27 @@ def read_index(directory: Path, index: Path) -> tuple[dict[str, StoredTensor], l
     """
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelError(f"{place(index)}: has no weight_map; copy the file again")
+        raise ModelError(place(index), "has no weight_map", "copy the file again")
     tensors: dict[str, StoredTensor] = {}
     left: list[str] = []
     for shard, names in _by_shard(index, weight_map).items():
         path = model_file(directory, shard, named_by=index)
         if path is None:
             raise ModelError(
-                f"{place(index)}: names {shown(shard)}, which is not there; copy that file too"
+                place(index), f"names {shown(shard)}, which is not there", "copy that file too"
             )
         header = read_header(path)
         if missing := sorted(names - set(header)):
             raise ModelError(
-                f"{place(index)}: says {shown(shard)} holds {listed(missing)}, which it does not; "
-                "copy the directory again"
+                place(index),
+                f"says {shown(shard)} holds {listed(missing)}, which it does not",
+                "copy the directory again",
             )
         tensors |= {name: tensor for name, tensor in header.items() if name in names}
         left += sorted(set(header) - names)
-    note = f"{place(index)}: leaves out {listed(left)} of its shards; kvc8 leaves it out too"
-    return tensors, [note] if left else []
+    what = f"leaves out {listed(left)} of its shards"
+    warning = ModelWarning(place(index), what, "kvc8 leaves it out too")
+    return tensors, [warning] if left else []
 
 
 def _by_shard(index: Path, weight_map: Mapping[str, object]) -> dict[str, set[str]]:
@@ -165,7 +166,7 @@ def _by_shard(index: Path, weight_map: Mapping[str, object]) -> dict[str, set[st
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
             raise ModelError(
-                f"{place(index)}: gives {shown(name)} no file name; copy the file again"
+                place(index), f"gives {shown(name)} no file name", "copy the file again"
             )
         shards.setdefault(shard, set()).add(name)
     return shards
@@ -178,7 +179,7 @@ def _read_small(tensor: StoredTensor) -> torch.Tensor:
         file.seek(tensor.offset)
         got = file.readinto(held)
     if got != tensor.nbytes:
-        raise ModelError(f"{place(tensor.file)}: has become shorter; copy the file again")
+        raise ModelError(place(tensor.file), "has become shorter", "copy the file again")
     return torch.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape)
 
 
@@ -203,7 +204,8 @@ class TensorFiles:
             value: torch.Tensor = file.get_tensor(tensor.name)  # type: ignore[no-untyped-call]
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"{place(tensor.file)}: {shown(tensor.name)} cannot be read ({shown(error)}); "
-                "copy the file again"
+                place(tensor.file),
+                f"{shown(tensor.name)} cannot be read ({shown(error)})",
+                "copy the file again",
             ) from error
         return value

@@ -109,7 +109,7 @@ def make_exact(expression: Expression, read: Read) -> Tensor:
     if expression.op in ("int_bits", "fp19"):
         return _wide(STEPS[expression.op](make_exact(_inner(expression), read).float()))
     if expression.op not in STEPS:
-        raise IRError(f"{expression.op}: makes no tensor; use one of {', '.join(STEPS)}")
+        raise IRError(expression.op, "makes no tensor", f"use one of {', '.join(STEPS)}")
     keep = expression.op == "round_up"  # its dtype says which values there are
     args = [arg if keep and i else _exact_arg(arg, read) for i, arg in enumerate(expression.args)]
     return _wide(STEPS[expression.op](*args))

@@ -33,7 +33,7 @@ def add_ranks(to: argparse.ArgumentParser) -> None:
 def options_of(args: argparse.Namespace) -> Options:
     """The Options that a command was given."""
     if args.tp < 1:
-        raise TargetError(f"--tp: {args.tp} devices; give 1 or more")
+        raise TargetError("--tp", f"{args.tp} devices", "give 1 or more")
     return Options(**{name: getattr(args, name) for name in NAMES}, ranks=args.tp)
 
 

@@ -12,7 +12,7 @@ from kvc8.backends.npu import artifact, legality
 from kvc8.backends.runtime.kv_layout import KVLayout, kv_layout
 from kvc8.ir.capture.trace import capture, config_dtype
 from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
-from kvc8.ir.errors import ModelError, TargetError
+from kvc8.ir.errors import ModelError, ModelWarning, TargetError
 from kvc8.ir.expression import Read
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
@@ -36,7 +36,9 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.flavor and self.kind != "onnx":
-            raise TargetError("--flavor: is of --target onnx; leave it out, or compile for onnx")
+            raise TargetError(
+                "--flavor", "is of --target onnx", "leave it out, or compile for onnx"
+            )
 
     @property
     def lowered(self) -> bool:
@@ -119,25 +121,28 @@ def open_calibrated(directory: Path, calibrated: Calibrated | None = None) -> Ch
     checkpoint = open_checkpoint(directory)
     if calibrated and not checkpoint.kv:
         what = "holds no KV scales for --kv-calibrated to speak of"
-        raise ModelError(f"{directory}: {what}; leave it out, or quantize with kvc8-quantize")
+        raise ModelError(str(directory), what, "leave it out, or quantize with kvc8-quantize")
     return replace(checkpoint, kv_calibrated=calibrated) if calibrated else checkpoint
 
 
-def unsupported(checkpoint: Checkpoint) -> list[str]:
+def unsupported(checkpoint: Checkpoint) -> list[ModelWarning]:
     """What the vendor does not support and kvc8 compiles all the same."""
     if not checkpoint.kv or config_dtype(checkpoint) is not torch.bfloat16:
         return []
     what = "a bfloat16 model with an int8 KV cache, which the vendor does not support"
-    return [f"config.json: {what}; compare its answers, or convert it to float16"]
+    do = "compare its answers, or convert it to float16"
+    return [ModelWarning("config.json", what, do)]
 
 
 def _check_place(out: Path, target: Target, options: Options) -> None:
     if out.exists():
-        raise TargetError(f"{out}: exists already; choose another directory or remove it")
+        raise TargetError(str(out), "exists already", "choose another directory or remove it")
     if options.kv_format == "nz" and target.kind != "npu":
-        raise TargetError("--kv-format: nz is of --target npu; leave it out, or compile for npu")
+        raise TargetError(
+            "--kv-format", "nz is of --target npu", "leave it out, or compile for npu"
+        )
     if options.ranks > 1 and target.kind != "npu":
-        raise TargetError("--tp: is of --target npu; leave it out, or compile for npu")
+        raise TargetError("--tp", "is of --target npu", "leave it out, or compile for npu")
 
 
 def _all(watchers: Sequence[pipeline.See]) -> pipeline.See:

@@ -108,7 +108,7 @@ def check_lengths(
     longest = max(map(len, prompts))
     if isinstance(limit, int) and longest + most > limit:
         what = f"{longest} tokens and {most} to generate are more than the model's {limit}"
-        raise ModelError(f"--prompt: {what}; shorten the prompt or give a lower --max-new-tokens")
+        raise ModelError("--prompt", what, "shorten the prompt or give a lower --max-new-tokens")
 
 
 def _onnx(path: Path, device: torch.device, threads: int, ranks: Ranks) -> Loaded:
@@ -116,7 +116,7 @@ def _onnx(path: Path, device: torch.device, threads: int, ranks: Ranks) -> Loade
 
     if device.type != "cpu":
         what = "an ONNX model runs in ONNX Runtime on a CPU"
-        raise TargetError(f"--device: {what}; leave it out, or compile the model for npu")
+        raise TargetError("--device", what, "leave it out, or compile the model for npu")
     check_size(path, 1, ranks)
     model = open_model(path, threads)
 

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
     from kvc8.backends.npu.artifact_reader import Artifact
 
-ENDED = "torchrun: another rank has ended, and none can go on alone; see what it said, start again"
+ENDED = (
+    "torchrun",
+    "another rank has ended, and none can go on alone",
+    "see what it said, start again",
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def joined(device: "torch.device") -> Iterator[Ranks]:
     signal.signal(signal.SIGTERM, _end)  # what torchrun sends to those that still run
     found = Ranks(*ranks.join(device))
     try:
-        with ranks.lost_ranks_in_a_sentence(ENDED):
+        with ranks.lost_ranks_in_a_sentence(*ENDED):
             yield found
     except KVC8Error:
         if not ranks.may_speak():
@@ -62,7 +66,7 @@ def joined(device: "torch.device") -> Iterator[Ranks]:
 def _end(_: int, __: object) -> NoReturn:
     from kvc8.ir.errors import TargetError
 
-    raise TargetError(ENDED)
+    raise TargetError(*ENDED)
 
 
 def check_ranks(artifact: "Artifact", ranks: Ranks, device: "torch.device") -> None:
@@ -84,4 +88,4 @@ def check_size(path: Path, wanted: int, ranks: Ranks) -> None:
     run = "runs" if ranks.size == 1 else "run"
     what = f"is compiled for {wanted} rank{'s' * (wanted > 1)} and {ranks.size} {run} it"
     start = f"torchrun --nproc-per-node {wanted} -m kvc8.tools.run"
-    raise TargetError(f"{path}: {what}; start {'kvc8-run' if wanted == 1 else start}")
+    raise TargetError(str(path), what, f"start {('kvc8-run' if wanted == 1 else start)}")

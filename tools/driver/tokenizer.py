@@ -35,14 +35,14 @@ class Tokenizer:
         if not chat:
             return [int(token) for token in self.inner.encode(text, verbose=False)]
         if not self.has_chat:
-            raise ModelError(f"{place(self.path)}: has no chat template; give --no-chat")
+            raise ModelError(place(self.path), "has no chat template", "give --no-chat")
         try:
             written = self.inner.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
         except (*UNFIT, jinja2.TemplateError) as error:
             raise ModelError(
-                f"{place(self.path)}: its chat template fails ({shown(error)}); give --no-chat"
+                place(self.path), f"its chat template fails ({shown(error)})", "give --no-chat"
             ) from error
         return [int(t) for t in self.inner.encode(str(written), add_special_tokens=False)]
 
@@ -51,7 +51,7 @@ class Tokenizer:
         if isinstance(content, str):
             return self.encode(content)
         if not self.has_chat:
-            raise ModelError(f"{place(self.path)}: has no chat template; give texts, not messages")
+            raise ModelError(place(self.path), "has no chat template", "give texts, not messages")
         written = self.inner.apply_chat_template(content, tokenize=False)  # type: ignore[arg-type]
         return [int(t) for t in self.inner.encode(str(written), add_special_tokens=False)]
 
@@ -95,7 +95,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except UNFIT as error:
         why = shown(str(error).strip().partition("\n")[0])
         raise ModelError(
-            f"{place(path)}: its tokenizer cannot be read ({why}); copy the tokenizer's files there"
+            place(path), f"its tokenizer cannot be read ({why})", "copy the tokenizer's files there"
         ) from error
     return Tokenizer(path, inner, _stops(path, inner.eos_token_id))
 

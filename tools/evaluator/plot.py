@@ -43,7 +43,7 @@ def draw(path: Path, title: str, curves: Sequence[Curve]) -> None:
         from matplotlib.figure import Figure  # an extra, and it takes a second to import
     except ImportError as error:
         what = "cannot be drawn without matplotlib"
-        raise ModelError(f"--plot: {what}; pip install 'kvc8[plot]'") from error
+        raise ModelError("--plot", what, "pip install 'kvc8[plot]'") from error
     layered = [curve for curve in curves if curve.by_cache]
     figure = Figure(figsize=(9, 8.5 if layered else 4.5), layout="constrained")
     parts = figure.subplots(2 if layered else 1, squeeze=False)[:, 0]
@@ -55,7 +55,7 @@ def draw(path: Path, title: str, curves: Sequence[Curve]) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:  # ValueError: no such format
         why = shown(error)
-        raise ModelError(f"{place(path)}: cannot be written ({why}); name a .png file") from error
+        raise ModelError(place(path), f"cannot be written ({why})", "name a .png file") from error
 
 
 def _positions(axes: "Axes", curves: Sequence[Curve]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from kvc8.ir.checkpoint.model_files import place
+from kvc8.ir.errors import Sentence
 from kvc8.tools.inspector.seen import Seen
 
 DIRECTORY, CONFIG = "the directory", "config.json"  # where a finding may be, beside layers
@@ -34,12 +35,9 @@ class Finding:
 Check = Callable[[Seen], Iterator[Finding]]
 
 
-def parts(sentence: str, directory: Path) -> tuple[str, str, str]:
-    """Where, what and what to do of an error or warning of kvc8's about a model directory."""
-    where, _, rest = sentence.partition(": ")
-    what, _, do = rest.rpartition("; ")
-    inside = where.removeprefix(place(directory)).strip("/")
-    return inside or DIRECTORY, what, do
+def inside(sentence: Sentence, directory: Path) -> str:
+    """Where in a model directory an error or a warning is."""
+    return sentence.where.removeprefix(place(directory)).strip("/") or DIRECTORY
 
 
 def in_layers(layers: list[int]) -> str:

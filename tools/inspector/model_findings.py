@@ -16,8 +16,8 @@ from kvc8.tools.inspector.finding import (
     Finding,
     Severity,
     in_layers,
+    inside,
     numbers,
-    parts,
     plural,
 )
 from kvc8.tools.inspector.seen import Seen, kv_heads, linears
@@ -84,8 +84,8 @@ def _strange(where: str, names: list[str]) -> Iterator[Finding]:
 
 def _unread(seen: Seen) -> Iterator[Finding]:
     for warning in seen.files.warnings:
-        where, what, do = parts(warning, seen.files.path)
-        yield Finding("unread-file", "warning", where, what, "it has no effect", do)
+        where = inside(warning, seen.files.path)
+        yield Finding("unread-file", "warning", where, warning.what, "it has no effect", warning.do)
 
 
 def _switches(seen: Seen) -> Iterator[Finding]:
@@ -227,8 +227,8 @@ def _norm_biases(seen: Seen) -> Iterator[Finding]:
 
 def _unused(seen: Seen) -> Iterator[Finding]:
     for warning in seen.captured_with:
-        _, what, do = parts(warning, seen.files.path)
-        yield Finding("unused-tensor", "warning", DIRECTORY, what, "it has no effect", do)
+        what, so = warning.what, "it has no effect"
+        yield Finding("unused-tensor", "warning", DIRECTORY, what, so, warning.do)
 
 
 def _wide_weights(seen: Seen) -> Iterator[Finding]:

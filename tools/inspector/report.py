@@ -35,7 +35,7 @@ def as_json(seen: Seen, findings: Sequence[Finding], plan: MemoryPlan) -> str:
         "memory": asdict(plan),
         "runtimes": {name: list(told) for name, told in runtimes(seen, findings).items()},
         "findings": [asdict(finding) for finding in findings],
-        "refusal": seen.refusal,
+        "refusal": str(seen.refusal or ""),
     }
     return json.dumps(found, indent=1)
 

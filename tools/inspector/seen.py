@@ -22,7 +22,7 @@ from kvc8.ir.checkpoint.model_files import positive
 from kvc8.ir.checkpoint.msmodelslim import calibrated_of, kv_name, layout_of
 from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, Files, read_files, understand
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles
-from kvc8.ir.errors import KVC8Error, ModelError
+from kvc8.ir.errors import KVC8Error, ModelError, ModelWarning
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, argument, expression_of
 from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
@@ -52,8 +52,8 @@ class Seen:
     calibrated: Calibrated | None
     k_layers: Mapping[int, KLayer]  # empty where the model cannot be captured
     norm_biases: tuple[str, ...]  # that the checkpoint adds to the model
-    captured_with: tuple[str, ...]  # warnings
-    refusal: str  # what kvc8-compile says; "" where it compiles
+    captured_with: tuple[ModelWarning, ...]
+    refusal: KVC8Error | None  # what kvc8-compile says; None where it compiles
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -99,21 +99,21 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
     )
 
 
-def _understood(files: Files) -> tuple[Checkpoint | None, str]:
+def _understood(files: Files) -> tuple[Checkpoint | None, KVC8Error | None]:
     try:
         checkpoint = understand(files)
     except ModelError as error:
-        return None, str(error)
+        return None, error
     try:
         check_kv_scales(checkpoint)
     except ModelError as error:
-        return checkpoint, str(error)
-    return checkpoint, ""
+        return checkpoint, error
+    return checkpoint, None
 
 
 def _captured(
     files: Files, checkpoint: Checkpoint | None
-) -> tuple[Program | None, tuple[str, ...], str]:
+) -> tuple[Program | None, tuple[ModelWarning, ...], KVC8Error | None]:
     """Capture the model with a float cache; gives the program, warnings, and why there is none."""
     plain = Checkpoint(files.path, files.config, "float", files.tensors, {}, {}, None, ())
     try:
@@ -121,8 +121,8 @@ def _captured(
             warnings.simplefilter("ignore")  # it is told that nothing uses the KV scales
             program = capture(replace(checkpoint or plain, kv={}, kv_calibrated=None))
     except KVC8Error as error:
-        return None, (), str(error)
-    return program, tuple(account(checkpoint, program)) if checkpoint else (), ""
+        return None, (), error
+    return program, tuple(account(checkpoint, program)) if checkpoint else (), None
 
 
 def _norm_biases(program: Program) -> Iterator[str]:

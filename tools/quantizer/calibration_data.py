@@ -38,15 +38,15 @@ def read_texts(path: Path, most: int | None = None) -> list[Text]:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ModelError(
-            f"{place(path)}: is not text in UTF-8 (byte {error.start}); save it as UTF-8"
+            place(path), f"is not text in UTF-8 (byte {error.start})", "save it as UTF-8"
         ) from error
     except OSError as error:
         why = shown(error.strerror)
-        raise ModelError(f"{place(path)}: cannot be read ({why}); name a file of texts") from error
+        raise ModelError(place(path), f"cannot be read ({why})", "name a file of texts") from error
     lines = path.suffix == ".jsonl" or content.lstrip().startswith("{")
     found = _json_lines(path, content, most) if lines else _paragraphs(path, content)
     if not found:
-        raise ModelError(f"{place(path)}: holds no text; write one text a line, as JSON")
+        raise ModelError(place(path), "holds no text", "write one text a line, as JSON")
     return found[:most]
 
 
@@ -65,25 +65,25 @@ def _text(where: str, line: str) -> Text:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ModelError(
-            f"{where}: is not JSON ({shown(error)}); write one object a line"
+            where, f"is not JSON ({shown(error)})", "write one object a line"
         ) from error
     if not isinstance(entry, dict):
-        raise ModelError(f'{where}: is no object; write {{"text": "..."}}')
+        raise ModelError(where, "is no object", 'write {"text": "..."}')
     if "messages" in entry:
         return Text(where, _messages(where, entry["messages"]))
     if "input_ids" in entry:
         return Text(where, "", _tokens(where, entry["input_ids"]))
     key = next((key for key in TEXT_KEYS if key in entry), None)
     if key is None:
-        raise ModelError(f"{where}: has none of {KEYS}; name its text so")
+        raise ModelError(where, f"has none of {KEYS}", "name its text so")
     if not isinstance(entry[key], str) or not entry[key].strip():
-        raise ModelError(f"{where}: {key} is {shown(entry[key]) or 'empty'}; give it a text")
+        raise ModelError(where, f"{key} is {shown(entry[key]) or 'empty'}", "give it a text")
     return Text(where, entry[key])
 
 
 def _tokens(where: str, tokens: object) -> list[int]:
     if not isinstance(tokens, list) or not all(type(t) is int and t >= 0 for t in tokens):
-        raise ModelError(f"{where}: input_ids is no list of tokens; write whole numbers")
+        raise ModelError(where, "input_ids is no list of tokens", "write whole numbers")
     return tokens
 
 
@@ -92,7 +92,7 @@ def _messages(where: str, messages: object) -> list[dict[str, object]]:
         isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
     )
     if not sound or not messages:
-        raise ModelError(f"{where}: messages is no list of role and content; write a chat so")
+        raise ModelError(where, "messages is no list of role and content", "write a chat so")
     assert isinstance(messages, list)
     return messages
 
@@ -137,9 +137,9 @@ def encode_texts(
     for text in texts:
         tokens = (encode(text) if text.tokens is None else text.tokens)[:most]
         if not tokens:
-            raise ModelError(f"{text.where}: gives no tokens; remove it")
+            raise ModelError(text.where, "gives no tokens", "remove it")
         if (beyond := max(tokens)) >= vocabulary:
             what = f"gives token {beyond} and the model has {vocabulary}"
-            raise ModelError(f"{text.where}: {what}; copy the tokenizer that belongs to it")
+            raise ModelError(text.where, what, "copy the tokenizer that belongs to it")
         found.append(tokens)
     return found

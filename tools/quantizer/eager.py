@@ -22,8 +22,9 @@ def attend(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Va
     settings = attention_settings(args, kwargs)
     if settings.softcap or settings.sinks is not None:
         raise ModelError(
-            f"{call.meta.get('origin')}: its attention has sinks or a soft cap, which "
-            "--recipe msmodelslim does not know; use --recipe minmax"
+            f"{call.meta.get('origin')}",
+            "its attention has sinks or a soft cap, which --recipe msmodelslim does not know",
+            "use --recipe minmax",
         )
     groups = q.shape[1] // k.shape[1]
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]

@@ -64,5 +64,5 @@ def room(budget: float | None, stages: Sequence[LayerCalls], longest: int) -> fl
     least = resident() + needed(stages, longest)
     if least > budget:
         what = f"{budget / 1e9:.2f} GB is not enough for this model and texts of {longest} tokens"
-        raise ModelError(f"--memory: {what}; give at least {least / (1 << 20):.0f}M")
+        raise ModelError("--memory", what, f"give at least {least / (1 << 20):.0f}M")
     return budget - least

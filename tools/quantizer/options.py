@@ -131,13 +131,13 @@ def source_of(args: argparse.Namespace) -> Path:
         if (bits := getattr(args, name)) != 8:
             option = "--" + name.replace("_", "-")
             raise ModelError(
-                f"{option}: {bits} is not there yet, {what} are 8 bits wide; leave the option out"
+                option, f"{bits} is not there yet, {what} are 8 bits wide", "leave the option out"
             )
     if args.anti_method in ("m1", "m2", "m4"):
-        raise ModelError(f"--anti-method: {args.anti_method} is not there yet; use m3 or none")
+        raise ModelError("--anti-method", f"{args.anti_method} is not there yet", "use m3 or none")
     if (args.directory is None) == (args.model_path is None):
         count = "no model is named" if args.directory is None else "two models are named"
-        raise ModelError(f"kvc8-quantize: {count}; give one directory")
+        raise ModelError("kvc8-quantize", count, "give one directory")
     if args.device_type != "cpu":
         print(
             f"note: --device-type {args.device_type}: calibration runs on the CPU", file=sys.stderr
@@ -160,11 +160,13 @@ def recipe_of(args: argparse.Namespace) -> str:
     recipe: str = args.recipe or ("msmodelslim" if given else "kvc8")
     if recipe != "msmodelslim" and given:
         raise ModelError(
-            f"{given[0]}: is not for --recipe {recipe}; leave it out or use --recipe msmodelslim"
+            f"{given[0]}",
+            f"is not for --recipe {recipe}",
+            "leave it out or use --recipe msmodelslim",
         )
     if recipe != "kvc8" and args.rollback is not None:
         raise ModelError(
-            f"--rollback: is not for --recipe {recipe}; leave it out or use --recipe kvc8"
+            "--rollback", f"is not for --recipe {recipe}", "leave it out or use --recipe kvc8"
         )
     return recipe
 

@@ -75,8 +75,9 @@ def disabled_by_name(
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names) and pattern != "lm_head":
             raise ModelError(
-                f"--disable {pattern}: names no linear of this model; "
-                "write one as model.layers.0.mlp.up_proj, or with * for any characters"
+                f"--disable {pattern}",
+                "names no linear of this model",
+                "write one as model.layers.0.mlp.up_proj, or with * for any characters",
             )
     return {s.module for s in found if any(fnmatch(s.module, p) for p in patterns)}
 
@@ -115,8 +116,9 @@ def cached(program: Program, checkpoint: Checkpoint) -> list[Cached]:
         if width != widths[int(layer)]:
             what = f"says {widths[int(layer)]} KV channels in layer {layer} and the model"
             raise ModelError(
-                f"{place(checkpoint.path, 'config.json')}: {what} caches {width}; "
-                "correct num_key_value_heads and head_dim"
+                place(checkpoint.path, "config.json"),
+                f"{what} caches {width}",
+                "correct num_key_value_heads and head_dim",
             )
         found.append(Cached(f"{write.meta['origin']}.{side}_proj", side, rows, width))
     return found

@@ -37,10 +37,10 @@ def _read(tensor: StoredTensor, start: int, count: int) -> Tensor:
             got = file.readinto(held)
     except OSError as error:
         raise ModelError(
-            f"{place(tensor.file)}: cannot be read ({shown(error.strerror)}); check its rights"
+            place(tensor.file), f"cannot be read ({shown(error.strerror)})", "check its rights"
         ) from error
     if got != count:
-        raise ModelError(f"{place(tensor.file)}: has become shorter; copy the file again")
+        raise ModelError(place(tensor.file), "has become shorter", "copy the file again")
     return (
         torch.frombuffer(held, dtype=tensor.dtype) if held else torch.empty(0, dtype=tensor.dtype)
     )

@@ -83,8 +83,9 @@ class Work:
             if old.get(name) != value:
                 what = f"the unfinished run has {name} {shown(old.get(name))}"
                 raise ModelError(
-                    f"--resume: {what} and this one {shown(value)}; "
-                    "give the same options, or leave --resume out and remove its directory"
+                    "--resume",
+                    f"{what} and this one {shown(value)}",
+                    "give the same options, or leave --resume out and remove its directory",
                 )
 
     def writer(self, entries: Sequence[Entry]) -> ModelWriter:

@@ -48,8 +48,8 @@ def write(page: Page, path: Path) -> int:
     try:
         path.write_bytes(text)
     except OSError as error:
-        what = f"{path}: cannot be written ({error.strerror})"
-        raise TargetError(f"{what}; name a file in a directory that exists") from error
+        what = f"cannot be written ({error.strerror})"
+        raise TargetError(str(path), what, "name a file in a directory that exists") from error
     return len(text)
 
 

@@ -8,7 +8,6 @@
 Facts and their order follow from the program alone, so two runs tell the same.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,18 +38,13 @@ def summary(ran: Ran) -> list[str]:
     reasons: dict[str, list[Remark]] = {}
     for remark in ran.remarks:
         if remark.why_not:
-            reasons.setdefault(reason(remark), []).append(remark)
+            reasons.setdefault(remark.why_not, []).append(remark)
     first = f"{_sites(len(hits))} in {len(reached)} of {len(every)} layers"
     rest = [
         f"{places(map(_place, left))}: {_sites(len(left))} left because {why}"
         for why, left in reasons.items()
     ]
     return [first, *rest]
-
-
-def reason(remark: Remark) -> str:
-    """Why a site was left alone, without the names that differ from layer to layer."""
-    return re.sub(r"its weight \S+ is float", "its weight is float", remark.why_not)
 
 
 def counts(program: Program) -> Counter[str]:
@@ -136,4 +130,4 @@ Sites = Counter[tuple[str, str]]  # sites by pass and why they were left alone
 
 def sites_of(remarks: Iterable[tuple[str, Remark]]) -> Sites:
     """How many sites each pass rewrote, and left alone for each reason."""
-    return Counter((name, reason(remark)) for name, remark in remarks)
+    return Counter((name, remark.why_not) for name, remark in remarks)

@@ -79,7 +79,7 @@ def check(
         try:
             remarks = step(program)
         except IRError as error:
-            _refuse(verdict, program, str(error))
+            _refuse(verdict, program, error)
             see(Checked(before, program, olds, Provenance(), verdict, dict(lineage)))
             return verdicts
         hits = [remark.node for remark in remarks if not remark.why_not]
@@ -119,11 +119,11 @@ def _kept(old: Recording, checked: Checked) -> Recording:
     return Recording(old.twins, values, old.caches, list(output.args[0]))
 
 
-def _refuse(verdict: Verdict, program: Program, error: str) -> None:
+def _refuse(verdict: Verdict, program: Program, error: IRError) -> None:
     """Note what verify says, after the layer of the node that it names first."""
-    named = [node for node in program.graph.nodes if error.startswith(f"{node.name}: ")]
+    named = [node for node in program.graph.nodes if node.name == error.where]
     verdict.node = named[0].name if named else ""
-    verdict.refused = f"{layer_of(named[0])}: {error}" if named else error
+    verdict.refused = f"{layer_of(named[0])}: {error}" if named else str(error)
 
 
 def _run(

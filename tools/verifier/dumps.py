@@ -43,7 +43,9 @@ def work(args: argparse.Namespace) -> int:
             apart |= accumulated(phase, program, dump, parameters)
     if not found:
         phases = ", ".join(artifact.programs)
-        raise TargetError(f"{args.dump}: has no values of {phases}; write it with kvc8-run --dump")
+        raise TargetError(
+            f"{args.dump}", f"has no values of {phases}", "write it with kvc8-run --dump"
+        )
     if args.json:
         told = [{**asdict(x), "accumulated": apart.get((x.phase, x.node))} for x in found]
         print(json.dumps(told, indent=1))

@@ -125,6 +125,6 @@ def _given(
     elif node.name in inputs:
         return inputs[node.name]
     else:
-        raise IRError(f"{node.name}: has no value; give one for each placeholder")
+        raise IRError(node.name, "has no value", "give one for each placeholder")
     twins.pair(value, twin)
     return value

@@ -181,4 +181,6 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error}); name a repro's directory") from error
+        raise ModelError(
+            str(path), f"cannot be read ({error})", "name a repro's directory"
+        ) from error

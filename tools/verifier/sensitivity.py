@@ -81,7 +81,7 @@ def sensitivity(
     two tokens.
     """
     if len(prompt) < 2:
-        raise ModelError("the prompt: has fewer than 2 tokens; give a longer one, by --text")
+        raise ModelError("the prompt", "has fewer than 2 tokens", "give a longer one, by --text")
     program = capture(checkpoint, torch.float32)
     steps = pipeline.quantize_passes(options)
     left_out = insert_linear_quant, insert_kv_quant
@@ -89,7 +89,7 @@ def sensitivity(
     sites = list(_sites(program, checkpoint))
     if not sites:
         what = "has no scales for its KV cache"
-        raise ModelError(f"{checkpoint.path}: {what}; quantize it first, with kvc8-quantize")
+        raise ModelError(str(checkpoint.path), what, "quantize it first, with kvc8-quantize")
     starts: dict[Node, Values] = {site.write: {} for site in sites}
     given = _given(program, checkpoint, prompt)
     base = _run(program, given, None, {}, starts)

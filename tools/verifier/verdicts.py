@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from kvc8.ir.errors import IRError
 from kvc8.tools.verifier.gaps import CodeGap, Gap
 
 
@@ -32,7 +33,7 @@ class Verdict:
     contract: str
     sites: list[ComparedValue] = field(default_factory=list)
     kept: int = 0  # values that no pass touched, found equal to the last bit
-    refused: str = ""
+    refused: IRError | None = None
     node: str = ""  # that verify refused
 
     @property
@@ -47,13 +48,18 @@ class Verdict:
         return next(iter([*self.breaches, *ranked]), None)
 
     @property
-    def sentence(self) -> str:
-        """What is wrong, or nothing."""
+    def error(self) -> IRError | None:
+        """What is wrong, if anything."""
         if self.refused:
-            return f"{self.name}: {self.refused}"
+            return self.refused.within(self.name)
         if not self.breaches:
-            return ""
+            return None
         site = self.breaches[0]
+        where = f"breaks its contract {self.contract} in {site.layer}, {site.phase}"
         what = f"{site.node} differs from {site.old} by {site.figure:.3g}, bound {site.bound:.3g}"
-        told = f"{self.name}: breaks its contract {self.contract} in {site.layer}, {site.phase}"
-        return f"{told}: {what}; see its repro by kvc8-verify --bisect"
+        return IRError(self.name, f"{where}: {what}", "see its repro by kvc8-verify --bisect")
+
+    @property
+    def sentence(self) -> str:
+        """The same as text; "" where nothing is wrong."""
+        return str(self.error or "")

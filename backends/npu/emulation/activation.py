@@ -25,7 +25,7 @@ def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
     require_float("npu_swiglu", "input", input)
     if input.shape[dim] % 2:
         raise TargetError(
-            f"npu_swiglu: dimension {dim} of {list(input.shape)} is odd; make it even"
+            "npu_swiglu", f"dimension {dim} of {list(input.shape)} is odd", "make it even"
         )
     first, second = input.float().chunk(2, dim)
     return (silu(first) * second).to(input.dtype).contiguous()
@@ -57,7 +57,7 @@ def npu_swiglu_quant(
     op = "npu_swiglu_quant"
     require_float(op, "x", x)
     if quant_mode not in (0, 1) or dst_type not in (None, torch.int8):
-        raise TargetError(f"{op}: quant_mode {quant_mode} to {dst_type} is not emulated; use int8")
+        raise TargetError(op, f"quant_mode {quant_mode} to {dst_type} is not emulated", "use int8")
     groups = None if group_index is None else _groups(op, group_index, group_list_type, len(x))
     value = _swiglu(x, activate_left)
     if smooth_scales is not None:
@@ -72,7 +72,7 @@ def npu_swiglu_quant(
 def _groups(op: str, index: Tensor, list_type: int, rows: int) -> Tensor:
     ends = index.long() if list_type == 0 else index.long().cumsum(0)
     if int(ends[-1]) != rows:
-        raise TargetError(f"{op}: the groups end at row {int(ends[-1])} of {rows}; cover them all")
+        raise TargetError(op, f"the groups end at row {int(ends[-1])} of {rows}", "cover them all")
     return torch.searchsorted(ends, torch.arange(rows), right=True)
 
 
@@ -80,7 +80,7 @@ def _per_row(op: str, parameter: Tensor, groups: Tensor | None) -> Tensor:
     if groups is not None:
         return parameter.float()[groups]
     if parameter.ndim > 1 and parameter.shape[0] != 1:
-        raise TargetError(f"{op}: parameters of {parameter.shape[0]} groups; give group_index")
+        raise TargetError(op, f"parameters of {parameter.shape[0]} groups", "give group_index")
     return parameter.float()
 
 
@@ -111,12 +111,12 @@ def npu_dequant_swiglu_quant(
     refuse(op, others)
     target = codes_of(op, dst_type)
     if quant_mode not in (0, 1) or swiglu_mode != 0 or target != torch.int8:
-        raise TargetError(f"{op}: only quant_mode 0 and 1 to int8 are emulated; use one of them")
+        raise TargetError(op, "only quant_mode 0 and 1 to int8 are emulated", "use one of them")
     value = _swiglu(_dequantized(op, x, weight_scale, activation_scale, bias), activate_left)
     if quant_mode == 1:
         return per_token(value if quant_scale is None else value * quant_scale.float())
     if quant_scale is None:
-        raise TargetError(f"{op}: quant_mode 0 without quant_scale; give one")
+        raise TargetError(op, "quant_mode 0 without quant_scale", "give one")
     value = value / quant_scale.float()
     if quant_offset is not None:
         value = value + quant_offset.float()
@@ -136,7 +136,7 @@ def _dequantized(
         refuse(op, {"bias": bias})
         return x
     if weight_scale is None:
-        raise TargetError(f"{op}: int32 without a weight scale; give one")
+        raise TargetError(op, "int32 without a weight scale", "give one")
     if bias is not None and bias.dtype == torch.int32:
         x = x + bias
     value = x.float() * weight_scale.float()

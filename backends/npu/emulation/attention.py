@@ -80,8 +80,9 @@ def npu_fused_infer_attention_score(
     refuse(_FIA, others)
     if softmax_lse_flag or {antiquant_mode, key_antiquant_mode, value_antiquant_mode} != {0}:
         raise TargetError(
-            f"{_FIA}: softmax_lse_flag and antiquant modes other than 0 are not emulated; "
-            "leave them out"
+            _FIA,
+            "softmax_lse_flag and antiquant modes other than 0 are not emulated",
+            "leave them out",
         )
     layout = Layout(_FIA, input_layout, num_heads, num_key_value_heads or num_heads)
     layout.check_query(query)
@@ -91,7 +92,7 @@ def npu_fused_infer_attention_score(
     )
     window = _window(sparse_mode, pre_tokens, next_tokens, None if masks else atten_mask)
     if sparse_mode == 4 and one_row:
-        raise TargetError(f"{_FIA}: a device ignores the band of one query row; use TND")
+        raise TargetError(_FIA, "a device ignores the band of one query row", "use TND")
     for_key, for_value = _antiquant(
         (antiquant_scale, antiquant_offset),
         (key_antiquant_scale, key_antiquant_offset),
@@ -126,8 +127,9 @@ def _masks(
     slots = 1 if table is None else table.shape[1] * key.shape[1]
     if mask.dtype != torch.bool or mask.shape[:-1] != (batch, 1, 1) or mask.shape[-1] < slots:
         raise TargetError(
-            f"{_FIA}: atten_mask is {mask.dtype}{list(mask.shape)} for one query row of {batch} "
-            f"sequences; give torch.bool [{batch}, 1, 1, {slots}] or more"
+            _FIA,
+            f"atten_mask is {mask.dtype}{list(mask.shape)} for one query row of {batch} sequences",
+            f"give torch.bool [{batch}, 1, 1, {slots}] or more",
         )
     return [Mask(row[0, 0]) for row in mask]
 
@@ -136,12 +138,13 @@ def _window(sparse_mode: int, before: int, after: int, mask: Tensor | None) -> W
     if sparse_mode == 0:
         if mask is not None or (before, after) != (_UNLIMITED, _UNLIMITED):
             raise TargetError(
-                f"{_FIA}: a mask or pre_tokens and next_tokens in sparse_mode 0 are not emulated; "
-                "use sparse_mode 3 or 4"
+                _FIA,
+                "a mask or pre_tokens and next_tokens in sparse_mode 0 are not emulated",
+                "use sparse_mode 3 or 4",
             )
         return Window()
     if sparse_mode not in (3, 4):
-        raise TargetError(f"{_FIA}: sparse_mode {sparse_mode} is not emulated; use 0, 3 or 4")
+        raise TargetError(_FIA, f"sparse_mode {sparse_mode} is not emulated", "use 0, 3 or 4")
     _check_mask(mask)
     return Window(after=0) if sparse_mode == 3 else Window(before, after)
 
@@ -155,8 +158,9 @@ def _check_mask(mask: Tensor | None) -> None:
         or not torch.equal(mask.bool(), side > side[:, None])
     ):
         raise TargetError(
-            f"{_FIA}: atten_mask is not the upper triangle that sparse modes 3 and 4 take; give "
-            f"torch.ones({_MASK_SIDE}, {_MASK_SIDE}, dtype=torch.bool).triu(1)"
+            _FIA,
+            "atten_mask is not the upper triangle that sparse modes 3 and 4 take",
+            f"give torch.ones({_MASK_SIDE}, {_MASK_SIDE}, dtype=torch.bool).triu(1)",
         )
 
 
@@ -165,10 +169,10 @@ def _antiquant(both: Antiquant, key: Antiquant, value: Antiquant) -> tuple[Antiq
         return key, value
     if _given(key) or _given(value):
         raise TargetError(
-            f"{_FIA}: antiquant_scale and key_antiquant_scale exclude each other; give one form"
+            _FIA, "antiquant_scale and key_antiquant_scale exclude each other", "give one form"
         )
     if any(x is not None and x.shape[0] != 2 for x in both):
-        raise TargetError(f"{_FIA}: antiquant_scale does not stack two; give [2, kv_heads * D]")
+        raise TargetError(_FIA, "antiquant_scale does not stack two", "give [2, kv_heads * D]")
     for_key, for_value = ([None if x is None else x[i] for x in both] for i in (0, 1))
     return (for_key[0], for_key[1]), (for_value[0], for_value[1])
 
@@ -183,12 +187,13 @@ def _check_codes(layout: Layout, query: Tensor, stored: Tensor, parameters: Anti
         return
     if stored.dtype != torch.int8 or scale is None:
         raise TargetError(
-            f"{_FIA}: {stored.dtype} keys or values for a {query.dtype} query; give its dtype, or "
-            "int8 with an antiquant scale"
+            _FIA,
+            f"{stored.dtype} keys or values for a {query.dtype} query",
+            "give its dtype, or int8 with an antiquant scale",
         )
     if layout.rows(query) != 1:
         raise TargetError(
-            f"{_FIA}: int8 keys or values with several query rows a sequence; dequantize first"
+            _FIA, "int8 keys or values with several query rows a sequence", "dequantize first"
         )
     width = stored.shape[-1] if stored.ndim == 3 else layout.kv_heads * stored.shape[-1]
     if stored.ndim == NZ_RANK:
@@ -197,10 +202,9 @@ def _check_codes(layout: Layout, query: Tensor, stored: Tensor, parameters: Anti
         if parameter is None:
             continue
         if parameter.dtype != query.dtype or parameter.numel() not in (1, width):
-            raise TargetError(
-                f"{_FIA}: an antiquant parameter is {parameter.dtype}{list(parameter.shape)} for a "
-                f"{query.dtype} query; give {width} values, or one, in its dtype"
-            )
+            given = f"{parameter.dtype}{list(parameter.shape)}"
+            what = f"an antiquant parameter is {given} for a {query.dtype} query"
+            raise TargetError(_FIA, what, f"give {width} values, or one, in its dtype")
 
 
 def _rows(
@@ -216,7 +220,7 @@ def _rows(
         rows = layout.sequences(x, layout.kv_heads, lengths, argument)
         if len(rows) != batch:
             raise TargetError(
-                f"{_FIA}: keys of {len(rows)} sequences for queries of {batch}; give both for each"
+                _FIA, f"keys of {len(rows)} sequences for queries of {batch}", "give both for each"
             )
         return rows
     pages = layout.page_rows(x)
@@ -247,7 +251,7 @@ def npu_incre_flash_attention(
     """
     refuse(_IFA, others)
     if Layout(_IFA, input_layout, num_heads, num_key_value_heads or num_heads).rows(query) != 1:
-        raise TargetError(f"{_IFA}: query is not one row a sequence; use {_FIA}")
+        raise TargetError(_IFA, "query is not one row a sequence", f"use {_FIA}")
     out, _ = npu_fused_infer_attention_score(
         query,
         key,

@@ -34,11 +34,12 @@ def _kept(slots: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     slots = slots[kept].long()
     if slots.numel() and int(slots.max()) >= capacity:
         raise TargetError(
-            f"cache write: slot {int(slots.max())} lies outside a cache of {capacity}; "
-            "check the block table"
+            "cache write",
+            f"slot {int(slots.max())} lies outside a cache of {capacity}",
+            "check the block table",
         )
     if slots.unique().numel() != slots.numel():
-        raise TargetError("cache write: two rows have one slot; give unused rows the slot -1")
+        raise TargetError("cache write", "two rows have one slot", "give unused rows the slot -1")
     return slots, kept
 
 
@@ -61,12 +62,11 @@ def npu_scatter_pa_kv_cache(
     """
     refuse(_SCATTER, others)
     if cache_mode not in ("Norm", "PA_NZ"):
-        raise TargetError(f"{_SCATTER}: cache_mode {cache_mode} is not known; use Norm or PA_NZ")
+        raise TargetError(_SCATTER, f"cache_mode {cache_mode} is not known", "use Norm or PA_NZ")
     if len({key.dtype, value.dtype, key_cache.dtype, value_cache.dtype}) > 1:
-        raise TargetError(
-            f"{_SCATTER}: {key.dtype} and {value.dtype} rows for {key_cache.dtype} and "
-            f"{value_cache.dtype} caches; give all four one dtype"
-        )
+        caches = f"{key_cache.dtype} and {value_cache.dtype} caches"
+        what = f"{key.dtype} and {value.dtype} rows for {caches}"
+        raise TargetError(_SCATTER, what, "give all four one dtype")
     for cache, rows in ((key_cache, key), (value_cache, value)):
         nz = cache_mode == "PA_NZ"
         _check_cache(_SCATTER, cache, rows, nz=nz)
@@ -77,13 +77,15 @@ def _check_cache(op: str, cache: Tensor, rows: Tensor, *, nz: bool) -> None:
     width = rows.shape[1:].numel()
     if nz and (cache.ndim != 4 or cache.shape[1] * cache.shape[3] != width):
         raise TargetError(
-            f"{op}: a cache {list(cache.shape)} is not NZ for rows {list(rows.shape)}; make it "
-            "[blocks, width // c, block_size, c], or write with cache_mode Norm"
+            op,
+            f"a cache {list(cache.shape)} is not NZ for rows {list(rows.shape)}",
+            "make it [blocks, width // c, block_size, c], or write with cache_mode Norm",
         )
     if not nz and cache.shape[2:] != rows.shape[1:]:
         raise TargetError(
-            f"{op}: a cache {list(cache.shape)} does not take rows {list(rows.shape)}; make it "
-            "[blocks, block_size, heads, head_dim]"
+            op,
+            f"a cache {list(cache.shape)} does not take rows {list(rows.shape)}",
+            "make it [blocks, block_size, heads, head_dim]",
         )
 
 
@@ -125,7 +127,9 @@ def npu_scatter_nd_update_(input: Tensor, indices: Tensor, updates: Tensor) -> T
     documented, so it is refused.
     """
     if indices.numel() and int(indices.min()) < 0:
-        raise TargetError("npu_scatter_nd_update_: an index is negative; drop that row beforehand")
+        raise TargetError(
+            "npu_scatter_nd_update_", "an index is negative", "drop that row beforehand"
+        )
     input[tuple(indices.long().unbind(-1))] = updates
     return input
 
@@ -150,10 +154,12 @@ def npu_quant_scatter_(
     require_float("npu_quant_scatter_", "updates", updates)
     if (axis, quant_axis, reduce, round_mode, indices.ndim) != (-2, -1, "update", "rint", 1):
         raise TargetError(
-            "npu_quant_scatter_: only axis -2, quant_axis -1, update, rint are emulated; use those"
+            "npu_quant_scatter_",
+            "only axis -2, quant_axis -1, update, rint are emulated",
+            "use those",
         )
     if codes_of("npu_quant_scatter_", dst_type) != input.dtype:
-        raise TargetError(f"npu_quant_scatter_: codes for a {input.dtype} cache; make it int8")
+        raise TargetError("npu_quant_scatter_", f"codes for a {input.dtype} cache", "make it int8")
     value = updates.float() / quant_scales.float()
     if quant_zero_points is not None:
         value = value + quant_zero_points.float()

@@ -28,22 +28,23 @@ class Layout:
         """Raise unless query has this layout, its heads and a dtype that is allowed."""
         if query.ndim != _RANKS.get(self.name):
             raise TargetError(
-                f"{self.op}: a query {list(query.shape)} is not {self.name}; use BSH, BSND, BNSD "
-                "or TND"
+                f"{self.op}",
+                f"a query {list(query.shape)} is not {self.name}",
+                "use BSH, BSND, BNSD or TND",
             )
         require_float(self.op, "query", query)
         if self.heads <= 0 or self.heads % self.kv_heads:
             raise TargetError(
-                f"{self.op}: {self.heads} heads over {self.kv_heads} key and value heads; give "
-                "a multiple"
+                f"{self.op}",
+                f"{self.heads} heads over {self.kv_heads} key and value heads",
+                "give a multiple",
             )
         heads_at = {"BSND": 2, "BNSD": 1, "TND": 1}.get(self.name)
         dim = query.shape[-1] if heads_at else query.shape[-1] // self.heads
         if dim > _LARGEST_HEAD or (heads_at and query.shape[heads_at] != self.heads):
-            raise TargetError(
-                f"{self.op}: a query {list(query.shape)} does not hold {self.heads} heads of up to "
-                f"{_LARGEST_HEAD}; reshape it"
-            )
+            heads = f"{self.heads} heads of up to {_LARGEST_HEAD}"
+            what = f"a query {list(query.shape)} does not hold {heads}"
+            raise TargetError(self.op, what, "reshape it")
 
     def rows(self, query: Tensor) -> int | None:
         """The query rows of each sequence, None in TND where each has its own number."""
@@ -58,8 +59,9 @@ class Layout:
             starts = [0, *ends[:-1]]
             if not ends or ends[-1] != len(x) or sorted(ends) != ends or ends[0] < 0:
                 raise TargetError(
-                    f"{self.op}: {argument} is {lengths} for {len(x)} rows in TND; give "
-                    "cumulative lengths that end there"
+                    f"{self.op}",
+                    f"{argument} is {lengths} for {len(x)} rows in TND",
+                    "give cumulative lengths that end there",
                 )
             return [x[start:end] for start, end in zip(starts, ends, strict=True)]
         if self.name == "BSH":
@@ -70,8 +72,9 @@ class Layout:
         lengths = self.checked(lengths, len(batches), argument)
         if not all(0 <= length <= len(batches[0]) for length in lengths):
             raise TargetError(
-                f"{self.op}: {argument} is {lengths} for {len(batches[0])} rows a sequence; give "
-                "lengths that fit"
+                f"{self.op}",
+                f"{argument} is {lengths} for {len(batches[0])} rows a sequence",
+                "give lengths that fit",
             )
         return [rows[:length] for rows, length in zip(batches, lengths, strict=True)]
 
@@ -79,7 +82,9 @@ class Layout:
         """The lengths, one a sequence, or an error."""
         if lengths is None or len(lengths) != batch:
             raise TargetError(
-                f"{self.op}: {argument} is {lengths} for {batch} sequences; give one length each"
+                f"{self.op}",
+                f"{argument} is {lengths} for {batch} sequences",
+                "give one length each",
             )
         return lengths
 
@@ -88,8 +93,9 @@ class Layout:
         wanted = (self.kv_heads, query.shape[-1])
         if key.shape[1:] != wanted or value.shape[1:] != wanted:
             raise TargetError(
-                f"{self.op}: keys have heads {list(key.shape[1:])} and values "
-                f"{list(value.shape[1:])}; give {list(wanted)}, heads by head dimension"
+                f"{self.op}",
+                f"keys have heads {list(key.shape[1:])} and values {list(value.shape[1:])}",
+                f"give {list(wanted)}, heads by head dimension",
             )
 
     def page_rows(self, cache: Tensor) -> Tensor:
@@ -101,8 +107,9 @@ class Layout:
         if cache.ndim == NZ_RANK:
             return cache.permute(0, 3, 1, 2, 4).flatten(3)
         raise TargetError(
-            f"{self.op}: a cache {list(cache.shape)} is not known in {self.name}; make it "
-            "[blocks, block_size, heads * head_dim]"
+            f"{self.op}",
+            f"a cache {list(cache.shape)} is not known in {self.name}",
+            "make it [blocks, block_size, heads * head_dim]",
         )
 
 
@@ -118,19 +125,22 @@ class Paging:
         """Raise unless the block table and the blocks are such as the documents allow."""
         if self.table.dtype != torch.int32 or self.table.ndim != 2 or len(self.table) != batch:
             raise TargetError(
-                f"{self.op}: block_table is {self.table.dtype}{list(self.table.shape)} for {batch} "
-                "sequences; give int32 [batch, blocks]"
+                f"{self.op}",
+                f"block_table is {self.table.dtype}{list(self.table.shape)} for {batch} sequences",
+                "give int32 [batch, blocks]",
             )
         if self.block_size != cache.shape[1]:
             raise TargetError(
-                f"{self.op}: block_size is {self.block_size} and the cache has blocks of "
-                f"{cache.shape[1]}; give the size of the cache"
+                f"{self.op}",
+                f"block_size is {self.block_size} and the cache has blocks of {cache.shape[1]}",
+                "give the size of the cache",
             )
         step, most = self._block_sizes(cache, query_rows)
         if self.block_size % step or self.block_size > most:
             raise TargetError(
-                f"{self.op}: blocks of {self.block_size} {cache.dtype} rows; use a multiple of "
-                f"{step} up to {most}"
+                f"{self.op}",
+                f"blocks of {self.block_size} {cache.dtype} rows",
+                f"use a multiple of {step} up to {most}",
             )
 
     def _block_sizes(self, cache: Tensor, query_rows: int | None) -> tuple[int, int]:

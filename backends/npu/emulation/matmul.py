@@ -110,12 +110,14 @@ def npu_dequant_bias(
     target = output_dtype or torch.float16
     if activation_scale is not None or (bias is not None and bias.dtype != torch.int32):
         what = "a scale of tokens, or a bias that is not int32, is not emulated"
-        raise TargetError(f"npu_dequant_bias: {what}; leave it out")
+        raise TargetError("npu_dequant_bias", what, "leave it out")
     wanted = torch.bfloat16 if target == torch.bfloat16 else torch.float32
     if x.dtype != torch.int32 or x.ndim != 2 or weight_scale.dtype != wanted:
         given = f"{x.dtype}{list(x.shape)} with a {weight_scale.dtype} scale"
         raise TargetError(
-            f"npu_dequant_bias: {given} is not emulated; give int32 [m, n] and a {wanted} scale"
+            "npu_dequant_bias",
+            f"{given} is not emulated",
+            f"give int32 [m, n] and a {wanted} scale",
         )
     sums = x if bias is None else x + bias
     return (sums.to(torch.float32) * weight_scale.to(torch.float32)).to(target)
@@ -124,19 +126,22 @@ def npu_dequant_bias(
 def _check(x1: Tensor, x2: Tensor, scale: Tensor, bias: Tensor | None, target: torch.dtype) -> None:
     if x1.dtype != torch.int8 or x2.dtype != torch.int8 or x1.ndim < 2 or x2.ndim != 2:
         raise TargetError(
-            f"{_OP}: {x1.dtype}{list(x1.shape)} by {x2.dtype}{list(x2.shape)} is not emulated; "
-            "multiply int8 [..., m, k] by int8 [k, n]"
+            _OP,
+            f"{x1.dtype}{list(x1.shape)} by {x2.dtype}{list(x2.shape)} is not emulated",
+            "multiply int8 [..., m, k] by int8 [k, n]",
         )
     if x1.shape[-1] != x2.shape[0]:
         raise TargetError(
-            f"{_OP}: x1 is {list(x1.shape)} and x2 is {list(x2.shape)}; "
-            "give x2 as [in_features, out_features]"
+            _OP,
+            f"x1 is {list(x1.shape)} and x2 is {list(x2.shape)}",
+            "give x2 as [in_features, out_features]",
         )
     for name, parameter in {"scale": scale, "bias": bias}.items():
         if parameter is not None and parameter.numel() not in {1, x2.shape[1]}:
             raise TargetError(
-                f"{_OP}: {name} has {parameter.numel()} values for {x2.shape[1]} columns; give "
-                "one a column"
+                _OP,
+                f"{name} has {parameter.numel()} values for {x2.shape[1]} columns",
+                "give one a column",
             )
     allowed = {
         torch.int8: (torch.int64, torch.float32),
@@ -146,7 +151,7 @@ def _check(x1: Tensor, x2: Tensor, scale: Tensor, bias: Tensor | None, target: t
         torch.float32: (torch.float32,),
     }
     if scale.dtype not in allowed.get(target, ()):
-        raise TargetError(f"{_OP}: no {target} results with a {scale.dtype} scale; convert it")
+        raise TargetError(_OP, f"no {target} results with a {scale.dtype} scale", "convert it")
 
 
 def _products(x1: Tensor, x2: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def npu_moe_gating_top_k(
     refuse(_GATING, others)
     require_float(_GATING, "x", x)
     if renorm != 0:
-        raise TargetError(f"{_GATING}: renorm {renorm} is not known; use 0")
+        raise TargetError(_GATING, f"renorm {renorm} is not known", "use 0")
     every = torch.sigmoid(x.float()) if norm_type == 1 else torch.softmax(x.float(), -1)
     scores = every if bias is None else every + bias.float()
     if group_count > 1:
@@ -120,12 +120,11 @@ def npu_moe_init_routing_v2(
     refuse(_ROUTING, others)
     rows = expert_idx.numel()
     if not whole or active_num not in (-1, 0, rows) or (drop_pad_mode, expert_capacity) != (0, -1):
-        raise TargetError(f"{_ROUTING}: some of the rows only is not emulated; route them all")
+        raise TargetError(_ROUTING, "some of the rows only is not emulated", "route them all")
     if quant_mode not in (-1, 1) or expert_tokens_num_type not in (0, 1):
-        raise TargetError(
-            f"{_ROUTING}: quant_mode {quant_mode} with expert_tokens_num_type "
-            f"{expert_tokens_num_type} is not emulated; use -1 or 1, and 0 or 1"
-        )
+        counted = f"expert_tokens_num_type {expert_tokens_num_type}"
+        what = f"quant_mode {quant_mode} with {counted} is not emulated"
+        raise TargetError(_ROUTING, what, "use -1 or 1, and 0 or 1")
     order = expert_idx.flatten().argsort(stable=True)
     row_idx = order if row_idx_type == 1 else order.argsort()
     counts = _counts(expert_idx, expert_num)
@@ -169,12 +168,16 @@ def npu_grouped_matmul(
     refuse(_GROUPED, others)
     one = len(x) == len(weight) == 1 and split_item in (2, 3) and group_type == 0
     if not one or group_list is None or group_list_type not in (0, 1) or act_type:
-        raise TargetError(f"{_GROUPED}: only one x by one weight in groups of rows is emulated")
+        raise TargetError(
+            _GROUPED, "is emulated for one x by one weight in groups of rows", "call it so"
+        )
     target = dtype_of(_GROUPED, output_dtype, x[0].dtype)
     if x[0].dtype != torch.int8:
         require_float(_GROUPED, "x", x[0])
     elif scale is None or per_token_scale is None or bias is not None:
-        raise TargetError(f"{_GROUPED}: int8 without scales of weight and rows is not emulated")
+        raise TargetError(
+            _GROUPED, "is emulated in int8 with scales of weight and rows", "give both"
+        )
     counts = (
         group_list if group_list_type == 1 else group_list.diff(prepend=group_list.new_zeros(1))
     )
@@ -213,7 +216,7 @@ def npu_moe_token_unpermute(
     dtype). Without probs the rows are only put back.
     """
     if padded_mode or restore_shape is not None:
-        raise TargetError("npu_moe_token_unpermute: padding is not emulated; leave it out")
+        raise TargetError("npu_moe_token_unpermute", "padding is not emulated", "leave it out")
     require_float("npu_moe_token_unpermute", "permuted_tokens", permuted_tokens)
     rows = permuted_tokens[sorted_indices.long()]
     if probs is None:

@@ -43,8 +43,9 @@ def npu_add_rms_norm(
 def _sum(op: str, x1: Tensor, x2: Tensor) -> Tensor:
     if x1.shape != x2.shape or x1.dtype != x2.dtype:
         raise TargetError(
-            f"{op}: x1 is {x1.dtype}{list(x1.shape)} and x2 is {x2.dtype}{list(x2.shape)}; give "
-            "both one shape and dtype"
+            op,
+            f"x1 is {x1.dtype}{list(x1.shape)} and x2 is {x2.dtype}{list(x2.shape)}",
+            "give both one shape and dtype",
         )
     require_float(op, "x1", x1)
     return (x1 + x2).contiguous()
@@ -72,8 +73,9 @@ def npu_rms_norm_quant(
     width = x.shape[-1:]
     for name, given in (("gamma", gamma), ("beta", beta)):
         if given.shape not in (width, (1, *width)):
-            what = f"npu_rms_norm_quant: {name} is {list(given.shape)} and x {list(x.shape)}"
-            raise TargetError(f"{what}; give one value for each of the last dimension of x")
+            what = f"{name} is {list(given.shape)} and x {list(x.shape)}"
+            do = "give one value for each of the last dimension of x"
+            raise TargetError("npu_rms_norm_quant", what, do)
     rstd = reciprocal_deviation(x, 1, epsilon)
     normed = x.float() * rstd * gamma.float().flatten() + beta.float().flatten()
     value = normed * (1 / scale.float()) + offset.float()
@@ -109,7 +111,7 @@ def npu_add_rms_norm_quant(
     x = _sum(op, x1, x2)
     for scales in (scales1, scales2):
         if axis != -1 or (scales is not None and scales.shape != gamma.shape):
-            raise TargetError(f"{op}: scales do not have the shape of gamma; expand them to it")
+            raise TargetError(op, "scales do not have the shape of gamma", "expand them to it")
     rstd = reciprocal_deviation(x, gamma.ndim, epsilon)
     normed = (x.float() * rstd).to(x.dtype) * gamma
     if beta is not None:

@@ -34,7 +34,9 @@ def npu_paged_attention(
     """The op atb::_npu_paged_attention: caches in the dtype of query; int8 ones it cannot read."""
     if key_cache.dtype != query.dtype or value_cache.dtype != query.dtype:
         raise TargetError(
-            f"_npu_paged_attention: {key_cache.dtype} keys for a {query.dtype} query; use {_QUANT}"
+            "_npu_paged_attention",
+            f"{key_cache.dtype} keys for a {query.dtype} query",
+            f"use {_QUANT}",
         )
     _check("_npu_paged_attention", query, key_cache, (num_heads, num_kv_heads))
     _attend(
@@ -66,12 +68,13 @@ def npu_paged_attention_quant(
     """
     if quant_type != 1 or key_cache.dtype != torch.int8 or value_cache.dtype != torch.int8:
         raise TargetError(
-            f"{_QUANT}: quant_type {quant_type} is not emulated; use 1 and int8 caches"
+            _QUANT, f"quant_type {quant_type} is not emulated", "use 1 and int8 caches"
         )
     if _ACL_DTYPES.get(outdata_type) != out.dtype:
         raise TargetError(
-            f"{_QUANT}: outdata_type {outdata_type} for {out.dtype}; give 1 for float16 or 27 for "
-            "bfloat16"
+            _QUANT,
+            f"outdata_type {outdata_type} for {out.dtype}",
+            "give 1 for float16 or 27 for bfloat16",
         )
     _check(_QUANT, query, key_cache, (num_heads, num_kv_heads))
     scales = _descale(k_descale), _descale(v_descale)
@@ -83,13 +86,15 @@ def _check(op: str, query: Tensor, cache: Tensor, heads: tuple[int, int]) -> Non
     block_size, kv_heads, head_dim = cache.shape[1:]
     if head_dim > _LARGEST_HEAD or block_size * head_dim > _LARGEST_PAGE:
         raise TargetError(
-            f"{op}: blocks of {block_size} by {head_dim}; keep the head to {_LARGEST_HEAD} and "
-            f"their product to {_LARGEST_PAGE}"
+            op,
+            f"blocks of {block_size} by {head_dim}",
+            f"keep the head to {_LARGEST_HEAD} and their product to {_LARGEST_PAGE}",
         )
     if heads != (query.shape[1], kv_heads) or query.shape[1] % kv_heads:
         raise TargetError(
-            f"{op}: {heads} heads for a query {list(query.shape)} and a cache {list(cache.shape)}; "
-            "give the number of each"
+            op,
+            f"{heads} heads for a query {list(query.shape)} and a cache {list(cache.shape)}",
+            "give the number of each",
         )
 
 

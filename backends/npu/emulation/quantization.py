@@ -19,13 +19,13 @@ def refuse(op: str, others: dict[str, Any]) -> None:
     """Raise for the first argument of op that was given a value and is not emulated."""
     for name, value in others.items():
         if value is not None:
-            raise TargetError(f"{op}: {name} is not emulated; leave it out")
+            raise TargetError(op, f"{name} is not emulated", "leave it out")
 
 
 def require_float(op: str, name: str, x: Tensor) -> None:
     """Raise unless x is float16 or bfloat16 (or float32: kvc8's own extension)."""
     if x.dtype not in _HALF_OR_FLOAT:
-        raise TargetError(f"{op}: {name} is {x.dtype}; give float16 or bfloat16")
+        raise TargetError(op, f"{name} is {x.dtype}", "give float16 or bfloat16")
 
 
 def saturate(value: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
@@ -70,7 +70,9 @@ def npu_quantize(
     if not div_mode:
         axis = _multiplying_axis(input, scales, axis)
     elif scales.dtype not in (torch.float32, torch.bfloat16):
-        raise TargetError(f"npu_quantize: scales are {scales.dtype}; divide by float32 or bfloat16")
+        raise TargetError(
+            "npu_quantize", f"scales are {scales.dtype}", "divide by float32 or bfloat16"
+        )
     scale = along(scales, input.ndim, axis)
     value = input.float() / scale if div_mode else input.float() * scale
     if zero_points is not None:
@@ -81,11 +83,12 @@ def npu_quantize(
 def _multiplying_axis(input: Tensor, scales: Tensor, axis: int) -> int:
     if scales.dtype != input.dtype:
         raise TargetError(
-            f"npu_quantize: input is {input.dtype} and scales are {scales.dtype}; "
-            "give both one dtype, or divide"
+            "npu_quantize",
+            f"input is {input.dtype} and scales are {scales.dtype}",
+            "give both one dtype, or divide",
         )
     if axis < -2:
-        raise TargetError(f"npu_quantize: axis {axis} is below -2; multiply along -1 or -2")
+        raise TargetError("npu_quantize", f"axis {axis} is below -2", "multiply along -1 or -2")
     return -2 if axis == -2 else -1
 
 
@@ -105,7 +108,9 @@ def npu_dynamic_quant(
     require_float("npu_dynamic_quant", "input", input)
     refuse("npu_dynamic_quant", others)
     if quant_mode != "pertoken" or codes_of("npu_dynamic_quant", dst_type) != torch.int8:
-        raise TargetError("npu_dynamic_quant: only int8 codes per token are emulated; use those")
+        raise TargetError(
+            "npu_dynamic_quant", "only int8 codes per token are emulated", "use those"
+        )
     value = input.float()
     if smooth_scales is not None:
         value = value * smooth_scales.float()
@@ -135,7 +140,9 @@ def npu_anti_quant(
     refuse("npu_anti_quant", o)
     target = dtype_of("npu_anti_quant", dst_dtype, torch.float16)
     if x.dtype != torch.int8 or target not in _HALF_OR_FLOAT:
-        raise TargetError(f"npu_anti_quant: {x.dtype} to {target} is not emulated; use int8 codes")
+        raise TargetError(
+            "npu_anti_quant", f"{x.dtype} to {target} is not emulated", "use int8 codes"
+        )
     value = x.float()
     if offset is not None:
         value = value + along(offset, x.ndim, -1)

@@ -23,7 +23,7 @@ def rotate(x: Tensor, mode: str = "half") -> Tensor:
         low, high = x.chunk(2, -1)
         return torch.cat([-high, low], -1)
     if mode != "interleave":
-        raise TargetError(f"rotary embedding: mode {mode} is not known; use half or interleave")
+        raise TargetError("rotary embedding", f"mode {mode} is not known", "use half or interleave")
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack([-odd, even], -1).flatten(-2)
 
@@ -64,11 +64,12 @@ def npu_apply_rotary_pos_emb(
     require_float(op, "query", query)
     if query.ndim != {"BSND": 4, "TND": 3}.get(layout) or query.shape[-1] not in _HEAD_DIMS:
         raise TargetError(
-            f"{op}: a query {list(query.shape)} in {layout} is not emulated; use BSND or TND with "
-            "a head of 64 or 128"
+            op,
+            f"a query {list(query.shape)} in {layout} is not emulated",
+            "use BSND or TND with a head of 64 or 128",
         )
     if rotary_mode != "half":
-        raise TargetError(f"{op}: rotary_mode {rotary_mode} is not known; use half")
+        raise TargetError(op, f"rotary_mode {rotary_mode} is not known", "use half")
     first, second = (embed(x, cos, sin).to(x.dtype).contiguous() for x in (query, key))
     return first, second
 
@@ -104,8 +105,9 @@ def npu_rope_quant_kvcache(
     require_float("npu_rope_quant_kvcache", "x", x)
     if quant_mode != 0 or input_layout != "BSND" or cache_mode not in ("page", "contiguous"):
         raise TargetError(
-            "npu_rope_quant_kvcache: only quant_mode 0, BSND and cache_mode page or contiguous are "
-            "emulated; use those"
+            "npu_rope_quant_kvcache",
+            "only quant_mode 0, BSND and cache_mode page or contiguous are emulated",
+            "use those",
         )
     query, key, value = _heads(x, size_splits, k_cache.shape[-1])
     if x.ndim == 2:
@@ -129,7 +131,7 @@ def _heads(x: Tensor, sizes: Sequence[int], head_dim: int) -> list[Tensor]:
 
 def _codes(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     if scale is None:
-        raise TargetError("cache write: an int8 cache and no scale; give one")
+        raise TargetError("cache write", "an int8 cache and no scale", "give one")
     value = rows.float() / scale
     return saturate(value if offset is None else value + offset)
 
@@ -168,7 +170,7 @@ def npu_dequant_rope_quant_kvcache(
     """
     op = "npu_dequant_rope_quant_kvcache"
     if x.dtype != torch.int32 or weight_scale is None:
-        raise TargetError(f"{op}: {x.dtype} without a weight scale; give int32 sums and one")
+        raise TargetError(op, f"{x.dtype} without a weight scale", "give int32 sums and one")
     if bias is not None and bias.dtype == torch.int32:
         x = x + bias
     value = x.float() * weight_scale
@@ -223,7 +225,7 @@ def npu_qkv_rms_norm_rope_cache(
     require_float(op, "qkv", qkv)
     head_dim = qkv_size[3]
     if cache_mode != "PA_NZ" or head_dim != 128:
-        raise TargetError(f"{op}: {cache_mode} caches of {head_dim}; use PA_NZ and a head of 128")
+        raise TargetError(op, f"{cache_mode} caches of {head_dim}", "use PA_NZ and a head of 128")
     query, key, value = _heads(qkv, [heads * head_dim for heads in head_nums], head_dim)
     query, key = (
         _norm_and_embed(x, gamma, epsilon, cos, sin)

@@ -97,8 +97,9 @@ def pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
     blocks = table[:used].long()
     if len(blocks) < used or not bool(((blocks >= 0) & (blocks < len(cache))).all()):
         raise TargetError(
-            f"attention: blocks {blocks.tolist()} of {len(cache)} for {length} rows; "
-            f"give {used} blocks that exist"
+            "attention",
+            f"blocks {blocks.tolist()} of {len(cache)} for {length} rows",
+            f"give {used} blocks that exist",
         )
     return cache[blocks].flatten(0, 1)[:length]
 

@@ -220,7 +220,7 @@ class _Measurements:
         if not finite(new):
             what = "gives a value that is not finite"
             where = call.meta.get("origin") or call.name
-            raise ModelError(f"{where}: {what}; check the model's weights")
+            raise ModelError(where, what, "check the model's weights")
         if not self.real or call not in self.quantized:
             return
         old = self.ranges.get(call, new)
@@ -248,7 +248,7 @@ class _Measurements:
         flat = value.flatten(1).float()
         if not math.isfinite(float(flat.abs().max())):
             what = "caches a value that is not finite"
-            raise ModelError(f"{rows.meta.get('origin')}: {what}; check the model's weights")
+            raise ModelError(f"{rows.meta.get('origin')}", what, "check the model's weights")
         self.reaches.setdefault(rows, Reach()).add(flat, self.held_back)
 
     def _attention(self, call: Node, query: Value) -> None:

@@ -115,8 +115,9 @@ def _widened(call: Node, value: Tensor, old: Range | None) -> Range:
     new = Range(low, high)
     if not finite(new):
         raise ModelError(
-            f"{call.meta.get('origin') or call.name}: gives a value that is not finite; "
-            "check the model's weights"
+            f"{call.meta.get('origin') or call.name}",
+            "gives a value that is not finite",
+            "check the model's weights",
         )
     return new if old is None else Range(min(old.low, low), max(old.high, high))
 
@@ -125,7 +126,7 @@ def _raised(call: Node, rows: Tensor, old: Tensor | None) -> Tensor:
     top = rows.abs().amax(0).flatten().float()
     if not math.isfinite(float(top.max())):
         what = "caches a value that is not finite"
-        raise ModelError(f"{call.meta.get('origin')}: {what}; check the model's weights")
+        raise ModelError(f"{call.meta.get('origin')}", what, "check the model's weights")
     return top if old is None else top.maximum(old)
 
 
@@ -159,5 +160,5 @@ def sound(name: str, scale: Tensor) -> Tensor:
     """A scale, which must be a number that its dtype holds."""
     if not bool(scale.isfinite().all()):
         kind = str(scale.dtype).removeprefix("torch.")
-        raise ModelError(f"{name}: is beyond what {kind} holds; check the model's weights")
+        raise ModelError(name, f"is beyond what {kind} holds", "check the model's weights")
     return scale

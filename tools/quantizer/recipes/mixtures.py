@@ -79,8 +79,9 @@ class ExpertRanges:
     def _widen(self, expert: int, new: Range) -> None:
         if not finite(new):
             raise ModelError(
-                f"{self.kind.modules[expert][0]}: gets a value that is not finite; "
-                "check the model's weights"
+                f"{self.kind.modules[expert][0]}",
+                "gets a value that is not finite",
+                "check the model's weights",
             )
         old = self._seen.get(expert, new)
         self._seen[expert] = Range(min(old.low, new.low), max(old.high, new.high))

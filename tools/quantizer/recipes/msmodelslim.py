@@ -70,7 +70,7 @@ def quantize(work: Work, texts: Texts, options: VendorOptions) -> QuantPlan:
     linears = sites(work.program)
     if mixed := experts(work.program):
         what = "--recipe msmodelslim does not know linears of experts"
-        raise ModelError(f"{mixed[0].modules[0][0]}: {what}; use --recipe minmax")
+        raise ModelError(f"{mixed[0].modules[0][0]}", what, "use --recipe minmax")
     if options.kv:
         _refuse_normed_keys(work)
     grouped = groups(linears) if options.m3 else []
@@ -206,7 +206,7 @@ def _plan(work: Work, chosen: _Chosen, found: Found, options: VendorOptions) -> 
     for cache in cached(work.program, work.checkpoint) if options.kv else []:
         if f"low {cache.name}" not in found:
             what = "is no linear of this model, whose output msModelSlim would measure"
-            raise ModelError(f"{cache.name}: {what}; use --recipe minmax")
+            raise ModelError(cache.name, what, "use --recipe minmax")
         kv[cache.name] = cache.width
     linears = {
         module: _types(site, options.dtype, module in chosen.histograms)
@@ -228,7 +228,7 @@ def _refuse_normed_keys(work: Work) -> None:
     for node in work.program.graph.nodes:
         if (origin := str(node.meta.get("origin", ""))).endswith(".k_norm"):
             what = "norms K, and msModelSlim measures it before"
-            raise ModelError(f"{origin}: {what}; use --recipe minmax, which measures after RoPE")
+            raise ModelError(origin, what, "use --recipe minmax, which measures after RoPE")
 
 
 def _types(site: LinearSite, dtype: torch.dtype, histogram: bool) -> Parts:

@@ -162,5 +162,5 @@ def _sound(name: str, stored: Mapping[str, StoredTensor], rotation: Rotation) ->
     made = turned(name, lambda other: load(stored[other]), rotation)
     low, high = torch.aminmax(made)  # a NaN is both; and no mask as large as an embedding
     if not bool(low.isfinite() & high.isfinite()):
-        raise ModelError(f"{name}: is not finite when it is rotated; use --rotate off")
+        raise ModelError(name, "is not finite when it is rotated", "use --rotate off")
     return made

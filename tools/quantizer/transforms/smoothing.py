@@ -47,8 +47,9 @@ def groups(sites: Sequence[LinearSite]) -> list[NormGroup]:
         plain = is_call(source, torch.ops.aten.mul.Tensor) and len(norms) == 1
         if not plain or expression_of(norms[0]).op not in ("stored", "cast"):
             raise ModelError(
-                f"{source.meta['origin']}: has no weight that its output is a product of; "
-                "quantize with --anti-method none"
+                f"{source.meta['origin']}",
+                "has no weight that its output is a product of",
+                "quantize with --anti-method none",
             )
         if len(source.users) == len(weights):
             found.append(NormGroup(source, norms[0], weights))
