@@ -123,7 +123,7 @@ def _refuse(verdict: Verdict, program: Program, error: IRError) -> None:
     """Note what verify says, after the layer of the node that it names first."""
     named = [node for node in program.graph.nodes if node.name == error.where]
     verdict.node = named[0].name if named else ""
-    verdict.refused = f"{layer_of(named[0])}: {error}" if named else str(error)
+    verdict.refused = error.within(layer_of(named[0])) if named else error
 
 
 def _run(
