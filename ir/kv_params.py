@@ -218,13 +218,16 @@ def dequantizer(
         case "atb":
             wide = side.scale_as(torch.float32)
             packed = Expression("int_bits", (wide,)) if model is torch.float16 else wide
-            return packed, Expression("neg", (side.zero_as(torch.int32),))
+            return packed, _negated(side)
         case "fused_infer":
-            # from int32, for float -0.0 is not the zero that runtimes compare with bit by bit
-            negated = Expression("neg", (side.zero_as(torch.int32),))
-            return side.scale_as(model), cast(negated, model)
+            return side.scale_as(model), cast(_negated(side), model)
         case "anti_quant":
-            return side.scale_as(torch.float32), Expression("neg", (side.zero_as(torch.float32),))
+            return side.scale_as(torch.float32), cast(_negated(side), torch.float32)
+
+
+def _negated(side: SideParams) -> Expression:
+    """-z in int32: float -0.0 is not the zero that runtimes compare with bit by bit."""
+    return Expression("neg", (side.zero_as(torch.int32),))
 
 
 def _made(

@@ -26,7 +26,7 @@ after:
         k_quant_scale_0: f32[16] = reshape(stored("ks"), [16]),
         k_quant_offset_0: i32[16] = cast(reshape(stored("kz"), [16]), i32),
         k_dequant_scale_0: f32[16] = reshape(stored("ks"), [16]),
-        k_dequant_offset_0: f32[16] = neg(reshape(stored("kz"), [16])),
+        k_dequant_offset_0: f32[16] = cast(neg(cast(reshape(stored("kz"), [16]), i32)), f32),
     ):
         reshape: f16[T, 16] = aten.reshape(k, [-1, 16])
         npu_quantize: i8[T, 16] = npu.npu_quantize(reshape, k_quant_scale_0, k_quant_offset_0, 1, -1, True)

@@ -211,9 +211,11 @@ def test_bfloat16_models_keep_float32_descales() -> None:
     check(params.v_dequant_offset, [-5, 7], torch.int32)
 
 
-def test_a_symmetric_offset_is_zero_without_a_sign() -> None:
+@pytest.mark.parametrize("form", ["page", "atb", "fused_infer", "anti_quant"])
+def test_a_symmetric_offset_is_zero_without_a_sign(form: DequantForm) -> None:
     k, v = stored("llama_fp16_m3", 0)
-    offset = eight(k, v, "divide", "fused_infer", torch.float16).k_dequant_offset
+    offset = eight(k, v, "divide", form, torch.float16).k_dequant_offset
+    assert not offset.any()
     assert not torch.signbit(offset).any()
 
 
