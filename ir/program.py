@@ -19,6 +19,7 @@ from enum import Enum
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.graph import _Namespace
 from torch.fx.node import Argument
 
 from kvc8.ir.errors import IRError
@@ -113,6 +114,16 @@ class Program:
         for node in reversed(self.graph.nodes):
             if node.op == "call_function" and not node.users and not _writes(node.target):
                 self.graph.erase_node(node)
+
+    def forget_names(self) -> None:
+        """Forget the names of nodes that are gone: what is made next is named by the text alone.
+
+        fx numbers new names after all that it ever gave, and a text that is read back has no past.
+        """
+        names = _Namespace()
+        for node in self.graph.nodes:
+            names.create_name(node.name, None)
+        self.graph._graph_namespace = names
 
     def drop_unused_parameters(self) -> None:
         """Remove the parameters that nothing uses; inputs and caches stay."""

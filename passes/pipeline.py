@@ -32,7 +32,7 @@ from kvc8.passes.options import Options
 from kvc8.passes.remove_cache_copies import remove_cache_copies
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.passes.repair_rope_scales import repair_rope_scales
-from kvc8.passes.rewrite import Pass, Remark, Step, name_of, pass_of
+from kvc8.passes.rewrite import Pass, Remark, Step, name_of, pass_of, spelled
 from kvc8.passes.shard import shard
 
 log = logging.getLogger("kvc8")
@@ -131,6 +131,7 @@ class Ran:
     path: str  # "" up to QUANTIZED, "int8" for what phases share, or the phase
     number: int  # of this pass among those that its program went through, from 1
     step: Pass
+    spelled: str  # the pass with its options, as kvc8-opt takes it
     before: Program
     after: Program
     remarks: Sequence[Remark]
@@ -162,7 +163,7 @@ def run(
             log.debug("%s: %s", name, remark)
         if see:
             after = program.copy()
-            see(Ran(path, number, pass_of(step), before, after, remarks, seconds))
+            see(Ran(path, number, pass_of(step), spelled(step), before, after, remarks, seconds))
             before = after
     return told
 

@@ -10,10 +10,11 @@ verifies, and gives the remarks. What it may do to the numbers is declared as a 
     layout       the same values at other places or under another dtype that holds them exactly
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from inspect import signature
+from typing import Literal, get_args, get_type_hints
 
 from torch import Tensor
 from torch.fx import Node
@@ -72,12 +73,14 @@ class Pass:
 
     def __call__(self, program: Program, **options: object) -> list[Remark]:
         """Run over a program. Raises IRError, with the remarks as notes, where it does not verify."""
+        self._check_options(options)
         if program.stage is not self.takes:
             what = f"takes a {self.takes.value} program and got a {program.stage.value} one"
             raise IRError(self.name, what, "check the order in passes/pipeline.py")
         remarks = list(self.body(program, **options))
         program.drop_dead_calls()
         program.drop_unused_parameters()
+        program.forget_names()
         program.stage = self.gives
         try:
             self._check_hits(remarks)
@@ -88,6 +91,24 @@ class Pass:
                     error.add_note(f"{self.name}: {remark}")
             raise
         return remarks
+
+    def choices(self) -> dict[str, tuple[bool | str, ...]]:
+        """What each option may be that has a list of values."""
+        hints = get_type_hints(self.body)
+        names = [name for name in signature(self.body).parameters if name != "program"]
+        each = {n: (True, False) if hints[n] is bool else get_args(hints[n]) for n in names}
+        return {n: c for n, c in each.items() if c and all(isinstance(v, bool | str) for v in c)}
+
+    def numbers(self) -> list[str]:
+        """The options that are whole numbers."""
+        return [name for name, hint in get_type_hints(self.body).items() if hint is int]
+
+    def _check_options(self, options: Mapping[str, object]) -> None:
+        for name, allowed in self.choices().items() if options else ():
+            given = options.get(name, allowed[0])
+            if given not in allowed:
+                what = f"{name} is {given!r} and should be {' or '.join(map(repr, allowed))}"
+                raise IRError(self.name, what, "correct it")
 
     def _check_hits(self, remarks: list[Remark]) -> None:
         if self.required and all(remark.why_not for remark in remarks):
@@ -108,6 +129,19 @@ def pass_of(step: Step) -> Pass:
 def name_of(step: Step) -> str:
     """The name of a pass, with or without options bound to it."""
     return pass_of(step).name
+
+
+def written(value: bool | int | str) -> str:
+    """The value of an option in a text: true, 2, or a word as it is."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def spelled(step: Step) -> str:
+    """A pass and the options bound to it, as in a text: fold_v_scale{weights=false}."""
+    bound = step.keywords if isinstance(step, partial) else {}
+    # what is read of a checkpoint is for remarks only, and is nothing that a text could say
+    said = [f"{k}={written(v)}" for k, v in bound.items() if isinstance(v, bool | int | str)]
+    return name_of(step) + (f"{{{' '.join(said)}}}" if said else "")
 
 
 def rewrite(

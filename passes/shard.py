@@ -56,6 +56,7 @@ than one linear reads, or that an op without a rule takes part in (passes/matche
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch.fx import Node
@@ -82,7 +83,9 @@ INSIDE = ("cast", "float_bits")  # of these a part is one of what is inside, and
 
 
 @rewrite(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED, contract="real_exact")
-def shard(program: Program, ranks: int = 2, sums: str = "int32") -> Iterator[Remark]:
+def shard(
+    program: Program, ranks: int = 2, sums: Literal["int32", "half"] = "int32"
+) -> Iterator[Remark]:
     """See the module. `sums`, of W8A8 linears: "int32" or "half"."""
     _check_ranks(program, ranks)
     summed = set[Node]()

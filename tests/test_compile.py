@@ -80,12 +80,12 @@ def test_an_artifact_is_whole_and_its_dump_reads_back(model, tmp_path, capsys):
 
 def replayed(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A dumped program and the next pass give the next program: what a bug report holds."""
-    name = "lower_paged_attention"
-    [after] = dump.glob(f"chunk/*-{name}.py")
+    [after] = dump.glob("chunk/*-lower_paged_attention.py")
     [before] = dump.glob(f"int8/{int(after.name[:2]) - 1:02}-*.py")
+    spelled = after.with_suffix(".txt").read_text().partition(": ")[0]
+    assert spelled == "lower_paged_attention{phase=chunk}"
     capsys.readouterr()
-    given = [str(before), "--passes", name, "--phase", "chunk"]
-    assert command.entry(opt.parser(), opt.work, given) == 0
+    assert command.entry(opt.parser(), opt.work, [str(before), "--passes", spelled]) == 0
     assert capsys.readouterr().out == after.read_text()
 
 

@@ -2,11 +2,25 @@
 
 import io
 import sys
+from itertools import product
+from pathlib import Path
 
 import pytest
 from support.pass_docs import load
 
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.errors import IRError
+from kvc8.ir.shapes import Shapes
+from kvc8.ir.text import parse, show
+from kvc8.passes import pipeline
+from kvc8.passes.lower_paged_attention import lower_paged_attention
+from kvc8.passes.options import Options, choices
+from kvc8.passes.rewrite import pass_of
 from kvc8.tools import command, opt
+from kvc8.tools.driver.spelling import PASSES, steps_of
+
+QUANTIZED = Path(__file__).parent / "golden" / "checkpoints" / "qwen2_fp16_none_asym" / "quant"
 
 
 def opt_(*arguments: str) -> int:
@@ -40,19 +54,86 @@ def test_without_a_pass_a_text_is_verified_and_written_as_it_should_be(before, c
 
 
 @pytest.mark.parametrize(
-    ("phase", "has"),
+    ("options", "has"),
     [
-        ("decode", "block_table=block_table"),
-        ("chunk", "aten.index_select("),
-        ("prefill", "sparse_mode="),
-        ("prefill-int8", "sparse_mode="),
+        ("", "block_table=block_table"),
+        ("{phase=chunk}", "aten.index_select("),
+        ("{phase=prefill}", "sparse_mode="),
+        ("{phase=prefill prefill_kv=int8}", "npu.npu_anti_quant("),
     ],
 )
-def test_a_program_is_lowered_for_the_phase_that_is_named(phase, has, tmp_path, capsys):
+def test_a_pass_takes_options_behind_its_name(options, has, tmp_path, capsys):
     path = tmp_path / "lowering.py"
     path.write_text(load("lower_paged_attention")[1][2])
-    assert opt_(str(path), "--passes", "lower_paged_attention", "--phase", phase) == 0
+    assert opt_(str(path), "--passes", f"lower_paged_attention{options}") == 0
     assert has in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("passes", "sentence"),
+    [
+        ("lower_rope{", "lower_rope{ is no pass; write name or name{option=value}"),
+        ("shard{ranks=two}", "shard: ranks is 'two' and should be a whole number; correct it"),
+        ("lower_rope{a=b}", "lower_rope has no option a; leave it out"),
+        ("fold_v_scale{weight=true}", "fold_v_scale has no option weight; choose from weights"),
+        (
+            "remove_identities,fold_v_scale{weights=no}",
+            "fold_v_scale: weights is 'no' and should be 'true' or 'false'; correct it",
+        ),
+        (
+            "lower_paged_attention{phase=decod}",
+            "lower_paged_attention: phase is 'decod' and should be 'prefill' or 'chunk' or "
+            "'decode'; correct it",
+        ),
+    ],
+)
+def test_a_pass_that_is_spelled_wrong_is_refused(passes, sentence, before, capsys):
+    assert opt_(str(before), "--passes", passes) == 1
+    assert capsys.readouterr().err == f"error: --passes: {sentence}\n"
+
+
+def test_a_pass_refuses_a_mistyped_option_wherever_it_is_called():
+    program = parse(load("lower_paged_attention")[1][2])
+    with pytest.raises(IRError) as refused:
+        lower_paged_attention(program, phase="decod")
+    assert str(refused.value) == (
+        "lower_paged_attention: phase is 'decod' and should be 'prefill' or 'chunk' or 'decode'; "
+        "correct it"
+    )
+
+
+LOWERED = ("prefill_kv", "fold", "kv_format")  # what is not fused begins as what is
+VARIANTS = [
+    Options(kv_scales="as-is"),
+    Options(ranks=2, sums="half"),
+    *(
+        Options(**dict(zip(LOWERED, chosen, strict=True)))
+        for chosen in product(*map(choices, LOWERED))
+    ),
+]
+
+
+@pytest.mark.slow
+def test_every_pass_of_every_pipeline_is_replayed_from_its_text():
+    """In every pipeline variant, over a quantized model with zero points and biases."""
+    captured = capture(open_checkpoint(QUANTIZED))
+    seen: dict[tuple[str, str], str] = {}
+
+    def see(ran: pipeline.Ran) -> None:
+        seen[show(ran.before), ran.spelled] = show(ran.after)
+
+    for options in VARIANTS:
+        program = captured.copy()
+        pipeline.run(program, pipeline.quantize_passes(options), see)
+        pipeline.lower_for_npu(program, options, see)
+    assert {pass_of(step).name for _, text in seen for step in steps_of(text)} == set(PASSES)
+    assert {"fold_k_scale{weights=false}", "fold_k_scale"} <= {text for _, text in seen}
+    shapes = Shapes()
+    for (before, text), after in seen.items():
+        program = parse(before, shapes)
+        [step] = steps_of(text)
+        step(program)
+        assert show(program) == after
 
 
 def test_what_cannot_be_read_or_run_is_refused_in_one_sentence(before, tmp_path, capsys):

@@ -1,51 +1,29 @@
 """kvc8-opt: a program's text in, named passes, the program's text out.
 
     kvc8-opt program.py --passes insert_kv_quant,fold_kv_scales
+    kvc8-opt program.py --passes 'fold_v_scale{weights=false}'
     kvc8-opt program.py --verify
     kvc8-opt --run DIR
 
 The text of a program is complete and each pass verifies its result, so a text and the names of
-passes are all that a bug report needs. kvc8-compile --dump writes the program before each pass;
-lines that do not matter may be deleted as long as --verify accepts the rest. Where numbers are
-wrong, kvc8-verify --bisect writes the DIR of --run: a program, its tensors, and what it breaks.
+passes are all that a bug report needs. kvc8-compile --dump writes the program before each pass and
+the pass with its options, which are written behind its name with spaces between them; an option
+that is left out has its default. Lines that do not matter may be deleted as long as --verify
+accepts the rest. Where numbers are wrong, kvc8-verify --bisect writes the DIR of --run: a program,
+its tensors, and what it breaks.
 """
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir.errors import ModelError
 from kvc8.ir.text import parse, show
 from kvc8.ir.verify import verify
-from kvc8.passes import pipeline
-from kvc8.passes.rewrite import Step, name_of
+from kvc8.passes.rewrite import name_of
 from kvc8.tools.command import entry
-
-STEPS: tuple[Step, ...] = (
-    *pipeline.QUANTIZE,
-    *pipeline.FOLD_KV_AND_WEIGHTS,
-    *pipeline.LAYER,
-    *pipeline.NZ,
-    *pipeline.FUSE,
-    *pipeline.FUSE_NZ,
-)
-# What a pass of this name does depends on the phase that a program is lowered for.
-PHASES: Mapping[str, tuple[Step, ...]] = MappingProxyType(
-    {
-        "decode": pipeline.NPU_DECODE,
-        "chunk": pipeline.NPU_CHUNK,
-        "prefill": pipeline.NPU_PREFILL,
-        "prefill-int8": pipeline.NPU_PREFILL_INT8,
-    }
-)
-
-
-def known(phase: str) -> dict[str, Step]:
-    """The passes by name, as they run for a phase."""
-    return {name_of(step): step for step in (*STEPS, *PHASES[phase])}
+from kvc8.tools.driver.spelling import PASSES, steps_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,10 +39,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="run a repro of kvc8-verify --bisect instead; 1 where it breaks its contract",
     )
-    names = ", ".join(known("decode"))
-    found.add_argument("--passes", default="", help=f"names with commas between: {names}")
     found.add_argument(
-        "--phase", choices=tuple(PHASES), default="decode", help="what it is lowered for (decode)"
+        "--passes", default="", help=f"with commas between: {', '.join(sorted(PASSES))}"
     )
     return found
 
@@ -77,12 +53,9 @@ def work(args: argparse.Namespace) -> int:
         raise ModelError("kvc8-opt", "no program given", "name a file, - or --run DIR")
     program = parse(_text(args.program))
     verify(program)
-    steps = known(args.phase)
-    for name in [name for name in args.passes.split(",") if name]:
-        if name not in steps:
-            raise ModelError("--passes", f"there is no {name}", f"choose from {', '.join(steps)}")
-        for remark in steps[name](program):
-            print(f"{name}: {remark}", file=sys.stderr)
+    for step in steps_of(args.passes):
+        for remark in step(program):
+            print(f"{name_of(step)}: {remark}", file=sys.stderr)
     if args.verify:
         calls = sum(node.op == "call_function" for node in program.graph.nodes)
         print(f"{args.program}: a {program.stage.value} program of {calls} calls, verified")

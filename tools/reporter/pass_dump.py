@@ -3,7 +3,8 @@
     00-captured.py              the program as it was captured
     NN-pass.py                  the program after the pass, whole, as text that reads back
     NN-pass.diff                the lines that changed, as a unified diff
-    NN-pass.txt                 sites, reasons, calls by op, bytes, and each remark
+    NN-pass.txt                 the pass with its options, as kvc8-opt --passes takes it; sites,
+                                reasons, calls by op, bytes, and each remark
     NN-pass.sources.txt         of each node that is new, the nodes before the pass it came from
     int8/ prefill/ chunk/ decode/   likewise what phases share, and each phase
 
@@ -58,7 +59,7 @@ def _diff(before: str, after: str) -> Iterator[str]:
 
 
 def _told(ran: Ran) -> Iterator[str]:
-    yield f"{ran.step.name}: {ran.before.stage.value} to {ran.after.stage.value}"
+    yield f"{ran.spelled}: {ran.before.stage.value} to {ran.after.stage.value}"
     yield f"contract: {ran.step.contract}"
     yield from summary(ran)
     yield ""
