@@ -80,8 +80,8 @@ def smollm2() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_model(kind, tied=False, seed=0, **config)`: the directory of a random float32 model.
 
-    Kinds are `KINDS`; what is given in `config` goes over them. A directory is made once and
-    shared, so a test that damages one copies it first.
+    Kinds are `KINDS`, or any model_type of transformers; what is given in `config` goes over them.
+    A directory is made once and shared, so a test that damages one copies it first.
     """
     made: dict[str, Path] = {}
 
@@ -161,7 +161,7 @@ def tiny_c8(
 def _write_model(directory: Path, kind: str, seed: int, config: dict[str, object]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, special = KINDS[kind]
+    model_type, special = KINDS.get(kind, (kind, {}))
     whole = AutoConfig.for_model(model_type, **{**SIZES, **special, **config})
     model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         whole, dtype=torch.float32

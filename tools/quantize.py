@@ -18,7 +18,7 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -74,12 +74,12 @@ def work(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(source)
     _check_float(checkpoint)
     read = read_texts(args.calib_file, args.samples)
-    tokenizer = read_tokenizer(source)
     program = capture(checkpoint, run_dtype(args, checkpoint, recipe))
     most = args.max_tokens or (None if recipe == "msmodelslim" else MOST_TOKENS)
+    tokenizer = cache(partial(read_tokenizer, source))  # where all texts are tokens there is none
     tokens = partial(
         encode_texts,
-        encode=lambda text: tokenizer.encode_any(text.content),
+        encode=lambda content: tokenizer().encode_any(content),
         most=most,
         vocabulary=vocabulary(program),
     )

@@ -7,6 +7,7 @@ that need no description file: plain float, and compressed-tensors' `kv_cache_sc
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -67,18 +68,43 @@ class Quantization:
     warnings: tuple[ModelWarning, ...] = ()
 
 
+# What older models call these in config.json, as the attribute maps of transformers have it.
+ALSO: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+        "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+        "hidden_size": ("n_embd", "d_model"),
+        "max_position_embeddings": ("n_positions", "n_ctx"),
+    }
+)
+
+
+def fact(config: Mapping[str, object], name: str) -> object:
+    """What a config says under a name or what older models call it; None where it says nothing."""
+    names = (name, *ALSO.get(name, ()))
+    return next((config[n] for n in names if config.get(n) is not None), None)
+
+
+def layer_count(config: Mapping[str, object], where: str) -> int:
+    """How many layers a config says, or ModelError at `where`."""
+    return _positive(config, "num_hidden_layers", where)
+
+
+def _positive(config: Mapping[str, object], name: str, where: str) -> int:
+    return positive({name: fact(config, name)}, name, where)
+
+
 def kv_widths(config: Mapping[str, object], where: str) -> tuple[int, ...]:
     """Work out kv_heads * head_dim of every layer from a config.json that is at `where`.
 
     `num_key_value_heads` defaults to `num_attention_heads`, and may be a list with a number for
-    each layer; `head_dim` defaults to hidden_size // num_attention_heads. A `text_config` inside
-    the config is the one that counts. Raises ModelError where a number is missing or absurd.
+    each layer; `head_dim` defaults to hidden_size // num_attention_heads. Older names count (ALSO).
+    A `text_config` inside the config is the one that counts. Raises ModelError where a number is
+    missing or absurd.
     """
     text = config.get("text_config")
     config = text if isinstance(text, dict) else config
-    layers = positive(config, "num_hidden_layers", where)
-    heads = config.get("num_key_value_heads")
-    heads = config.get("num_attention_heads") if heads is None else heads
+    layers, heads = layer_count(config, where), _kv_heads(config)
     each = heads if isinstance(heads, list) else [heads] * layers
     if len(each) != layers:
         raise ModelError(
@@ -92,11 +118,19 @@ def kv_widths(config: Mapping[str, object], where: str) -> tuple[int, ...]:
     )
 
 
+def _kv_heads(config: Mapping[str, object]) -> object:
+    """The KV heads that a config says or implies: a number, or one for each layer."""
+    heads = config.get("num_key_value_heads")
+    if heads is None and config.get("multi_query") is True:  # of GPT-BigCode: all share one
+        return 1
+    return fact(config, "num_attention_heads") if heads is None else heads
+
+
 def _head_dim(config: Mapping[str, object], where: str) -> int:
     if config.get("head_dim") is not None:
         return positive(config, "head_dim", where)
-    heads = positive(config, "num_attention_heads", where)
-    return positive(config, "hidden_size", where) // heads
+    heads = _positive(config, "num_attention_heads", where)
+    return _positive(config, "hidden_size", where) // heads
 
 
 def layer_index(parts: Iterable[str]) -> int | None:

@@ -83,6 +83,8 @@ def runtimes(seen: Seen, findings: Sequence[Finding]) -> dict[str, tuple[str, ..
         return {"kvc8": ("refuses it",), **dict.fromkeys(("MindIE", "vllm-ascend"), ("not asked",))}
     told = {"kvc8": KVC8, "MindIE": MINDIE, "vllm-ascend": VLLM}
     found = {name: tuple(says[k] for k in kinds if k in says) for name, says in told.items()}
+    if seen.npu_refusal:
+        found["kvc8"] += (f"compiles it for onnx, and not for npu: {seen.npu_refusal}",)
     if seen.layout == "compressed-tensors":
         found["MindIE"] = found["vllm-ascend"] = (COMPRESSED,)
     return found

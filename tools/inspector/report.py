@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
+from kvc8.ir.checkpoint.layouts import fact
 from kvc8.tools.inspector.finding import Finding, in_layers, plural
 from kvc8.tools.inspector.kv_findings import k_ratios
 from kvc8.tools.inspector.plan import CARDS, MemoryPlan, runtimes
@@ -47,7 +48,7 @@ def as_text(seen: Seen, findings: Sequence[Finding], plan: MemoryPlan) -> str:
 
 
 def _head(seen: Seen, plan: MemoryPlan) -> list[str]:
-    heads = seen.config.get("num_attention_heads")
+    heads = fact(seen.config, "num_attention_heads")
     kind = [f"{seen.files.config.get('model_type')}", plural(seen.layers, "layer")]
     if kv_heads(seen):
         kv = plural(kv_heads(seen), "KV head")

@@ -12,20 +12,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvc8.backends.npu import legality
 from kvc8.ir import ops
 from kvc8.ir.capture.accounts import account
 from kvc8.ir.capture.parameters import check_kv_scales
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.compressed_tensors import kv_name as compressed_kv_name
-from kvc8.ir.checkpoint.layouts import KVName, Side, kv_widths, layer_index
-from kvc8.ir.checkpoint.model_files import positive
+from kvc8.ir.checkpoint.layouts import (
+    KVName,
+    Side,
+    fact,
+    kv_widths,
+    layer_count,
+    layer_index,
+)
 from kvc8.ir.checkpoint.msmodelslim import calibrated_of, kv_name, layout_of
 from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, Files, read_files, understand
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles
 from kvc8.ir.errors import KVC8Error, ModelError, ModelWarning
 from kvc8.ir.expression import stored_names
-from kvc8.ir.program import Program, argument, expression_of
+from kvc8.ir.program import Program, Stage, argument, expression_of
+from kvc8.passes import pipeline
+from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
+from kvc8.passes.remove_identities import remove_identities
+from kvc8.tools.driver.compiling import Target
 
 LARGEST_SCALE = 1 << 20  # numbers; what claims to hold more is no scale of a cache
 
@@ -54,6 +65,7 @@ class Seen:
     norm_biases: tuple[str, ...]  # that the checkpoint adds to the model
     captured_with: tuple[ModelWarning, ...]
     refusal: KVC8Error | None  # what kvc8-compile says; None where it compiles
+    npu_refusal: KVC8Error | None = None  # what it says of a mixture for the NPU
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -96,6 +108,7 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
         norm_biases=tuple(_norm_biases(program)) if program else (),
         captured_with=warned,
         refusal=refusal or why,
+        npu_refusal=_npu_refusal(program) if program else None,
     )
 
 
@@ -125,6 +138,22 @@ def _captured(
     return program, tuple(account(checkpoint, program)) if checkpoint else (), None
 
 
+def _npu_refusal(program: Program) -> KVC8Error | None:
+    """Why a mixture of experts is not compiled for the NPU, if so; other models are not tried."""
+    if not program.calls(ops.grouped_linear):
+        return None
+    try:
+        whole, target = program.copy(), Target("npu")
+        pipeline.run(whole, (remove_identities, insert_linear_quant))
+        whole.stage = Stage.QUANTIZED  # its cache is float here, and for that no pass is needed
+        lowered, _ = pipeline.lower_for_npu(whole)
+        for phase in lowered.values():
+            legality.check(phase, target.soc, target.block_size)
+    except KVC8Error as error:
+        return error
+    return None
+
+
 def _norm_biases(program: Program) -> Iterator[str]:
     for node in program.calls(torch.ops.aten.add.Tensor):
         if node.name.startswith("norm_bias"):
@@ -151,7 +180,7 @@ def _kv_names(files: Files) -> dict[KVName, str]:
 
 def _count(config: Mapping[str, object]) -> int:
     try:
-        return positive(config, "num_hidden_layers", "")
+        return layer_count(config, "")
     except ModelError:
         return 0
 
@@ -182,7 +211,7 @@ def _calibrated(files: Files, checkpoint: Checkpoint | None) -> Calibrated:
 
 def head_dim(seen: Seen) -> int:
     """Channels of a head, as config.json says or implies; 1 where it does neither."""
-    heads, hidden = (seen.config.get(n) for n in ("num_attention_heads", "hidden_size"))
+    heads, hidden = (fact(seen.config, n) for n in ("num_attention_heads", "hidden_size"))
     found = seen.config.get("head_dim")
     if found is None and isinstance(heads, int) and isinstance(hidden, int) and heads:
         found = hidden // heads

@@ -17,7 +17,8 @@ from kvc8.ir.errors import ModelError
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 KEYS = "inputs_pretokenized, text, prompt, messages or input_ids"
 COLUMNS = 60
-Encode = Callable[["Text"], list[int]]
+Content = str | list[dict[str, object]]  # a text, or the messages of a chat
+Encode = Callable[[Content], list[int]]
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Text:
     """One text, one chat or the tokens of one, and where it stands."""
 
     where: str
-    content: str | list[dict[str, object]]
+    content: Content
     tokens: list[int] | None = None
 
 
@@ -135,7 +136,7 @@ def encode_texts(
     """
     found = []
     for text in texts:
-        tokens = (encode(text) if text.tokens is None else text.tokens)[:most]
+        tokens = (encode(text.content) if text.tokens is None else text.tokens)[:most]
         if not tokens:
             raise ModelError(text.where, "gives no tokens", "remove it")
         if (beyond := max(tokens)) >= vocabulary:

@@ -24,7 +24,7 @@ from kvc8.ir.checkpoint.w8a8 import Range, input_params, quantize_linear
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.choices import Sample, clipped
 from kvc8.tools.quantizer.layers import Evaluate, attend_in_float32, plain, run_stage
-from kvc8.tools.quantizer.sites import LinearSite
+from kvc8.tools.quantizer.sites import LinearSite, readers
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 
 SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
@@ -101,7 +101,7 @@ def _layer(work: Work, layer: Layer, chosen: Sequence[LinearSite]) -> Mapping[st
     """The error of each group of a layer, by its first module."""
     calls = set(layer.stage.calls)
     groups = grouped([site for site in chosen if site.linear in calls])
-    seen = _LayerRanges(plain(work.checkpoint, attend_in_float32), {g[0].source for g in groups})
+    seen = _LayerRanges(plain(work.checkpoint, attend_in_float32), readers(chosen))
     held_back = range(len(layer.texts) // 2, len(layer.texts))
     outputs: dict[int, Tensor] = {}
     for index in range(len(layer.texts)):
@@ -117,7 +117,7 @@ class _LayerRanges:
     """The ranges of what a layer's linears read, and what its last call gave."""
 
     plain: Evaluate
-    sources: set[Node]
+    read: Mapping[Node, Node]  # by linear, what it reads
     ranged: bool = True  # whether ranges see the text at work
     ranges: dict[Node, Range] = field(default_factory=dict)
     samples: dict[Node, Sample] = field(default_factory=dict)
@@ -128,12 +128,15 @@ class _LayerRanges:
         value = self.plain(call, args, kwargs)
         if isinstance(value, Tensor):
             self.last = value
-            if call in self.sources and self.ranged:
-                low, high = (float(end) for end in torch.aminmax(value))
-                old = self.ranges.get(call, Range(low, high))
-                self.ranges[call] = Range(min(old.low, low), max(old.high, high))
-                self.samples.setdefault(call, Sample(SAMPLE)).add(value)
+        if call in self.read and self.ranged and isinstance(args[0], Tensor):
+            self._input(self.read[call], args[0])
         return value
+
+    def _input(self, source: Node, value: Tensor) -> None:
+        low, high = (float(end) for end in torch.aminmax(value))
+        old = self.ranges.get(source, Range(low, high))
+        self.ranges[source] = Range(min(old.low, low), max(old.high, high))
+        self.samples.setdefault(source, Sample(SAMPLE)).add(value)
 
 
 def _error(

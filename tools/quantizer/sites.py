@@ -99,6 +99,17 @@ def choose(
     return [site for site in found if site.source not in left]
 
 
+def readers(found: Sequence[LinearSite]) -> dict[Node, Node]:
+    """Of each value that linears read, the first that reads it, and the value: where it is seen.
+
+    A layer without norms before its linears reads what the layer before it made.
+    """
+    first: dict[Node, Node] = {}
+    for site in found:
+        first.setdefault(site.source, site.linear)
+    return {linear: source for source, linear in first.items()}
+
+
 def is_down(site: LinearSite) -> bool:
     """Whether a linear is a down_proj."""
     return site.module.endswith(".down_proj")

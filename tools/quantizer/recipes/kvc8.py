@@ -15,7 +15,7 @@ over the layers.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from torch.fx import Node
 
 from kvc8.ir import ops
 from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.checkpoint.layouts import fact
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.w8a8 import Range, finite, kv_scale, part_types, quantize_linear
 from kvc8.ir.errors import ModelError
@@ -34,7 +35,7 @@ from kvc8.tools.quantizer.choices import Reach, Sample, clipped
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
 from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.minmax import sound
-from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, sites, vocabulary
+from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
 from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
@@ -94,6 +95,9 @@ def quantize(
     entries = plan.entries()
     writer = work.writer(entries)
     widening = [*random_texts(work, options.seed), *more] if options.kv else []
+    most = fact(work.checkpoint.config, "max_position_embeddings")  # tables of RoPE end there
+    if isinstance(most, int):
+        options = replace(options, positions=min(options.positions, most))
     recipe = _Recipe(work, plan, writer, chosen, caches, options, len(widening))
     work.sweep([*widening, *texts], recipe.layer)
     copy_rest(plan, writer, entries, {f"{site.module}.weight" for site in chosen})
@@ -128,7 +132,7 @@ class _Recipe:
         linears = [site for site in self.chosen if site.linear in calls]
         caches = [c for c in self.caches if c.rows in calls] if self.plan.kv else []
         # Also what float linears read is looked at: a broken layer is found where it breaks.
-        read = {site.source for site in sites(self.work.program) if site.linear in calls}
+        read = readers([site for site in sites(self.work.program) if site.linear in calls])
         quantized = {site.source for site in linears}
         seen = _Measurements(self, layer, read, quantized, caches)
         for index in range(len(layer.texts)):
@@ -171,7 +175,7 @@ class _Measurements:
 
     recipe: _Recipe
     layer: Layer
-    read: set[Node]
+    read: Mapping[Node, Node]  # by linear, what it reads
     quantized: set[Node]
     caches: Sequence[Cached]
     ranges: dict[Node, Range] = field(default_factory=dict)
@@ -206,8 +210,8 @@ class _Measurements:
             self._attention(call, args[0])
         if not isinstance(value, Tensor):
             return value
-        if call in self.read:
-            self._input(call, value)
+        if call in self.read and isinstance(args[0], Tensor):
+            self._input(self.read[call], args[0])
         if call in self.rows:
             self._rows(call, value)
         if call in self.turnings:

@@ -21,7 +21,7 @@ from kvc8.ir.run import Value
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
 from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.mixtures import ExpertRanges, Experts
-from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, sites
+from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites
 from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
@@ -66,8 +66,8 @@ def _layer(
     calls = set(layer.stage.calls)
     rows = [cache for cache in caches if cache.rows in calls]
     # Also what float linears read is looked at, so that a broken layer is found where it breaks.
-    sources = {site.source for site in sites(work.program) if site.linear in calls}
-    seen = _Ranges(sources, {cache.rows for cache in rows}, [k for k in mixed if k.call in calls])
+    read = readers([site for site in sites(work.program) if site.linear in calls])
+    seen = _Ranges(read, {cache.rows for cache in rows}, [k for k in mixed if k.call in calls])
     base = plain(work.checkpoint, attend_in_float32)
 
     def observe(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
@@ -93,9 +93,9 @@ class _Ranges:
     """The range of what linears and experts read, and the absmax of what is cached."""
 
     def __init__(
-        self, sources: Container[Node], rows: Container[Node], mixed: Sequence[Experts]
+        self, read: Mapping[Node, Node], rows: Container[Node], mixed: Sequence[Experts]
     ) -> None:
-        self._sources, self._rows = sources, rows
+        self._read, self._rows = read, rows
         self.ranges: dict[Node, Range] = {}
         self.tops: dict[Node, Tensor] = {}
         self.experts = {kind.call: ExpertRanges(kind) for kind in mixed}
@@ -104,8 +104,9 @@ class _Ranges:
         """See a call, its arguments and what it gives."""
         if call in self.experts:
             self.experts[call].see(args)
-        if call in self._sources and isinstance(value, Tensor):
-            self.ranges[call] = _widened(call, value, self.ranges.get(call))
+        if call in self._read and isinstance(args[0], Tensor):
+            source = self._read[call]
+            self.ranges[source] = _widened(source, args[0], self.ranges.get(source))
         if call in self._rows and isinstance(value, Tensor):
             self.tops[call] = _raised(call, value, self.tops.get(call))
 
