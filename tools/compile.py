@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from kvc8.backends.npu import artifact
@@ -135,7 +136,7 @@ def _tell(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> None:
         return
     _tell_sites(compiled, sites)
     if args.explain:
-        print(*costs.explain_lines(compiled.phases, sites, args.soc, args.block_size), sep="\n")
+        print(*costs.explain_lines(_explained(args, compiled, sites)), sep="\n")
     if args.report is True:
         print(*costs.report_lines(_report(args, compiled)), sep="\n")
 
@@ -145,11 +146,14 @@ def _report(args: argparse.Namespace, compiled: Compiled) -> costs.Report:
     return costs.report(compiled.phases, compiled.unfused(), work, device)
 
 
+def _explained(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> costs.Explained:
+    return costs.explained(compiled.phases, sites, args.soc, args.block_size)
+
+
 def _of_npu(
     args: argparse.Namespace, compiled: Compiled, sites: Sites
-) -> tuple[costs.Report, costs.Report]:
-    explained = costs.explained(compiled.phases, sites, args.soc, args.block_size)
-    return _report(args, compiled), explained
+) -> tuple[costs.Report, costs.Explained]:
+    return _report(args, compiled), _explained(args, compiled, sites)
 
 
 def _as_json(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> dict[str, object]:
@@ -162,8 +166,8 @@ def _as_json(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> dict
         "kv_bytes_a_token": layout.bytes_per_token,
         "float16_kv_bytes_a_token": layout.float16_bytes_per_token,
         "passes": passes,
-        "report": _report(args, compiled),
-        "explain": costs.explained(compiled.phases, sites, args.soc, args.block_size),
+        "report": asdict(_report(args, compiled)),
+        "explain": _explained(args, compiled, sites).as_json(),
     }
 
 

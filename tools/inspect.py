@@ -65,10 +65,10 @@ def _with_reasons(args: argparse.Namespace, text: str) -> str:
     lowered, more = pipeline.lower_for_npu(program)
     for phase in lowered.values():
         check(phase, SOC, BLOCK_SIZE)
-    given = (lowered, sites_of(told + more), SOC, BLOCK_SIZE)
+    found = explained(lowered, sites_of(told + more), SOC, BLOCK_SIZE)
     if args.json:
-        return json.dumps({**json.loads(text), "explain": explained(*given)}, indent=1)
-    return "\n".join([text, *explain_lines(*given)])
+        return json.dumps({**json.loads(text), "explain": found.as_json()}, indent=1)
+    return "\n".join([text, *explain_lines(found)])
 
 
 def find(seen: Seen) -> list[Finding]:

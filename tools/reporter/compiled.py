@@ -1,18 +1,17 @@
 """The page of kvc8-compile: what its arguments and its result say, beside what its passes did."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.program import Program
 from kvc8.passes.options import NAMES
+from kvc8.tools.reporter.costs import Explained, Report
 from kvc8.tools.reporter.heat import Heat
-from kvc8.tools.reporter.page import MEASURED, Page, Table, write
+from kvc8.tools.reporter.page import MEASURED, Page, write
 from kvc8.tools.reporter.steps import PassSteps
 
-Explained = Mapping[str, Any]  # costs.explained
 UNMEASURED = "Nothing was measured: compile with --check, which runs each pass on recorded tokens."
 
 
@@ -21,7 +20,7 @@ def write_page(
     program: Program,
     steps: PassSteps,
     heats: Sequence[Heat],
-    npu: tuple[Table, Explained] | None = None,
+    npu: tuple[Report, Explained] | None = None,
 ) -> None:
     """Write the page that `--report` names, and say so; `npu` is costs.report and costs.explained.
 
@@ -41,7 +40,7 @@ def write_page(
     page.heats, page.measured = heats, MEASURED if args.check else UNMEASURED
     if npu:
         page.cost, explained = npu
-        page.choices, page.left_alone = explained["choices"], explained["left_alone"]
+        page.choices, page.left_alone = explained.choices, explained.left_alone
     size = write(page, Path(args.report))
     if not args.json:
         print(f"{args.report}: {size / 1e6:.2f} MB, a page that needs no network")

@@ -2,20 +2,19 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from kvc8.backends.npu.cost import Device, OpCost, Workload, by_op, total
-from kvc8.backends.npu.explain import explain
+from kvc8.backends.npu.explain import Choice, explain
 from kvc8.backends.npu.launches import launches
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.program import Program
 
 Programs = Mapping[str, Program]  # by phase
 Told = Mapping[tuple[str, str], int]  # sites by pass and why they were left alone ("": rewritten)
-Report = dict[str, object]
+Figures = dict[str, float]  # of an op: what backends.npu.cost.OpCost has, and its share of bytes
 BOUND = "a bound from documents; nothing was measured"
 
 
@@ -83,39 +82,104 @@ def workload(args: argparse.Namespace) -> Workload:
     return Workload(args.batch, args.context, args.block_size)
 
 
+@dataclass(frozen=True)
+class WithFloat16Cache:
+    """What a step would cost if the cache were float16."""
+
+    bytes_a_token: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Unfused:
+    """What a step costs as `--fuse off` leaves it."""
+
+    launches: int
+    launches_in_a_layer: Mapping[str, int]
+    bytes_a_token: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What a step of one phase costs."""
+
+    tokens: int
+    launches_in_a_layer: Mapping[str, int]  # how many layers have how many, "10": 80
+    ops: Mapping[str, Figures]
+    total: Figures
+    bytes_a_token: float
+    with_float16_cache: WithFloat16Cache
+    unfused: Unfused
+
+
+@dataclass(frozen=True)
+class Report:
+    """What each phase costs, on a device that documents describe."""
+
+    workload: Workload
+    device: Device
+    note: str
+    phases: Mapping[str, PhaseReport]
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """Sites that a pass left alone for one reason."""
+
+    name: str
+    sites: int
+    why: str
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        return {"pass": self.name, "sites": self.sites, "why": self.why}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Why each phase calls what it calls, and why passes left sites alone."""
+
+    choices: Mapping[str, Sequence[Choice]]  # by phase
+    left_alone: Sequence[LeftAlone]
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        choices = {phase: [c.as_json() for c in each] for phase, each in self.choices.items()}
+        return {"choices": choices, "left_alone": [each.as_json() for each in self.left_alone]}
+
+
 def report(programs: Programs, unfused: Programs, work: Workload, on: Device) -> Report:
     """What each phase costs, against a float16 cache and against the unfused lowering."""
     phases = {
         phase: _phase(program, unfused[phase], phase, work, on)
         for phase, program in programs.items()
     }
-    return {"workload": asdict(work), "device": asdict(on), "note": BOUND, "phases": phases}
+    return Report(work, on, BOUND, phases)
 
 
-def _phase(program: Program, unfused: Program, phase: str, work: Workload, on: Device) -> Report:
+def _phase(
+    program: Program, unfused: Program, phase: str, work: Workload, on: Device
+) -> PhaseReport:
     each = by_op(program, phase, work, on)
     whole, plain = total(each), total(by_op(unfused, phase, work, on))
     layout = kv_layout(program)
     growth = layout.float16_bytes_per_token / layout.bytes_per_token - 1
     more = int((whole.cache_read + whole.cache_written) * growth)
     tokens = work.size(phase, "T")
-    return {
-        "tokens": tokens,
-        "launches_in_a_layer": launches_in_a_layer(program),
-        "ops": {name: _as_json(cost, whole) for name, cost in each.items()},
-        "total": _as_json(whole, whole),
-        "bytes_a_token": whole.bytes / tokens,
-        "with_float16_cache": {
-            "bytes_a_token": (whole.bytes + more) / tokens,
-            "seconds": whole.seconds + more / on.bandwidth,
-        },
-        "unfused": {
-            "launches": plain.launches,
-            "launches_in_a_layer": launches_in_a_layer(unfused),
-            "bytes_a_token": plain.bytes / tokens,
-            "seconds": plain.seconds,
-        },
-    }
+    return PhaseReport(
+        tokens=tokens,
+        launches_in_a_layer=launches_in_a_layer(program),
+        ops={name: _figures(cost, whole) for name, cost in each.items()},
+        total=_figures(whole, whole),
+        bytes_a_token=whole.bytes / tokens,
+        with_float16_cache=WithFloat16Cache(
+            (whole.bytes + more) / tokens, whole.seconds + more / on.bandwidth
+        ),
+        unfused=Unfused(
+            plain.launches, launches_in_a_layer(unfused), plain.bytes / tokens, plain.seconds
+        ),
+    )
 
 
 def launches_in_a_layer(program: Program) -> dict[str, int]:
@@ -124,29 +188,26 @@ def launches_in_a_layer(program: Program) -> dict[str, int]:
     return {str(count): layers for count, layers in sorted(counts.items())}
 
 
-def _as_json(cost: OpCost, whole: OpCost) -> dict[str, float]:
+def _figures(cost: OpCost, whole: OpCost) -> Figures:
     found = {f.name: getattr(cost, f.name) for f in fields(cost)}
     return {**found, "bytes": cost.bytes, "share": cost.bytes / max(whole.bytes, 1)}
 
 
-def explained(programs: Programs, told: Told, soc: str, block_size: int) -> Report:
+def explained(programs: Programs, told: Told, soc: str, block_size: int) -> Explained:
     """Why each phase calls what it calls, and why passes left sites alone."""
-    choices = {
-        phase: [choice.as_json() for choice in explain(program, soc, block_size)]
-        for phase, program in programs.items()
-    }
-    alone = [{"pass": n, "sites": count, "why": why} for (n, why), count in told.items() if why]
-    return {"choices": choices, "left_alone": alone}
+    choices = {phase: [*explain(program, soc, block_size)] for phase, program in programs.items()}
+    alone = [LeftAlone(name, count, why) for (name, why), count in told.items() if why]
+    return Explained(choices, alone)
 
 
-def explain_lines(programs: Programs, told: Told, soc: str, block_size: int) -> Iterator[str]:
+def explain_lines(found: Explained) -> Iterator[str]:
     """The same as text."""
-    for phase, program in programs.items():
+    for phase, choices in found.choices.items():
         yield f"{phase}:"
-        for choice in explain(program, soc, block_size):
+        for choice in choices:
             yield from (f"  {line}" for line in choice.lines())
     yield "left alone:"
-    yield from (f"  {name}: {count} sites: {why}" for (name, why), count in told.items() if why)
+    yield from (f"  {each.name}: {each.sites} sites: {each.why}" for each in found.left_alone)
 
 
 COLUMNS = "{:<40}{:>9}{:>12}{:>11}{:>13}{:>8}{:>10}"
@@ -154,27 +215,24 @@ COLUMNS = "{:<40}{:>9}{:>12}{:>11}{:>13}{:>8}{:>10}"
 
 def report_lines(found: Report) -> Iterator[str]:
     """A report as tables."""
-    phases, on, work = found["phases"], found["device"], found["workload"]
-    assert isinstance(phases, dict)
-    assert isinstance(on, dict)
-    assert isinstance(work, dict)
-    for phase, each in phases.items():
-        what = f"{work['batch']} of {work['context']:,} tokens"
-        yield f"{phase}, {what}: {_launches(each['total']['launches'], each)}"
+    on, work = found.device, found.workload
+    for phase, each in found.phases.items():
+        what = f"{work.batch} of {work.context:,} tokens"
+        yield f"{phase}, {what}: {_launches(each)}"
         yield COLUMNS.format("", "launches", "weights MB", "cache MB", "activ. MB", "share", "ms")
-        for name, cost in [*each["ops"].items(), ("total", each["total"])]:
+        for name, cost in [*each.ops.items(), ("total", each.total)]:
             yield _row(name, cost)
         yield from (f"  {line}" for line in _comparisons(each))
-    rates = f"{on['bandwidth'] / 1e12:g} TB/s, {on['int8'] / 1e12:g} TOPS in int8"
-    yield f"at {rates}, {on['half'] / 1e12:g} TFLOPS in float16 ({on['source']}); {found['note']}"
+    rates = f"{on.bandwidth / 1e12:g} TB/s, {on.int8 / 1e12:g} TOPS in int8"
+    yield f"at {rates}, {on.half / 1e12:g} TFLOPS in float16 ({on.source}); {found.note}"
 
 
-def _launches(count: int, each: dict[str, dict[str, int]]) -> str:
-    layers = [f"{n} in each of {of} layers" for n, of in each["launches_in_a_layer"].items()]
-    return ", ".join([f"{count:,} launches", *layers])
+def _launches(each: PhaseReport) -> str:
+    layers = [f"{n} in each of {of} layers" for n, of in each.launches_in_a_layer.items()]
+    return ", ".join([f"{int(each.total['launches']):,} launches", *layers])
 
 
-def _row(name: str, cost: dict[str, float]) -> str:
+def _row(name: str, cost: Figures) -> str:
     cache, activations = (
         cost["cache_read"] + cost["cache_written"],
         cost["read"] + cost["written"],
@@ -184,12 +242,14 @@ def _row(name: str, cost: dict[str, float]) -> str:
     return COLUMNS.format(name, f"{int(cost['launches']):,}", *megabytes, share, time)
 
 
-def _comparisons(each: dict[str, Any]) -> Iterator[str]:
-    bytes_, seconds = each["bytes_a_token"], each["total"]["seconds"]
-    yield f"{bytes_ / 1e6:,.1f} MB a token, at least {seconds * 1e3:,.3f} ms a step"
-    for name, key in (("a float16 cache", "with_float16_cache"), ("--fuse off", "unfused")):
-        other = each[key]
-        more = f"{other['bytes_a_token'] / bytes_ - 1:+.1%} bytes"
-        time = f"{other['seconds'] / seconds - 1:+.1%} time"
-        launched = f", {int(other['launches']):,} launches" if "launches" in other else ""
-        yield f"with {name}: {more}, {time}{launched}"
+def _comparisons(each: PhaseReport) -> Iterator[str]:
+    seconds = each.total["seconds"]
+    yield f"{each.bytes_a_token / 1e6:,.1f} MB a token, at least {seconds * 1e3:,.3f} ms a step"
+    yield f"with a float16 cache: {_more(each, each.with_float16_cache)}"
+    launched = f"{each.unfused.launches:,} launches"
+    yield f"with --fuse off: {_more(each, each.unfused)}, {launched}"
+
+
+def _more(each: PhaseReport, other: WithFloat16Cache | Unfused) -> str:
+    more = f"{other.bytes_a_token / each.bytes_a_token - 1:+.1%} bytes"
+    return f"{more}, {other.seconds / each.total['seconds'] - 1:+.1%} time"

@@ -8,7 +8,9 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from kvc8.backends.npu.explain import Choice
 from kvc8.ir.errors import TargetError
+from kvc8.tools.reporter.costs import LeftAlone, Report
 from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.steps import PassSteps, StepFacts
 
@@ -16,7 +18,6 @@ MEASURED = (
     "Measured on recorded tokens, a prompt, a chunk and a decode step, where each pass ran; "
     "NPU ops are emulated."
 )
-Table = Mapping[str, object]  # as kvc8-compile --json has it
 PATHS = {
     "": "all phases, up to an int8 cache",
     "int8": "phases that read the int8 cache",
@@ -36,9 +37,9 @@ class Page:
     seconds: Sequence[float] | None = None  # of each pass; a page with times differs run by run
     heats: Sequence[Heat] = ()
     measured: str = ""  # what the heats were measured on, or why there are none
-    choices: Mapping[str, Sequence[Table]] = field(default_factory=dict)  # costs.explained
-    left_alone: Sequence[Table] = ()
-    cost: Table | None = None  # costs.report
+    choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
+    left_alone: Sequence[LeftAlone] = ()
+    cost: Report | None = None
     absent: str = "This was not compiled for an NPU."  # why there are no choices and no cost
 
 
