@@ -1,4 +1,8 @@
-"""kvc8-quantize --recipe msmodelslim: what msModelSlim writes, to the bit."""
+"""kvc8-quantize --recipe msmodelslim: what msModelSlim writes, the whole way.
+
+To the bit on CPUs like the one that the golden directories come from. test_vendor_numbers.py holds
+on every CPU what does not hang on how it multiplies in float16.
+"""
 
 import json
 import shutil
@@ -36,6 +40,36 @@ def calibration(golden: Path, path: Path) -> Path:
     return path
 
 
+def multiplies_as_recorded() -> bool:
+    """Whether float16 products are rounded here as in the golden directories.
+
+    Theirs were made by torch's own kernels in vectors of AVX-512. oneDNN's, which are taken where a
+    CPU has float16 products of its own, sum in another order, and so do shorter vectors.
+    """
+    own = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not own
+
+
+# A number in float16 is rounded the other way, by 2**-10 of it, where a sum in another order ends
+# beyond a middle. On its way through a layer a token passes ten such sums: two norms, qkv, logits,
+# softmax, the mean of V, o, gate|up, silu and down. K and V come after two more.
+STEP, A_LAYER, MORE = 2.0**-10, 10, 2
+
+
+def assert_near(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """The cache's scales, of first order in the steps.
+
+    Ranges of later inputs are left out: one code of an input more or less decides how far the
+    search of a histogram goes.
+    """
+    for name in (n for n in want if n.endswith(".kv_cache_scale")):
+        off = STEP * (A_LAYER * int(name.split(".")[2]) + MORE)
+        scale, offset = want[name].double(), f"{name.removesuffix('scale')}offset"
+        assert (got[name] - scale).abs().max() <= off * scale.max(), name
+        moved = (got[offset] - want[offset]).abs().double()
+        assert (moved * scale).max() <= (0.5 + 255 * off) * scale.max(), offset
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [
@@ -55,9 +89,11 @@ def test_every_tensor_and_label_is_the_vendors(name, source, tmp_path):
     assert quantize_(*spelled.split()) == 0
     want = load_file(golden / "quant" / "quant_model_weight_w8a8.safetensors")
     got = load_file(out / "quant_model_weight_w8a8.safetensors")
-    assert set(got) == set(want)
-    wrong = [n for n, t in want.items() if t.dtype != got[n].dtype or not torch.equal(t, got[n])]
-    assert wrong == []
+    types = [{n: (t.dtype, t.shape) for n, t in each.items()} for each in (got, want)]
+    assert types[0] == types[1]
+    if multiplies_as_recorded():
+        assert [n for n, t in want.items() if not torch.equal(t, got[n])] == []
+    assert_near(got, want)
     [description] = [path.name for path in (golden / "quant").glob("quant_model_description*")]
     for file in (description, "config.json"):
         new, old = (json.loads((d / file).read_text()) for d in (out, golden / "quant"))
