@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fused_models import in_turn, lowered, quantized
-from support.onnx_models import BOUND
+from support.fused_models import (
+    Named,
+    Values,
+    in_doubles,
+    lowered,
+    quantized,
+    with_exact_linears,
+)
+from support.onnx_models import DOUBLE_BOUND
 
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.backends.npu import legality
@@ -109,51 +116,45 @@ SAME = [
 
 
 @pytest.mark.parametrize(("kind", "w8a8", "zeros", "prefill_kv"), SAME)
-def test_fused_is_unfused_is_the_reference_in_float32(model, kind, w8a8, zeros, prefill_kv):
+def test_fused_is_unfused_is_the_reference(model, kind, w8a8, zeros, prefill_kv):
     """A prompt and a token: the codes of all three, and the logits.
 
-    Fused and unfused take the same float32 steps, but for the 1/s of the first layer's norm and the
-    order of sums in a float linear that was divided: there a code may differ by one, where a value
-    lies within a rounding of a middle. None does with these numbers, nor between the reference's
-    attention and the op's, so codes are equal, and then logits are the same but for rounding; only
-    of the values that the wide model quantizes before its last o_proj one does, so its logits are
-    left out. With a prompt that sees its own float keys the reference is another computation; there
-    the two lowerings are compared with each other.
+    What of it each fused op rounds elsewhere is held op by op (test_fusion_contracts.py). With a
+    prompt that sees its own float keys the reference is another computation; there the two
+    lowerings are compared with each other.
     """
     directory = model(kind)
     program = quantized(directory, torch.float32, w8a8=w8a8, zeros=zeros)
-    unfused, fused = (
-        in_turn(lowered(program, fuse, prefill_kv=prefill_kv), directory) for fuse in ("off", "on")
-    )
-    assert all(torch.equal(fused[1][name], unfused[1][name]) for name in fused[1])
-    exact = w8a8 or kind != "wide"
-    for a, b in zip(fused[0], unfused[0], strict=True):
-        assert torch.equal(a, b) if exact else (a - b).abs().max() <= BOUND * b.abs().max()
+    unfused, fused = (lowered(program, fuse, prefill_kv=prefill_kv) for fuse in ("off", "on"))
+    got = in_doubles(fused, directory)
+    same(got, in_doubles(unfused, directory))
     if prefill_kv == "int8":
-        logits, codes = in_turn({"prefill": program, "decode": program}, directory)
-        assert all(torch.equal(fused[1][name], codes[name]) for name in codes)
-        assert sum(int(cache.count_nonzero()) for cache in codes.values()) > 1000
-        for a, b in zip(fused[0], logits, strict=True):
-            assert kind == "wide" or (a - b).abs().max() <= BOUND * b.abs().max()
+        same(got, in_doubles({"prefill": program, "decode": program}, directory))
+        assert sum(int(cache.count_nonzero()) for cache in got[1].values()) > 1000
+
+
+def same(got: tuple[Values, Named], want: tuple[Values, Named]) -> None:
+    """Codes are equal, and so are logits but for the roundings of doubles."""
+    assert got[1].keys() == want[1].keys()
+    assert all(torch.equal(got[1][name], want[1][name]) for name in want[1])
+    for a, b in zip(got[0], want[0], strict=True):
+        assert a.dtype is b.dtype is torch.float64
+        assert (a - b).abs().max() <= DOUBLE_BOUND * b.abs().max()
 
 
 @pytest.mark.parametrize(("kind", "w8a8"), [("llama", True), ("qwen3", False)])
 def test_zero_points_at_both_ends_change_nothing_of_that(model, kind, w8a8):
     program = quantized(model(kind), torch.float32, w8a8=w8a8, zeros=True, ends=True)
     reference, unfused, fused = (
-        in_turn(programs, model(kind))
+        in_doubles(programs, model(kind))
         for programs in (
             {"prefill": program, "decode": program},
             *(lowered(program, fuse, prefill_kv="int8") for fuse in ("off", "on")),
         )
     )
-    for name, cache in fused[1].items():
-        assert torch.equal(cache, unfused[1][name])
-        assert torch.equal(cache, reference[1][name])
-        assert {-128, 127} <= set(cache.unique().tolist())
-    for a, b, c in zip(fused[0], unfused[0], reference[0], strict=True):
-        assert torch.equal(a, b)
-        assert (a - c).abs().max() <= BOUND * c.abs().max()
+    same(fused, unfused)
+    same(fused, reference)
+    assert all({-128, 127} <= set(cache.unique().tolist()) for cache in fused[1].values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,10 +162,13 @@ def test_a_float_model_is_the_same_bit_for_bit_in_float16(model, kind):
     """add+norm and rope+quant+cache round where their parts do, and swiglu is not fused."""
     directory = model(kind)
     program = quantized(directory, torch.float16, w8a8=False, zeros=True)
-    unfused, fused = (in_turn(lowered(program, fuse), directory) for fuse in ("off", "on"))
+    unfused, fused = (
+        with_exact_linears(lowered(program, fuse), directory) for fuse in ("off", "on")
+    )
     for a, b in zip(fused[0], unfused[0], strict=True):
+        assert a.dtype is torch.float16
         assert torch.equal(a, b)
-    assert all(torch.equal(fused[1][name], unfused[1][name]) for name in fused[1])
+    assert all(torch.equal(fused[1][name], unfused[1][name]) for name in unfused[1])
 
 
 def reasons(program: Program, **options: str) -> set[tuple[str, str]]:
@@ -217,6 +221,5 @@ def test_what_is_left_alone_says_why_and_still_computes_the_same(model, kind, op
     directory = model(kind)
     assert reasons(quantized(directory, torch.float16, w8a8=True, zeros=True, **options)) == want
     program = quantized(directory, torch.float32, w8a8=True, zeros=True, **options)
-    reference = in_turn({"prefill": program, "decode": program}, directory)
-    fused = in_turn(lowered(program, "on", prefill_kv="int8"), directory)
-    assert all(torch.equal(fused[1][name], reference[1][name]) for name in fused[1])
+    reference = in_doubles({"prefill": program, "decode": program}, directory)
+    same(in_doubles(lowered(program, "on", prefill_kv="int8"), directory), reference)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.fake_npu import FakeNpu
-from support.fused_models import in_turn, lowered, quantized
+from support.fused_models import in_doubles, lowered, quantized
 from support.npu_calls import misfits, npu_calls
-from support.onnx_models import BOUND
+from support.onnx_models import DOUBLE_BOUND
 from support.pass_docs import load as load_pass
 
 from kvc8.backends.npu import artifact_reader, legality
@@ -141,7 +141,7 @@ SAME = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "w8a8", "zeros"), SAME)
 def test_nz_is_nd_at_other_places(model, kind, w8a8, zeros):
-    """The same passes but for the layout: codes and logits of ND and of QUANTIZED, bit for bit.
+    """The same passes but for the layout: the codes of ND and of QUANTIZED, and the logits.
 
     Attention over NZ pages takes no offset, so one of V goes into the codes of a W8A8 o_proj, which
     is exact to half a step of its quantizer (tests/test_folds.py); ND does that by `fold="kv"`, and
@@ -151,15 +151,15 @@ def test_nz_is_nd_at_other_places(model, kind, w8a8, zeros):
     fold = "kv" if w8a8 and zeros else "offsets"
     ends = fold == "kv"
     program = quantized(directory, torch.float32, w8a8=w8a8, zeros=zeros, ends=ends)
-    logits, codes = in_turn({"prefill": program, "decode": program}, directory)
+    logits, codes = in_doubles({"prefill": program, "decode": program}, directory)
     for fuse in ("off", "on"):
         of = {
             kv_format: lowered(program, fuse, prefill_kv="int8", kv_format=kv_format, fold=fold)
             for kv_format in ("nd", "nz")
         }
-        nd, nz = (in_turn(programs, directory) for programs in of.values())
+        nd, nz = (in_doubles(programs, directory) for programs in of.values())
         for a, b in zip(nd[0], nz[0], strict=True):
-            assert torch.equal(a, b)
+            assert (a - b).abs().max() <= DOUBLE_BOUND * a.abs().max()
         for name, cache in nd[1].items():
             assert cache.any()
             assert torch.equal(to_nz(cache), nz[1][name])
@@ -167,7 +167,7 @@ def test_nz_is_nd_at_other_places(model, kind, w8a8, zeros):
             for name, cache in codes.items():
                 assert torch.equal(from_nz(nz[1][name], 1), cache)
             for a, b in zip(nz[0], logits, strict=True):
-                assert (a - b).abs().max() <= BOUND * b.abs().max()
+                assert (a - b).abs().max() <= DOUBLE_BOUND * b.abs().max()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from support.onnx_models import (
     with_int8_cache,
     without_weights,
 )
+from support.ties import on_one_of
 
 from kvc8.backends.onnx.lowered import emit_lowered
 from kvc8.backends.onnx.model import open_model
@@ -33,17 +34,21 @@ pytestmark = pytest.mark.slow  # a minute in all
 
 TABLES = [[7, 2, 11, 5], [9, 1, 3, 8]]
 BLOCK, BLOCKS, STEPS = 32, 12, 32
+# A value of up to 127 steps is off by BOUND of it at most, and gets another code only within that
+# of a middle, above or below: of values that lie anywhere, this share.
+SHARE = 2 * 127 * BOUND
 
 
 def lower(program, prefill_kv="int8", fuse="on"):
     return pipeline.lower_for_npu(program, Options(prefill_kv=prefill_kv, fuse=fuse))[0]
 
 
-def agree(phases, directory, out, seed=1, steps=STEPS):
+def agree(phases, directory, out, steps=STEPS):
     """Two prompts, each in two parts, and 32 decode steps: codes equal, logits within the bound.
 
-    BOUND is of float32 sums taken in another order. Codes differ only where a value lies within
-    rounding of a tie, one in fifty thousand; none does in the texts of these seeds.
+    BOUND is of float32 sums taken in another order. Each step agrees with one of five tokens a
+    sequence: see ties.py. A token's codes take the place of those of the one before. Prompts have
+    too many codes for that: some of them are off by one, and steps start from the emulation's.
     """
     checkpoint = open_checkpoint(directory)
     emit_lowered(phases, checkpoint, out)
@@ -56,22 +61,31 @@ def agree(phases, directory, out, seed=1, steps=STEPS):
         blocks=BLOCKS,
         block_size=BLOCK,
     )
-    prompts = [tokens(9, seed), tokens(14, seed + 1)]
+
+    def same(want, got):
+        for name, cache in emulated.caches.items():
+            assert cache.dtype is torch.int8
+            assert torch.equal(cache, ours.caches[name]), name
+        assert (want - got).abs().max() <= BOUND * want.abs().max()
+
+    prompts = [tokens(9), tokens(14, seed=2)]
     first = [Rows(p[:5], 0, table) for p, table in zip(prompts, TABLES, strict=True)]
     rest = [Rows(p[5:], 5, table) for p, table in zip(prompts, TABLES, strict=True)]
     for batch in (first, rest):  # the prompts' beginnings, then chunks with a past
-        want, got = emulated.mixed(batch), ours.mixed(batch)
-        assert (want - got).abs().max() <= BOUND * want.abs().max()
-    lengths = [len(prompt) for prompt in prompts]
-    for step in range(steps + 1):
-        assert (want - got).abs().max() <= BOUND * want.abs().max()
+        want, got, new = emulated.mixed(batch), ours.mixed(batch), sum(len(r.tokens) for r in batch)
+        assert want.shape == got.shape
         for name, cache in emulated.caches.items():
-            assert cache.dtype is torch.int8
-            assert torch.equal(cache, ours.caches[name]), f"{name} in step {step}"
-        chosen = want.argmax(-1).tolist()
-        lengths = [length + 1 for length in lengths]
-        want = emulated.decode(chosen, lengths, TABLES)
-        got = ours.decode(chosen, lengths, TABLES)
+            gap = (cache.int() - ours.caches[name].int()).abs()
+            assert gap.max() <= 1
+            assert gap.sum() <= SHARE * new * cache.shape[2:].numel() + 1
+            ours.caches[name].copy_(cache)
+    for step in range(1, steps + 1):
+        lengths = [9 + step, 14 + step]
+
+        def take_step(chosen, lengths=lengths):
+            same(*(model.decode(chosen, lengths, TABLES) for model in (emulated, ours)))
+
+        on_one_of([tokens(2, seed=5 * step + i) for i in range(5)], take_step)
 
 
 @pytest.mark.parametrize("directory", QUANTIZED, ids=["symmetric", "zero points"])
@@ -129,18 +143,18 @@ def showing(program, nodes):
     return probe
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("llama", 1), ("mistral", 1), ("qwen3", 2)])
-def test_float_linears_agree_too(kind, seed, tiny_model, tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3"])
+def test_float_linears_agree_too(kind, tiny_model, tmp_path):
     directory = tiny_model(kind)
     phases = lower(with_int8_cache(captured(directory), zeros=True))
-    agree(phases, directory, tmp_path / "out", seed)
+    agree(phases, directory, tmp_path / "out")
 
 
 def test_prompts_end_to_end_agree_where_heads_are_wide(tiny_model, tmp_path):
     directory = tiny_model("llama", head_dim=128)
     phases = lower(with_int8_cache(captured(directory)))
     assert any(node.kwargs.get("input_layout") == "TND" for node in phases["prefill"].graph.nodes)
-    agree(phases, directory, tmp_path / "out", seed=7, steps=16)
+    agree(phases, directory, tmp_path / "out", steps=16)
 
 
 def test_phases_share_what_is_made_of_stored_tensors(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import c8
+from support.ties import on_one_of
 
 from kvc8.backends.runtime.generate import generate
 from kvc8.backends.runtime.inputs import Batch, Rows
@@ -161,22 +162,25 @@ def test_all_phases_of_fused_programs_agree(kind, kv_format, tiny_c8, tiny_model
 @pytest.mark.slow
 def test_a_mixed_batch_gives_what_each_sequence_gets_alone(tiny_c8):
     model = Model(tiny_c8("llama", "float", "offsets"))
-    alone = model.load()
-    alone.mixed([Rows(PROMPT[:40], 0, [0, 1])])
-    alone.mixed([Rows(PROMPT[:9], 0, [2])])
-    together = model.load()
-    together.mixed([Rows(PROMPT[:9], 0, [2]), Rows(PROMPT[:40], 0, [0, 1])])
-    batch = [
-        Rows(PROMPT[9:10], 9, [2]),  # decode
-        Rows(PROMPT[:21], 0, [3]),  # a fresh prompt
-        Rows(PROMPT[40:60], 40, [0, 1]),  # the next chunk of one
-    ]
-    want = torch.cat([alone.mixed([rows]) for rows in batch])
-    got = together.mixed(batch)
-    # the same rows in the same programs, so only how many share a product of matrices differs
-    assert torch.allclose(got, want, atol=1e-4)
-    for name, cache in alone.caches.items():
-        assert torch.equal(cache, together.caches[name])
+
+    def agree(prompt: list[int]) -> None:
+        alone, together = model.load(), model.load()
+        alone.mixed([Rows(prompt[:40], 0, [0, 1])])
+        alone.mixed([Rows(prompt[:9], 0, [2])])
+        together.mixed([Rows(prompt[:9], 0, [2]), Rows(prompt[:40], 0, [0, 1])])
+        batch = [
+            Rows(prompt[9:10], 9, [2]),  # decode
+            Rows(prompt[:21], 0, [3]),  # a fresh prompt
+            Rows(prompt[40:60], 40, [0, 1]),  # the next chunk of one
+        ]
+        want = torch.cat([alone.mixed([rows]) for rows in batch])
+        got = together.mixed(batch)
+        # the same rows in the same programs, so only how many share a product of matrices differs
+        assert torch.allclose(got, want, atol=1e-4)
+        for name, cache in alone.caches.items():
+            assert torch.equal(cache, together.caches[name])
+
+    on_one_of((PROMPT, PROMPT[::-1], PROMPT[1:] + PROMPT[:1]), agree)
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Models for the tests of fusion: tiny ones, float or W8A8, with an int8 cache, QUANTIZED."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,11 +18,12 @@ from kvc8.ir.program import Program, argument, expression_of
 from kvc8.ir.run import run
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
+from kvc8.tools.verifier.recording import Hook, Parameters, Recording, empty, feed, record
 
 TOKENS = [5, 9, 17, 33, 65, 12, 101, 7, 44, 3, 25, 18, 90]
 TABLE = [[7, 2, 11, 5]]
-PAGE = 32  # the smallest block that the NPU's attention takes with an int8 cache
 LINEAR = torch.ops.aten.linear.default
+Values, Named = list[torch.Tensor], dict[str, torch.Tensor]
 
 
 def quantized(
@@ -97,22 +98,47 @@ def lowered(program: Program, fuse: str, **options: str) -> dict[str, Program]:
     return pipeline.lower_for_npu(program, Options(fuse=fuse, **options))[0]
 
 
-def in_turn(
-    programs: Mapping[str, Program], directory: Path, observe: object = None
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """A prompt but for its last token by one program, that one by the other: logits and caches."""
-    last, logits = len(TOKENS) - 1, []
-    caches = {
-        name: value
-        for name, value in values(programs["decode"], directory, block=PAGE).items()
-        if name in {cache.name for cache in programs["decode"].caches()}
-    }
-    for phase, start, end in (("prefill", 0, last), ("decode", last, last + 1)):
-        program = programs[phase]
-        given = step(TOKENS[start:end], [start], [end], TABLE, block=PAGE)
-        hosts = {"kv_lens": [end], "query_ends": [end - start]}
-        now = {**values(program, directory, block=PAGE), **given, **hosts, **caches}
-        first, *after = run(program, now, observe)
-        logits.append(first)
-        caches = dict(zip(caches, after, strict=True))
-    return logits, caches
+def in_doubles(programs: Mapping[str, Program], directory: Path) -> tuple[Values, Named]:
+    """A prompt but for its last token by one program, that one by the other: logits and caches.
+
+    These are what the programs mean, with no rounding (ir/precision/twins.py): forms that mean the
+    same give the same codes on every CPU, for a value would have to lie within one part in 10**15
+    of a middle for others.
+    """
+    prefill, decode = _recorded(programs, directory)
+    logits = [made.twin(made.results[0]) for made in (prefill, decode)]
+    return logits, {name: twin for name, (_, twin) in decode.caches.items()}
+
+
+def with_exact_linears(programs: Mapping[str, Program], directory: Path) -> tuple[Values, Named]:
+    """The same in the programs' own dtypes, but for linears: those in float64, and rounded once.
+
+    A sum of many would be rounded in another way where a linear is wider, or on another CPU.
+    """
+    prefill, decode = _recorded(programs, directory, _exact_linears)
+    logits = [made.values[made.results[0]] for made in (prefill, decode)]
+    return logits, {name: value for name, (value, _) in decode.caches.items()}
+
+
+def _recorded(
+    programs: Mapping[str, Program],
+    directory: Path,
+    hook: Callable[[Recording], Hook] | None = None,
+) -> list[Recording]:
+    parameters, last, found = Parameters(open_checkpoint(directory).read), len(TOKENS) - 1, []
+    caches = empty(programs["decode"])
+    for phase, tokens, start in (("prefill", TOKENS[:last], 0), ("decode", TOKENS[last:], last)):
+        given = feed(tokens, start).inputs(programs[phase])
+        found.append(record(programs[phase], parameters, given, caches, hook))
+        caches = found[-1].caches
+    return found
+
+
+def _exact_linears(made: Recording) -> Hook:
+    def exact(node: Node, value: object) -> object:
+        if node.target is not LINEAR:
+            return value
+        operands = [made.values[arg].double() for arg in node.args]
+        return LINEAR(*operands).to(value.dtype)
+
+    return exact
