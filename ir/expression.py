@@ -7,6 +7,7 @@ An expression is an expression; in a program's text it stands as the parameter's
 | expression | gives |
 |---|---|
 | `stored(name)` | the checkpoint's tensor |
+| `stacked(name, n)` | [n, ...]: the tensors whose names have 0 to n - 1 in the place of `*` |
 | `values([...], dtype)` | the numbers written here, 1-D (rotary frequencies, say) |
 | `cast(x, dtype)` `reshape(x, shape)` `transpose(x, a, b)` | as torch |
 | `slice(x, dim, start, end)` `concat([x, ...], dim)` | as torch |
@@ -22,6 +23,9 @@ An expression is an expression; in a program's text it stands as the parameter's
 | `int_bits(x)` | the inverse: float32's bits, zero-extended to int64 |
 | `w8a8(w8, input_scale, input_offset, deq_scale, quant_bias)` | the float weight: w8*deq/input |
 | `w8a8_bias(...)` | the float bias that quant_bias stands for |
+| `w8a8_dynamic(w8, weight_scale)` | the float weight: w8*scale, a scale a row |
+| `w8a8_mix(w8, weight_scale, input_scale, input_offset, deq_scale, quant_bias)` | the same |
+| `mixed(w8, input_scale, input_offset, deq_scale, quant_bias)` | w8, and what is static of it |
 | `rope_bound(scale, zero, distance, width, kind, factor)` | K scales that hold after RoPE |
 | `round_up(x, dtype)` | float32 x, at least as large and exact in dtype |
 | `fp19(x)` | float32 x cut to the 10 fraction bits that an int8 matmul reads of a packed scale |
@@ -63,6 +67,11 @@ def stored(name: str) -> Expression:
     return Expression("stored", (name,))
 
 
+def stacked(name: str, count: int) -> Expression:
+    """The tensors whose names have 0, 1, ... in the place of the `*` of `name`, as one."""
+    return Expression("stacked", (name, count))
+
+
 def cast(x: Expression, dtype: torch.dtype) -> Expression:
     """The values of x in another dtype."""
     return Expression("cast", (x, dtype))
@@ -77,16 +86,28 @@ def stored_names(expression: Expression) -> Iterator[str]:
     """The checkpoint's tensors that an expression reads."""
     if expression.op == "stored":
         yield str(expression.args[0])
+    if expression.op == "stacked":
+        yield from stacked_names(expression)
     for arg in expression.args:
         for item in arg if isinstance(arg, tuple) else (arg,):
             if isinstance(item, Expression):
                 yield from stored_names(item)
 
 
+def stacked_names(of: Expression) -> Iterator[str]:
+    """The names that a `stacked(name, n)` speaks of, in order."""
+    name, count = of.args
+    head, _, tail = str(name).partition("*")
+    assert isinstance(count, int)
+    yield from (f"{head}{i}{tail}" for i in range(count))
+
+
 def make(expression: Expression, read: Read, derived: Read | None = None) -> Tensor:
     """Make the tensor; `read` gives the checkpoint's tensors by name, `derived` an artifact's."""
     if expression.op == "stored":
         return read(str(expression.args[0]))
+    if expression.op == "stacked":
+        return torch.stack([read(name) for name in stored_names(expression)])
     if expression.op == "derived" and derived:
         return derived(str(expression.args[0]))
     if expression.op in EACH_RANK:
@@ -120,6 +141,11 @@ def _w8a8(w8: Tensor, in_scale: Tensor, _: Tensor, deq_scale: Tensor, __: Tensor
 
 def _w8a8_bias(w8: Tensor, _: Tensor, offset: Tensor, deq_scale: Tensor, bias: Tensor) -> Tensor:
     return (bias.double() + w8.sum(1, dtype=torch.int64) * offset.double()) * deq_scale.double()
+
+
+def _w8a8_dynamic(w8: Tensor, scale: Tensor, *_: Tensor) -> Tensor:
+    wide = scale.to(torch.promote_types(scale.dtype, torch.float32))
+    return w8.float() * wide.reshape(*w8.shape[:-1], 1)
 
 
 def furthest(zero: Tensor) -> Tensor:
@@ -195,6 +221,9 @@ STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "masked_above": _masked_above,
         "w8a8": _w8a8,
         "w8a8_bias": _w8a8_bias,
+        "w8a8_dynamic": _w8a8_dynamic,
+        "w8a8_mix": _w8a8_dynamic,
+        "mixed": lambda w8, *_: w8,
     }
 )
 

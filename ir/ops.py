@@ -191,29 +191,69 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("kvc8::grouped_linear", mutates_args=())
-def _grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """The linears of a mixture's experts: rows up to ends[0] by the first, and so on.
+@torch.library.custom_op("kvc8::quantize_tokens", mutates_args=())
+def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of each row and its scale: s = max|row| / 127, round(row / s).
 
-    x [R, in], sorted by expert; weight [E, in, out]; ends whole numbers [E]. Gives [R, out].
+    x [..., K]; gives int8 [..., K] and float32 [...], in float32, half to even. A row of zeros has
+    the scale 0. (npu_dynamic_quant; vllm-ascend quantization/methods/w8a8_dynamic.py.)
     """
-    out, start = x.new_zeros(len(x), weight.shape[2]), 0
-    for expert, end in enumerate(ends.long().tolist()):
-        out[start:end] = x[start:end] @ weight[expert]
-        start = end
-    return out
+    wide = x.float()
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scale.masked_fill(scale == 0, 1)).round()
+    return codes.clamp(-128, 127).to(torch.int8), scale.squeeze(-1)
 
 
-@_grouped_linear.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    torch._check(x.shape[1] == weight.shape[1], lambda: "x and weight differ in width")
-    torch._check(ends.shape[0] == weight.shape[0], lambda: "ends and weight differ in experts")
-    return x.new_empty(x.shape[0], weight.shape[2])
+@_quantize_tokens.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes = torch.empty_like(x, dtype=torch.int8)
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvc8::dynamic_linear", mutates_args=())
+def _dynamic_linear(
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(x·weight^T)*weight_scale*scale + bias: exact in int32, then float32, then cast.
+
+    x int8 [..., K] and scale float32 [...] of `quantize_tokens`; weight int8 [O, K], weight_scale
+    float32 [O], bias float32 [O]; gives dtype [..., O]. K as in `quant_linear`.
+    """
+    acc = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t()).reshape(*x.shape[:-1], -1)
+    out = acc.float() * weight_scale * scale.unsqueeze(-1)
+    return (out if bias is None else out + bias).to(dtype)
+
+
+@_dynamic_linear.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    torch._check(x.dtype == weight.dtype == torch.int8, lambda: "x and weight are not both int8")
+    torch._check(x.shape[-1] == weight.shape[1], lambda: "x and weight differ in width")
+    torch._check(weight.shape[1] <= 131072, lambda: "an int32 sum this wide can overflow")
+    torch._check(scale.shape == x.shape[:-1], lambda: "scale is not one a row of x")
+    for name, part in (("weight_scale", weight_scale), ("bias", bias)):
+        if part is not None:
+            torch._check(part.dtype == torch.float32, lambda name=name: f"{name} is not float32")
+            fits = part.shape == weight.shape[:1]
+            torch._check(fits, lambda name=name: f"{name} is not one an output")
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
 
 
 cache_write = torch.ops.kvc8.cache_write.default
-grouped_linear = torch.ops.kvc8.grouped_linear.default
 paged_attention = torch.ops.kvc8.paged_attention.default
 quantize = torch.ops.kvc8.quantize.default
 dequantize = torch.ops.kvc8.dequantize.default
 quant_linear = torch.ops.kvc8.quant_linear.default
+quantize_tokens = torch.ops.kvc8.quantize_tokens.default
+dynamic_linear = torch.ops.kvc8.dynamic_linear.default

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir import npu, ops, rank_ops
+from kvc8.ir import mixture_ops, npu, ops, rank_ops
 from kvc8.ir.errors import IRError
 from kvc8.ir.nz import nz_row
 from kvc8.ir.program import (
@@ -31,9 +31,12 @@ from kvc8.ir.program import (
 from kvc8.ir.ranks import each_ranks_own
 from kvc8.ir.types import show_type
 
-FLOAT = frozenset(
-    {ops.cache_write, ops.paged_attention, ops.quantize, ops.quant_linear, ops.grouped_linear}
-)
+LINEARS = {ops.quantize, ops.quant_linear, ops.quantize_tokens, ops.dynamic_linear}
+MIXTURE = {
+    *(mixture_ops.route, mixture_ops.combine),
+    *(mixture_ops.grouped_linear, mixture_ops.dynamic_grouped_linear),
+}
+FLOAT = frozenset({ops.cache_write, ops.paged_attention, *LINEARS, *MIXTURE})
 RANKS = frozenset(
     {rank_ops.int_linear, rank_ops.dequant_sum, rank_ops.all_reduce, rank_ops.all_gather}
 )

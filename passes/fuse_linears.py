@@ -74,7 +74,7 @@ def fuse_linears(program: Program) -> Iterator[Remark]:
 def _groups(program: Program) -> list[list[Node]]:
     """The linears that read one value, by module, where there are several."""
     found: dict[tuple[Node, str], list[Node]] = {}
-    for linear in program.calls(ops.quant_linear, ATEN.linear.default):
+    for linear in program.calls(ops.quant_linear, ops.dynamic_linear, ATEN.linear.default):
         x = argument(linear, 0)
         x = argument(x, 0) if is_call(x, ops.quantize) else x
         found.setdefault((x, _module(linear)), []).append(linear)
@@ -109,14 +109,16 @@ def _quantizer(linear: Node) -> tuple[Expression | None, ...]:
 
 
 def _bias(linear: Node) -> Argument:
-    at = 3 if is_call(linear, ops.quant_linear) else 2
+    at = {ops.quant_linear: 3, ops.dynamic_linear: 4}.get(linear.target, 2)  # type: ignore[call-overload]
     return linear.args[at] if len(linear.args) > at else None
 
 
 def _pack(program: Program, group: list[Node]) -> Node:
     first = group[0]
     assert callable(first.target)
-    args = [argument(first, 0), *(_packed(program, group, i) for i in range(1, len(first.args)))]
+    own = 2 if is_call(first, ops.dynamic_linear) else 1  # arguments that are of the input
+    parts_of = (_packed(program, group, i) for i in range(own, len(first.args)))
+    args = [*first.args[:own], *parts_of]
     both = program.call(first, first.target, *args, name="linear")
     parts = program.call(first, ATEN.split_with_sizes.default, both, _widths(group), -1)
     for i, linear in enumerate(group):

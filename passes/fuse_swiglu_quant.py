@@ -22,9 +22,14 @@ after:
         reshape_1: i8[1, T, 32] = aten.reshape(getitem, [1, -1, 32])
         return [reshape_1]
 
+A swiglu that npu_dynamic_quant reads, as in a mixture's experts, is quantized by the op's mode of a
+scale a token.
+
 Bound. The op rounds once, to a code; npu_swiglu rounds to the dtype of x before. A code that does not
 saturate stands for at most 255.5 steps, of which that rounding moves 255.5 * 2**-11 in float16 and
-255.5 * 2**-8 in bfloat16, less than one: codes differ by at most 1, and in float32 by nothing.
+255.5 * 2**-8 in bfloat16, less than one: codes differ by at most 1, and in float32 by nothing. With
+a scale a token both the value and the scale move, each by half a unit in the last place, 2**-11 or
+2**-9 of itself: 127 steps by 0.13 or 0.5.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,8 +50,12 @@ RESHAPE = torch.ops.aten.reshape.default
 
 def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
     """By how much codes may differ: see the module."""
-    if not is_call(old, npu.npu_quantize):
+    source = argument(old, 0) if is_call(old, getitem) else old
+    if not is_call(source, npu.npu_quantize, npu.npu_dynamic_quant):
         return torch.zeros(())
+    if tensor_type(old).dtype is not torch.int8:
+        return torch.zeros(())  # a token's scale
+    old = source
     return torch.tensor(float(tensor_type(argument(old, 0)).dtype is not torch.float32))
 
 
@@ -54,6 +63,10 @@ def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
 def fuse_swiglu_quant(program: Program) -> Iterator[Remark]:
     """See the module."""
     for swiglu in program.calls(npu.npu_swiglu):
+        dynamic = _dynamic(swiglu)
+        if dynamic is not None:
+            yield hit(_by_token(program, swiglu, dynamic))
+            continue
         quantize = _quantizer(swiglu)
         if quantize is None:
             yield miss(swiglu, "it is not read by a single quantizer of one scale")
@@ -63,6 +76,28 @@ def fuse_swiglu_quant(program: Program) -> Iterator[Remark]:
         shape = [1, -1, int(tensor_type(swiglu).shape[-1])]
         quantize.replace_all_uses_with(program.call(quantize, RESHAPE, codes, shape))
         yield hit(both)
+
+
+def _dynamic(swiglu: Node) -> Node | None:
+    """The npu_dynamic_quant that alone reads a swiglu, as it is or as a list of rows."""
+    readers = list(swiglu.users)
+    if len(readers) == 1 and is_call(readers[0], RESHAPE):
+        readers = list(readers[0].users)
+    found = len(readers) == 1 and is_call(readers[0], npu.npu_dynamic_quant)
+    return readers[0] if found and not readers[0].kwargs and swiglu.args[1] == -1 else None
+
+
+def _by_token(program: Program, swiglu: Node, dynamic: Node) -> Node:
+    """The call in the place of both, which gives codes and scales as npu_dynamic_quant does."""
+    width = int(tensor_type(swiglu).shape[-1])
+    x = argument(swiglu, 0)
+    if len(tensor_type(x).shape) > 2:
+        x = program.call(swiglu, RESHAPE, x, [-1, 2 * width])
+    options = {"activate_left": True, "quant_mode": 1}
+    fused = program.call(swiglu, npu.npu_dequant_swiglu_quant, x, kwargs=options)
+    for item in list(dynamic.users):
+        item.replace_all_uses_with(program.call(dynamic, getitem, fused, item.args[1]))
+    return fused
 
 
 def _quantizer(swiglu: Node) -> Node | None:

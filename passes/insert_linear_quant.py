@@ -21,7 +21,7 @@ after:
         linear_1: f16[1, T, 32] = kvc8.quant_linear(quantize, w_int8, w_deq_scale, w_quant_bias, f16)
         return [linear_1]
 
-A linear whose weight is stored as float is left alone.
+A linear whose weight is stored as float, or whose input has a scale a token, is left alone.
 
 Bound: x = s*(q - z) + e with |e| <= s/2 where x is in range, and the sum over K is exact, so that
 output o differs from the float linear by at most s/2 * sum_k |w[o, k]|, and by as much more as
@@ -66,7 +66,7 @@ def insert_linear_quant(program: Program) -> Iterator[Remark]:
     for linear in program.calls(torch.ops.aten.linear.default):
         parts = _w8a8(argument(linear, 1))
         if parts is None:
-            yield miss(linear, "its weight is stored as float")
+            yield miss(linear, _why_not(argument(linear, 1)))
             continue
         x, weight = argument(linear, 0), argument(linear, 1)
         scale, zero, w8, deq_scale, bias = _parameters(program, weight, parts)
@@ -75,6 +75,12 @@ def insert_linear_quant(program: Program) -> Iterator[Remark]:
         new = program.call(linear, ops.quant_linear, x8, w8, deq_scale, bias, dtype, name="linear")
         linear.replace_all_uses_with(new)
         yield hit(new)
+
+
+def _why_not(weight: Node) -> str:
+    """A dynamic one is left to insert_dynamic_quant."""
+    dynamic = is_parameter(weight) and "w8a8_" in str(expression_of(weight))
+    return "its input has a scale a token" if dynamic else "its weight is stored as float"
 
 
 def _w8a8(weight: Node) -> tuple[Expression, ...] | None:

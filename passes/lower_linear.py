@@ -57,6 +57,7 @@ def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
     """How far a result may be from what it was: see the module. The 19-bit scale loses 2**-10."""
     dtype, of_ranks = tensor_type(new).dtype, is_call(old, rank_ops.dequant_sum)
     cut = (of_ranks or is_call(new, npu.npu_quant_matmul)) and dtype is torch.float16
+    cut = cut and "pertoken_scale" not in new.kwargs
     if cut or (of_ranks and dtype is torch.bfloat16):
         return look(old).abs() * (2.0**-10 if cut else 2.0**-8)
     return torch.zeros(())

@@ -59,9 +59,14 @@ def _halves(silu: Node) -> Node | None:
     parts = argument(gate, 0)
     if not is_call(up, getitem) or argument(up, 0) is not parts:
         return None
-    if not is_call(parts, ATEN.split_with_sizes.default) or (gate.args[1], up.args[1]) != (0, 1):
+    if (gate.args[1], up.args[1]) != (0, 1):
         return None
-    sizes, last = parts.args[1], len(tensor_type(gate).shape) - 1
+    last = len(tensor_type(gate).shape) - 1
+    if is_call(parts, ATEN.chunk.default):
+        return argument(parts, 0) if parts.args[1:] in ((2, -1), (2, last)) else None
+    if not is_call(parts, ATEN.split_with_sizes.default):
+        return None
+    sizes = parts.args[1]
     assert isinstance(sizes, list | tuple)
     even = len(sizes) == 2 and sizes[0] == sizes[1] and parts.args[2] in (-1, last)
     return argument(parts, 0) if even else None

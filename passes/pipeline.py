@@ -19,14 +19,18 @@ from kvc8.passes.fuse_norm_quant import fuse_norm_quant
 from kvc8.passes.fuse_norm_rope_quant_cache import fuse_norm_rope_quant_cache
 from kvc8.passes.fuse_rope_quant_cache import fuse_rope_quant_cache
 from kvc8.passes.fuse_swiglu_quant import fuse_swiglu_quant
+from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.passes.lower_collectives import lower_collectives
+from kvc8.passes.lower_dynamic_linear import lower_dynamic_linear
 from kvc8.passes.lower_linear import lower_linear
+from kvc8.passes.lower_mixture import lower_mixture
 from kvc8.passes.lower_norms import lower_norms
 from kvc8.passes.lower_paged_attention import lower_paged_attention
 from kvc8.passes.lower_rope import lower_rope
+from kvc8.passes.lower_router import lower_router
 from kvc8.passes.lower_swiglu import lower_swiglu
 from kvc8.passes.options import Options
 from kvc8.passes.remove_cache_copies import remove_cache_copies
@@ -44,10 +48,16 @@ DEFAULT = Options()
 QUANTIZE: tuple[Step, ...] = (
     remove_identities,
     insert_linear_quant,
+    insert_dynamic_quant,
     repair_rope_scales,
     insert_kv_quant,
 )
-AS_IS: tuple[Step, ...] = (remove_identities, insert_linear_quant, insert_kv_quant)
+AS_IS: tuple[Step, ...] = (
+    remove_identities,
+    insert_linear_quant,
+    insert_dynamic_quant,
+    insert_kv_quant,
+)
 
 # `--tp N`: after either of the two, with how many ranks and how they sum bound to it.
 DIVIDE: tuple[Step, ...] = (shard,)
@@ -75,6 +85,9 @@ FOLD_KV_AND_WEIGHTS: tuple[Step, ...] = (
 LAYER: tuple[Step, ...] = (
     fuse_linears,
     lower_linear,
+    lower_dynamic_linear,
+    lower_router,
+    lower_mixture,
     lower_collectives,
     lower_norms,
     lower_rope,

@@ -46,6 +46,37 @@ KINDS: dict[str, tuple[str, dict[str, object]]] = {
             "moe_intermediate_size": 32,
         },
     ),
+    "glm4_moe": (  # groups of experts, a bias that only chooses, shared experts, a dense layer
+        "glm4_moe",
+        {
+            "head_dim": 16,
+            "n_routed_experts": 12,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "minimax_m2": (  # stored as block_sparse_moe.experts.0.w1
+        "minimax_m2",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16},
+    ),
+    "granitemoe": (  # stored with all experts in one
+        "granitemoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "gpt_oss": (  # experts with biases, and weights that lie transposed
+        "gpt_oss",
+        {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "mistral": ("mistral", {"head_dim": 16, "sliding_window": 8}),
     "gemma3": (
         "gemma3_text",

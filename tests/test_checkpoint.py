@@ -84,7 +84,7 @@ def shards(directory: Path, tensors: dict[str, Tensor], index: str) -> None:
 
 def placed(checkpoint: Checkpoint) -> list[str]:
     """The tensors that a W8A8 linear or a KV scale names, each as often as it is named."""
-    linears = (vars(linear).values() for linear in checkpoint.w8a8.values())
+    linears = (linear.tensors.values() for linear in checkpoint.w8a8.values())
     scales = ((s.scale, s.offset) for pair in checkpoint.kv.values() for s in pair)
     return [name for group in (*linears, *scales) for name in group if name is not None]
 
@@ -151,8 +151,9 @@ def test_scales_of_each_dtype_open(tmp_path: Path, dtype: torch.dtype) -> None:
         for s in "kv"
     )
     k = f"{prefix}.k_proj."
-    parts = list(LinearQuant.__dataclass_fields__)[:-1]
-    assert checkpoint.w8a8[f"{prefix}.k_proj"] == LinearQuant(*(k + part for part in parts), None)
+    _, *parts, _ = LinearQuant.__dataclass_fields__
+    want = LinearQuant("static", *(k + part for part in parts), None)
+    assert checkpoint.w8a8[f"{prefix}.k_proj"] == want
 
 
 def test_c8_without_w8a8_opens_with_a_warning(tmp_path: Path) -> None:

@@ -280,9 +280,23 @@ CASES: dict[str, tuple[Damage, str]] = {
         "copy the description that belongs to these weights",
     ),
     "a label that kvc8 does not read": (
-        edit(DESCRIPTION, **{f"{K1}.weight": "W8A8_DYNAMIC"}),
-        f"DIR/DESCRIPTION: labels {K1}.weight W8A8_DYNAMIC, which kvc8 does not read; "
+        edit(DESCRIPTION, **{f"{K1}.weight": "W4A8_DYNAMIC"}),
+        f"DIR/DESCRIPTION: labels {K1}.weight W4A8_DYNAMIC, which kvc8 does not read; "
         "quantize the model to W8A8 with C8",
+    ),
+    "two labels of one linear": (
+        edit(DESCRIPTION, **{f"{K1}.weight": "W8A8_DYNAMIC"}),
+        f"DIR/DESCRIPTION: labels tensors of {K1} W8A8_DYNAMIC, W8A8; quantize the model again",
+    ),
+    "a dynamic linear of a static one's parts": (
+        edit(DESCRIPTION, **{f"{K1}.input_scale": "W8A8_DYNAMIC"}),
+        f"DIR/DESCRIPTION: labels {K1}.input_scale W8A8_DYNAMIC, which such a tensor cannot be; "
+        "quantize the model again",
+    ),
+    "rotations at run time": (
+        edit(DESCRIPTION, metadata={"quarot": {"max_tp_size": 4}}),
+        "DIR/DESCRIPTION: says that values are rotated at run time, which kvc8 does not do; "
+        "quantize the model with offline rotations only",
     ),
     "a label that cannot be": (
         edit(DESCRIPTION, **{f"{K1}.weight": "C8"}),

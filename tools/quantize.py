@@ -51,7 +51,7 @@ from kvc8.tools.quantizer.options import (
 from kvc8.tools.quantizer.recipes import kvc8, minmax, msmodelslim
 from kvc8.tools.quantizer.recipes.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.sensitivity import measure, roll_back, table
-from kvc8.tools.quantizer.sites import LinearSite, choose, sites, vocabulary
+from kvc8.tools.quantizer.sites import LinearSite, choose, labels, sites, vocabulary
 from kvc8.tools.quantizer.transforms.rotation import untied_bytes
 from kvc8.tools.quantizer.work import Report, Texts, Work
 
@@ -129,7 +129,7 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: 
         return msmodelslim.quantize(run, texts, options)
     mixed = experts(run.program)
     chosen = choose(sites(run.program), args.disable, args.down_proj, mixed)
-    mixed = choose_experts(mixed, args.disable, args.down_proj)
+    mixed = choose_experts(mixed, args.disable)
     if not chosen and not mixed and not args.use_kvcache_quant:
         raise ModelError("--disable", "leaves nothing to quantize", "name fewer linears")
     name = kvc8.NAME if recipe == "kvc8" else minmax.NAME
@@ -138,8 +138,10 @@ def _make(run: Work, args: argparse.Namespace, recipe: str, texts: Texts, more: 
         notes = {"kv_calibrated": "post-rope", **notes}
     if recipe == "kvc8":
         chosen, rolled_back = _rolled_back(run, args, texts, chosen)
-        return kvc8.quantize(run, texts, chosen, kvc8_options(args), {**notes, **rolled_back}, more)
-    return minmax.quantize(run, texts, chosen, mixed, args.use_kvcache_quant, notes)
+        named, notes = labels(chosen, args.act, args.dynamic), {**notes, **rolled_back}
+        return kvc8.quantize(run, texts, chosen, kvc8_options(args), notes, mixed, named, more)
+    named = labels(chosen, args.act, args.dynamic)
+    return minmax.quantize(run, texts, chosen, mixed, args.use_kvcache_quant, notes, named)
 
 
 def _rolled_back(
@@ -157,9 +159,13 @@ def _rolled_back(
 
 
 def _summarize(args: argparse.Namespace, plan: QuantPlan, recipe: str, texts: Texts) -> None:
-    every = sum(len(modules) for kind in experts(plan.program) for modules in kind.modules)
+    every = sum(len(kind.every) for kind in experts(plan.program))
     left = len(sites(plan.program)) + every - len(plan.linears)
     print(f"{args.output}: {len(plan.linears)} linears in W8A8, {left} float, lm_head float")
+    if missed := plan.notes.get("experts_not_reached"):
+        assert isinstance(missed, list)
+        what = f"{len(missed)} experts were reached by no text ({listed(missed)})"
+        print(f"{what}; their scales are those of their weights, as every expert's")
     if plan.kv:
         when = "before" if recipe == "msmodelslim" else "after"
         layers, tokens = len(plan.kv) // 2, sum(map(len, texts))

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch.fx import Node
 
+from kvc8.backends.onnx import dynamic
 from kvc8.backends.onnx.attention import cache_write, paged_attention
 from kvc8.backends.onnx.builder import END, Builder, Value
 from kvc8.backends.onnx.mixtures import MIXTURES
@@ -188,6 +189,7 @@ def _softmax(b: Builder, node: Node, x: Value, dim: int, *_: object) -> Value:
 LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
     {
         **MIXTURES,
+        **dynamic.LOWERINGS,
         ops.quantize: quantize,
         ops.dequantize: dequantize,
         ops.quant_linear: quant_linear,

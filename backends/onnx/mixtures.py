@@ -12,7 +12,8 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import Builder, Value
-from kvc8.ir import ops
+from kvc8.backends.onnx.dynamic import by_expert
+from kvc8.ir import mixture_ops
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import argument, is_call, tensor_type
 from kvc8.ir.shapes import Op
@@ -22,20 +23,47 @@ I64 = torch.int64
 aten = torch.ops.aten
 
 
-def _grouped_linear(b: Builder, node: Node, x: Value, weight: Value, ends: Value) -> Value:
-    """`kvc8.grouped_linear`; rows past the last end are zeros."""
-    ends = b.cast(ends, tensor_type(argument(node, 2)).dtype, I64)
-    type_ = tensor_type(argument(node, 1))
-    start, parts = b.shape([0]), []
-    for expert in range(int(type_.shape[0])):
-        end = b.op("Slice", ends, [expert], [expert + 1], [0])
-        rows = b.op("Slice", x, start, end, [0])
-        parts.append(b.op("MatMul", rows, b.op("Gather", weight, expert, axis=0)))
-        start = end
-    left = b.op("Sub", b.op("Shape", x, start=0, end=1), start)
-    shape = b.op("Concat", left, b.shape([type_.shape[2]]), axis=0)
-    rest = b.op("Expand", b.number(0, tensor_type(node).dtype), shape)
-    return b.op("Concat", *parts, rest, axis=0)
+def _route(b: Builder, node: Node, x: Value, experts: Value, count: int) -> Sequence[Value]:
+    """`kvc8.route`; TopK of all puts equal ones in the order in which they came."""
+    shape, dtype = tensor_type(argument(node, 1)).shape, tensor_type(argument(node, 1)).dtype
+    flat = b.op("Reshape", b.cast(experts, dtype, I64), [-1])
+    size = b.op("Shape", flat)
+    order = _order(b, flat, size)
+    places = _order(b, order, size)
+    rows = b.op("Gather", x, b.op("Div", order, b.number(int(shape[1]), I64)), axis=0)
+    found = b.op("Equal", b.op("Unsqueeze", flat, [1]), b.constant(torch.arange(count)))
+    counts = b.op("ReduceSum", b.cast(found, torch.bool, I64), [0], keepdims=0)
+    return rows, b.cast(places, I64, torch.int32), counts
+
+
+def _order(b: Builder, x: Value, size: Value) -> Value:
+    """Where the values of x lie, the least first."""
+    _, places = b.call("", "TopK", x, size, outputs=2, axis=0, largest=0, sorted=1)
+    return places
+
+
+def _combine(b: Builder, node: Node, rows: Value, places: Value, weights: Value) -> Value:
+    """`kvc8.combine`."""
+    dtype, weighted = tensor_type(node).dtype, tensor_type(argument(node, 2))
+    wide = torch.promote_types(dtype, torch.float32)
+    each = b.op("Gather", b.cast(rows, dtype, wide), places, axis=0)
+    width = tensor_type(node).shape[1]
+    each = b.op("Reshape", each, b.shape([-1, weighted.shape[1], width]))
+    factor = b.op("Unsqueeze", b.cast(weights, weighted.dtype, wide), [-1])
+    return b.cast(b.op("ReduceSum", b.op("Mul", each, factor), [1], keepdims=0), wide, dtype)
+
+
+def _grouped_linear(
+    b: Builder, node: Node, x: Value, weight: Value, bias: Value | None, counts: Value
+) -> Value:
+    """`kvc8.grouped_linear`."""
+
+    def linear(expert: int, start: Value, end: Value) -> Value:
+        matrix = b.op("Transpose", b.op("Gather", weight, expert, axis=0), perm=[1, 0])
+        made = b.op("MatMul", b.op("Slice", x, start, end, [0]), matrix)
+        return made if bias is None else b.op("Add", made, b.op("Gather", bias, expert, axis=0))
+
+    return by_expert(b, node, counts, linear)
 
 
 def _topk(
@@ -110,6 +138,26 @@ def _index_put(
     return b.op("ScatterND", x, b.op("Unsqueeze", indices[0], [-1]), values)
 
 
+def _masked_fill(b: Builder, node: Node, x: Value, mask: Value, fill: float) -> Value:
+    return b.op("Where", mask, b.number(fill, tensor_type(node).dtype), x)
+
+
+def _scatter(b: Builder, node: Node, x: Value, dim: int, index: Value, fill: float) -> Value:
+    """One number at the places of an index [..., k] along a dimension."""
+    spread = b.op("Expand", b.number(fill, tensor_type(node).dtype), b.op("Shape", index))
+    return b.op("ScatterElements", x, index, spread, axis=dim)
+
+
+def _gather(b: Builder, node: Node, x: Value, dim: int, index: Value) -> Value:
+    return b.op("GatherElements", x, index, axis=dim)
+
+
+def _not(b: Builder, node: Node, x: Value) -> Value:
+    if tensor_type(node).dtype is not torch.bool:
+        raise TargetError(node.name, "onnx inverts truths here and no bits", "cast before")
+    return b.op("Not", x)
+
+
 def _sum(
     b: Builder, node: Node, x: Value, dims: list[int], keepdim: bool = False, **_: object
 ) -> Value:
@@ -119,15 +167,22 @@ def _sum(
 
 MIXTURES: Mapping[Op, Callable[..., object]] = MappingProxyType(
     {
-        ops.grouped_linear: _grouped_linear,
+        mixture_ops.route: _route,
+        mixture_ops.combine: _combine,
+        mixture_ops.grouped_linear: _grouped_linear,
         aten.arange.default: _arange,
+        aten.bitwise_not.default: _not,
         aten.cumsum.default: _cumsum,
         aten.empty_like.default: _empty_like,
         aten.floor_divide.default: _floor_divide,
+        aten.gather.default: _gather,
         aten.histc.default: _histc,
         aten.index_put.default: _index_put,
+        aten.masked_fill.Scalar: _masked_fill,
+        aten.scatter.value: _scatter,
         aten.sort.default: _sort,
         aten.sum.dim_IntList: _sum,
         aten.topk.default: _topk,
+        aten.zeros_like.default: _empty_like,
     }
 )

@@ -5,7 +5,8 @@ directory, since ONNX Runtime reads no data from outside of it. Of other express
 
     from under 64 KB of stored tensors   the tensor is made now and written to derived.bin
     cast, reshape, transpose, slice,     nodes over external data, which ONNX Runtime computes once
-    concat, neg, reciprocal, expand      when it loads the model
+    concat, stacked, mixed, neg,         when it loads the model
+    reciprocal, expand
     w8a8                                 likewise Cast and Mul, with a scale in derived.bin
     whatever else                        made now and written to derived.bin
 """
@@ -84,10 +85,14 @@ class Weights:
         if expression.op == "stored":
             return self._external(str(expression.args[0]))
         size = sum(self.checkpoint.tensors[s].nbytes for s in stored_names(expression))
-        if size < SMALL or expression.op not in (*NODES, "w8a8"):
+        if size < SMALL or expression.op not in (*NODES, "w8a8", "stacked"):
             return self._put(str(expression), lambda: make(expression, self.checkpoint.read), name)
         if expression.op == "w8a8":
             return self._w8a8(expression, name)
+        if expression.op == "stacked":
+            each = [self._external(stored) for stored in stored_names(expression)]
+            rows = [self.b.op("Unsqueeze", part, [0]) for part in each]
+            return self.b.op("Concat", *rows, axis=0)
         first, *rest = expression.args
         parts = first if isinstance(first, tuple) else (first,)
         made = [
@@ -161,6 +166,7 @@ NODES: Mapping[str, Callable[..., Value]] = MappingProxyType(
         "slice": lambda b, rank, xs, dim, start, end: b.op("Slice", *xs, [start], [end], [dim]),
         "concat": lambda b, rank, xs, dim: b.op("Concat", *xs, axis=dim),
         "neg": lambda b, rank, xs: b.op("Neg", *xs),
+        "mixed": lambda b, rank, xs, *_: xs[0],
         "reciprocal": lambda b, rank, xs: b.op("Reciprocal", *xs),
     }
 )

@@ -86,7 +86,7 @@ def _spare(checkpoint: Checkpoint, used: set[str]) -> Iterator[str]:
             what = f"{linear.weight_offset} is not zero"
             do = "quantize the weights symmetrically (w_sym=True)"
             raise ModelError(checkpoint.path.name, what, do)
-        yield from (name for name in vars(linear).values() if name)
+        yield from linear.tensors.values()
     for side in (side for pair in checkpoint.kv.values() for side in pair):
         yield from (
             name for name in (side.scale, side.offset) if name

@@ -8,8 +8,9 @@ torch.export leaves several spellings of one thing and some that say nothing. A 
     _assert_tensor_metadata, ...      -> nothing
     device, layout, pin_memory        -> left out; a program runs where its inputs are
     dropout in evaluation             -> its argument
-    index_put_                        -> aten.index_put, whose result is all that is used
-    transformers.grouped_mm_fallback  -> kvc8.grouped_linear
+    topk, in whatever order           -> topk, the largest first
+    div_, scatter_, index_put_, ...   -> what gives the same and writes nowhere; whoever reads the
+                                         written tensor after that reads its result
 """
 
 import operator
@@ -19,7 +20,7 @@ from torch import SymInt
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program, op_name, substitute, tensor_type
 
 ATEN = torch.ops.aten
@@ -52,10 +53,6 @@ CHECKS = (
     ATEN.sym_constrain_range_for_size.default,
 )
 ON_HOST = (operator.add, operator.sub, operator.mul, operator.floordiv, ATEN.sym_size.int)
-FUNCTIONAL = {
-    "aten::index_put_": ATEN.index_put.default,
-    "transformers::grouped_mm_fallback": ops.grouped_linear,
-}
 PLACE = ("device", "layout", "pin_memory")
 
 
@@ -67,6 +64,8 @@ def copy_call(program: Program, node: Node, env: dict[Node, Node], origin: str) 
         env[node] = env[node.all_input_nodes[0]]
         return
     made = _reshape(program, node, env) or _cast(program, node, env) or _plain(program, node, env)
+    if _writes(node):
+        env[node.all_input_nodes[0]] = made
     if made.op == "call_function" and "origin" not in made.meta:
         made.meta["origin"] = origin
     env[node] = made
@@ -80,9 +79,30 @@ def _plain(program: Program, node: Node, env: dict[Node, Node]) -> Node:
         for name, arg in node.kwargs.items()
         if name not in PLACE
     }
-    name = node.target.name() if isinstance(node.target, OpOverload) else ""
-    target = FUNCTIONAL.get(name, node.target)
+    if node.target is ATEN.topk.default:
+        args = args[:4]
+    target = _functional(node) if _writes(node) else node.target
     return program.append(target, args, kwargs, op_name(target))  # type: ignore[arg-type]
+
+
+def _writes(node: Node) -> bool:
+    """Whether a call writes to its first argument and gives that."""
+    return isinstance(node.target, OpOverload) and node.target._schema.name.endswith("_")
+
+
+def _functional(node: Node) -> OpOverload:
+    """The op that gives what an op in place writes; of a tensor that is no part of another."""
+    assert isinstance(node.target, OpOverload)
+    written = node.all_input_nodes[0]
+    whole = written.op == "call_function" and not (
+        isinstance(written.target, OpOverload) and written.target.is_view
+    )
+    packet = getattr(torch.ops.aten, op_name(node.target).removesuffix("_"), None)
+    found = getattr(packet, node.target._overloadname, None)
+    if not whole or not isinstance(found, OpOverload):
+        what = f"{node.target} writes to a part of a tensor"
+        raise ModelError(node.name, what, "use a model that does not")
+    return found
 
 
 def _reshape(program: Program, node: Node, env: dict[Node, Node]) -> Node | None:

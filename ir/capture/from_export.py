@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 
 from kvc8.ir import ops
 from kvc8.ir.capture.canonical import copy_call
+from kvc8.ir.capture.names import names_of
 from kvc8.ir.capture.parameters import cache_expressions, constant_expression, parameter_expression
 from kvc8.ir.capture.stamp import layer_of
 from kvc8.ir.checkpoint.reader import Checkpoint
@@ -73,6 +74,8 @@ class Emitter:
     """Writes a program out of an exported graph's calls."""
 
     def __init__(self, checkpoint: Checkpoint, trace: Trace, model: torch.nn.Module) -> None:
+        kind = str(getattr(trace.model.config, "model_type", ""))
+        self.known = names_of(kind, checkpoint.tensors)
         self.checkpoint, self.trace, self.model = checkpoint, trace, model
         self.program = Program(Graph(), Stage.CAPTURED)
         signature = trace.exported.graph_signature
@@ -127,9 +130,14 @@ class Emitter:
         val = node.meta["val"]
         type_ = TensorType(val.dtype, tuple(val.shape))
         signature = self.trace.exported.graph_signature
-        if node.name in signature.inputs_to_parameters or name in self.checkpoint.tensors:
+        if (
+            node.name in signature.inputs_to_parameters
+            or self.known.stored(name) in self.checkpoint.tensors
+        ):
             names = self.aliases.get(name, (name,))
-            expression = parameter_expression(self.checkpoint, names, tuple(val.shape), val.dtype)
+            expression = parameter_expression(
+                self.checkpoint, self.known, names, tuple(val.shape), val.dtype
+            )
         else:
             expression = constant_expression(_constant(self.trace, self.names[node.name]))
         return self.program.placeholder(name.replace(".", "_"), type_, expression)

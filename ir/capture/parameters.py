@@ -2,26 +2,35 @@
 
 A float tensor is stored as it is; a linear that the checkpoint holds as W8A8 gets the expression
 `w8a8(...)`, which gives the float weight and names the five tensors it came from, for
-insert_linear_quant to find. KV scales stand in the expression of the cache they belong to.
+insert_linear_quant to find; `w8a8_dynamic(...)` and `w8a8_mix(...)` likewise. KV scales stand in
+the expression of the cache they belong to.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from kvc8.ir.capture.names import Names
 from kvc8.ir.checkpoint.reader import Checkpoint, KVScale
 from kvc8.ir.errors import ModelError, ModelWarning
-from kvc8.ir.expression import Expression, cast, stored, values
+from kvc8.ir.expression import Expression, cast, stacked, stored, values
 from kvc8.ir.kv_params import whole
 
 
 def parameter_expression(
-    checkpoint: Checkpoint, names: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
+    checkpoint: Checkpoint,
+    known: Names,
+    names: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
 ) -> Expression:
     """The expression of a parameter of several names, the first of them its own (tied weights).
 
-    Raises ModelError where no name is in the checkpoint, or the shapes differ.
+    `known` says under what names those are stored. Raises ModelError where no name is in the
+    checkpoint, or the shapes differ.
     """
-    for name in names:
+    for name in map(known.stored, names):
         module, _, part = name.rpartition(".")
         if module in checkpoint.w8a8 and part in ("weight", "bias"):
             return cast(_w8a8(checkpoint, module, part), dtype)
@@ -29,52 +38,81 @@ def parameter_expression(
             _check_shape(checkpoint, name, shape)
             same = checkpoint.tensors[name].dtype is dtype
             return stored(name) if same else cast(stored(name), dtype)
-    if expression := _experts(checkpoint, names[0], shape, dtype):
+    if expression := _experts(checkpoint, known, names[0], shape, dtype):
         return expression
     what = f"has no tensor {names[0]}, which the model needs"
     do = "check that config.json belongs to these weights"
     raise ModelError(checkpoint.path.name, what, do)
 
 
-EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
 def _experts(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtype: torch.dtype
+    checkpoint: Checkpoint, known: Names, name: str, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Expression | None:
     """The weights of all experts [E, out, in], which transformers puts together from files.
 
     Checkpoints store each linear of each expert by itself.
     """
-    path, _, part = name.rpartition(".")
-    linears = EXPERTS.get(part, ())
-    first = f"{path}.0.{linears[0]}.weight" if linears else ""
-    if first not in checkpoint.tensors or len(shape) != 3:
+    patterns = known.experts(name)
+    if len(shape) != 3 or not patterns or patterns[0].replace("*", "0") not in checkpoint.tensors:
         return None
     count, out, width = shape
-    one = (out // len(linears), width)
-    made: list[Expression] = []
-    for expert in range(count):
-        modules = [f"{path}.{expert}.{linear}.weight" for linear in linears]
-        parts = tuple(parameter_expression(checkpoint, (n,), one, dtype) for n in modules)
-        whole = parts[0] if len(parts) == 1 else Expression("concat", (parts, 0))
-        made.append(Expression("reshape", (whole, (1, out, width))))
-    return Expression("concat", (tuple(made), 0))
+    one = (out // len(patterns), width)
+    for pattern in patterns:
+        for expert in range(count):
+            _check_shape(checkpoint, pattern.replace("*", str(expert)), one)
+    modules = [p.removesuffix(".weight") for p in patterns]
+    each = [m.replace("*", str(i)) for m in modules for i in range(count)]
+    linears = [checkpoint.w8a8[module] for module in each if module in checkpoint.w8a8]
+    weight = _joined(patterns, count)
+    if not linears:
+        same = {checkpoint.tensors[f"{m}.weight"].dtype for m in each} == {dtype}
+        return weight if same else cast(weight, dtype)
+    if len(linears) == len(each) and all(linear.weight_scale for linear in linears):
+        scale = _joined([f"{module}.weight_scale" for module in modules], count)
+        return cast(Expression("w8a8_dynamic", (weight, scale)), dtype)
+    what = f"of the experts of {name} some are not W8A8 with weight_scale"
+    raise ModelError(checkpoint.path.name, what, "quantize all of them, or none")
+
+
+def _joined(patterns: Sequence[str], count: int) -> Expression:
+    """The tensors of all experts, those of several linears one after the other."""
+    parts = tuple(stacked(pattern, count) for pattern in patterns)
+    return parts[0] if len(parts) == 1 else Expression("concat", (parts, 1))
 
 
 def _w8a8(checkpoint: Checkpoint, module: str, part: str) -> Expression:
     linear = checkpoint.w8a8[module]
     if part == "bias" and linear.bias is not None:
         return stored(linear.bias)
+    if linear.activations == "dynamic":
+        if part == "bias" or linear.weight_scale is None:
+            what = f"has no tensor {module}.{part}, which the model needs"
+            raise ModelError(checkpoint.path.name, what, "quantize the model again")
+        return Expression("w8a8_dynamic", (stored(linear.weight), stored(linear.weight_scale)))
+    static = _static(checkpoint, module)
+    if linear.activations == "mixed" and part == "weight" and linear.weight_scale is not None:
+        first, *rest = static
+        return Expression("w8a8_mix", (first, stored(linear.weight_scale), *rest))
+    return Expression("w8a8" if part == "weight" else "w8a8_bias", static)
+
+
+def _static(checkpoint: Checkpoint, module: str) -> tuple[Expression, ...]:
+    """Weight, input scale and offset, deq_scale and quant_bias."""
+    linear = checkpoint.w8a8[module]
+    assert linear.deq_scale is not None
+    assert linear.quant_bias is not None
     deq_scale = stored(linear.deq_scale)
     if checkpoint.tensors[linear.deq_scale].dtype is torch.int64:
         deq_scale = Expression("float_bits", (deq_scale,))
     parts = (linear.weight, *checkpoint.inputs[module])
-    op = "w8a8" if part == "weight" else "w8a8_bias"
-    return Expression(op, (*map(stored, parts), deq_scale, stored(linear.quant_bias)))
+    return (*map(stored, parts), deq_scale, stored(linear.quant_bias))
 
 
 def _check_shape(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    if name not in checkpoint.tensors:
+        what = f"has no tensor {name}, which the model needs"
+        do = "check that config.json belongs to these weights"
+        raise ModelError(checkpoint.path.name, what, do)
     found = checkpoint.tensors[name].shape
     if found != shape:
         what = f"{name} is {list(found)} and config.json wants {list(shape)}"

@@ -28,10 +28,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import Node
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvc8.ir.capture.accounts import account, add_norm_biases
 from kvc8.ir.capture.from_export import Emitter, Trace, attention_site
+from kvc8.ir.capture.mixtures import experts
 from kvc8.ir.capture.parameters import check_kv_scales
 from kvc8.ir.capture.stamp import Cut, alike, cut, fingerprint, kinds, layer_of, representatives
 from kvc8.ir.checkpoint.reader import Checkpoint
@@ -40,7 +42,7 @@ from kvc8.ir.program import Program, is_call
 from kvc8.ir.verify import verify
 
 FOREIGN = (KeyError, ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError)
-ATTENTION = "kvc8"
+ATTENTION = "kvc8"  # what transformers knows our attention by, and our experts
 
 
 def _attention(
@@ -132,10 +134,14 @@ def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a config, on a CPU that holds no data."""
     AttentionInterface.register(ATTENTION, _attention)
+    ALL_EXPERTS_FUNCTIONS.register(ATTENTION, experts)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
             model = AutoModelForCausalLM.from_config(
-                config, attn_implementation=ATTENTION, dtype=dtype
+                config,
+                attn_implementation=ATTENTION,
+                experts_implementation=ATTENTION,
+                dtype=dtype,
             )
     except FOREIGN as error:
         why = _first_line(error)

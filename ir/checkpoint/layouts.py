@@ -19,6 +19,7 @@ from kvc8.ir.errors import ModelError, ModelWarning
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 OFFSETS = (*FLOATS, torch.int8, torch.int32)
 
+Activations = Literal["static", "dynamic", "mixed"]
 Granularity = Literal["channel", "tensor"]
 Calibrated = Literal["pre-rope", "post-rope"]
 Side = Literal["k", "v"]
@@ -28,20 +29,29 @@ KVName = tuple[int, Side, Literal["scale", "offset"]]
 
 @dataclass(frozen=True)
 class LinearQuant:
-    """The stored tensors of a W8A8 linear, by name: y = (x8 @ weight.T + quant_bias) * deq_scale.
+    """The stored tensors of a W8A8 linear, by name; None where there is no such tensor.
 
-    x8 = clamp(round(x / input_scale + input_offset), -128, 127). `bias` is the float linear's, and
-    is already inside `quant_bias`. None where the layout has no such tensor.
+    Static: y = (x8 @ weight.T + quant_bias) * deq_scale, where x8 = clamp(round(x / input_scale +
+    input_offset), -128, 127) and `bias`, the float linear's, is already inside `quant_bias`.
+    Dynamic: y = (x8 @ weight.T) * weight_scale * s + bias, where each token has the scale s =
+    max|x| / 127 and x8 = round(x / s). A mixed linear is stored for both.
     """
 
+    activations: Activations
     weight: str  # int8 [out, in]
     weight_scale: str | None  # float [out, 1]
     weight_offset: str | None  # float [out, 1], zeros
-    input_scale: str  # float [1]
-    input_offset: str  # float [1]
-    quant_bias: str  # int32 [out]
-    deq_scale: str  # float32 [out], or int64 [out] holding a float32's bits
+    input_scale: str | None  # float [1]
+    input_offset: str | None  # float [1]
+    quant_bias: str | None  # int32 [out]
+    deq_scale: str | None  # float32 [out], or int64 [out] holding a float32's bits
     bias: str | None  # float [out]
+
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        """The tensors that there are: part to name."""
+        parts = {part: name for part, name in vars(self).items() if part != "activations"}
+        return {part: name for part, name in parts.items() if name is not None}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Read the description that msModelSlim writes beside the weights it quantizes.
 
-The description is one JSON object: a label for every stored tensor (FLOAT, W8A8 or C8) among a few
-settings. Three layouts share it:
+The description is one JSON object: a label for every stored tensor (FLOAT, W8A8, C8) among a few
+settings. W8A8_DYNAMIC and W8A8_MIX are W8A8 with a scale a token, and stored for both ways
+(ir/checkpoint/linears.py). Three layouts share it:
 
     safe_tensor      quant_model_description_w8a8.json; norms are stored twice, also as `.module.`
     ascendV1         quant_model_description.json, quant_model_weight_w8a8*.safetensors
@@ -17,31 +18,27 @@ meaning that kvc8 does not implement is an error.
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from kvc8.ir.checkpoint.layouts import (
     FLOATS,
-    OFFSETS,
     Calibrated,
     KVName,
     KVScale,
-    LinearQuant,
     Quantization,
     check_dtype,
-    check_shape,
     kv_scales,
     kv_widths,
     layer_index,
 )
+from kvc8.ir.checkpoint.linears import LINEAR_LABELS, Parts, has_part, read_linear
 from kvc8.ir.checkpoint.model_files import listed, place, shown
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import ModelError, ModelWarning
 
 NAME, OLD_NAME = "quant_model_description.json", "quant_model_description_"  # ..._w8a8.json
-LABELS = ("FLOAT", "W8A8", "C8")
+LABELS = ("FLOAT", *LINEAR_LABELS, "C8")
 SETTINGS: Mapping[str, tuple[object, ...]] = {  # the values that mean what kvc8 implements
     "version": ("1.0.0",),
-    "model_quant_type": ("W8A8", "FLOAT"),
+    "model_quant_type": (*LINEAR_LABELS, "FLOAT"),
     "kv_cache_type": ("C8", None),
     "kv_quant_type": ("C8", None),
     "fa_quant_type": (None, ""),
@@ -51,17 +48,6 @@ SETTINGS: Mapping[str, tuple[object, ...]] = {  # the values that mean what kvc8
     "optional": ({},),
 }
 HARMLESS = ("version", "metadata", "optional")  # other values of these are only reported
-LINEAR: Mapping[str, tuple[torch.dtype, ...]] = {
-    "weight": (torch.int8,),
-    "weight_scale": FLOATS,
-    "weight_offset": OFFSETS,
-    "input_scale": FLOATS,
-    "input_offset": OFFSETS,
-    "quant_bias": (torch.int32,),
-    "deq_scale": (torch.int64, torch.float32),
-    "bias": FLOATS,
-}
-REQUIRED = ("weight", "input_scale", "input_offset", "quant_bias", "deq_scale")
 NEWER_WEIGHTS = "quant_model_weights"
 UNSUPPORTED = (
     "the vendor does not support C8 without W8A8",
@@ -92,7 +78,7 @@ def read_description(
     if kv_names or switched:
         widths = kv_widths(config, place(path.parent, "config.json"))
         kv = kv_scales(kv_names, tensors, widths, "channel", where)
-    w8a8 = {prefix: _linear(where, prefix, linears[prefix], tensors) for prefix in linears}
+    w8a8 = {prefix: read_linear(where, prefix, linears[prefix], tensors) for prefix in linears}
     if kv and not w8a8:
         warnings.append(ModelWarning(where, *UNSUPPORTED))
     if kv and not switched:
@@ -200,6 +186,11 @@ def _setting(where: str, name: str, value: object) -> list[str]:
     """Check a setting; gives its name where it should be reported."""
     if value in SETTINGS[name] and not isinstance(value, bool):
         return []
+    if name == "optional" and isinstance(value, dict) and set(value) == {"quarot"}:
+        return []  # where a rotation lies that is in the weights already
+    if name == "metadata" and isinstance(value, dict) and "quarot" in value:
+        what = "says that values are rotated at run time, which kvc8 does not do"
+        raise ModelError(where, what, "quantize the model with offline rotations only")
     if name in HARMLESS:
         return [name]
     raise ModelError(
@@ -228,10 +219,10 @@ def _label(where: str, name: str, value: str, tensors: Mapping[str, StoredTensor
 
 def _sort_out(
     where: str, labels: Mapping[str, str], tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[KVName, str], dict[str, dict[str, str]]]:
+) -> tuple[dict[KVName, str], dict[str, Parts]]:
     """Give each labeled tensor its place: a KV scale, part of a W8A8 linear, or plain float."""
     kv: dict[KVName, str] = {}
-    linears: dict[str, dict[str, str]] = {}
+    linears: dict[str, Parts] = {}
     for name, label in labels.items():
         prefix, _, part = name.rpartition(".")
         if (key := kv_name(name)) and label != "FLOAT":
@@ -242,8 +233,8 @@ def _sort_out(
             kv[key] = name
         elif label == "FLOAT" and not key:
             check_dtype(tensors[name], FLOATS)
-        elif label == "W8A8" and part in LINEAR and not _norm_copy(name, tensors, labels):
-            linears.setdefault(prefix, {})[part] = name
+        elif has_part(label, part) and not _norm_copy(name, tensors, labels):
+            linears.setdefault(prefix, {})[part] = name, label
         elif not _norm_copy(name, tensors, labels):
             raise ModelError(
                 where,
@@ -278,48 +269,3 @@ def _norm_copy(name: str, tensors: Mapping[str, StoredTensor], labels: Mapping[s
         return False
     copy, norm = tensors[name], tensors[first]
     return (copy.dtype, copy.shape) == (norm.dtype, norm.shape)
-
-
-def _linear(
-    where: str, prefix: str, parts: Mapping[str, str], tensors: Mapping[str, StoredTensor]
-) -> LinearQuant:
-    """Check the tensors of a W8A8 linear and put their names together."""
-    if missing := [part for part in REQUIRED if part not in parts]:
-        raise ModelError(
-            where,
-            f"{shown(prefix)} is W8A8 and has no {listed(missing)}",
-            "quantize the model again",
-        )
-    bias = parts.get("bias", f"{prefix}.bias")
-    linear = LinearQuant(
-        weight=parts["weight"],
-        weight_scale=parts.get("weight_scale"),
-        weight_offset=parts.get("weight_offset"),
-        input_scale=parts["input_scale"],
-        input_offset=parts["input_offset"],
-        quant_bias=parts["quant_bias"],
-        deq_scale=parts["deq_scale"],
-        bias=bias if bias in tensors else None,
-    )
-    _check_linear(linear, tensors)
-    return linear
-
-
-def _check_linear(linear: LinearQuant, tensors: Mapping[str, StoredTensor]) -> None:
-    """Check dtypes and shapes of the tensors of a W8A8 linear, all by its weight's."""
-    stored = {part: tensors[name] for part, name in vars(linear).items() if name is not None}
-    weight = stored["weight"]
-    for part, tensor in stored.items():
-        check_dtype(tensor, LINEAR[part])
-    if len(weight.shape) != 2:
-        wanted = "a linear's weight has two dimensions"
-        what = f"{shown(weight.name)} has shape {list(weight.shape)} and {wanted}"
-        raise ModelError(place(weight.file), what, "quantize the model again")
-    rows = weight.shape[0]
-    for part, tensor in stored.items():
-        shapes: tuple[tuple[int, ...], ...] = ((rows,),)
-        if part.startswith("weight"):
-            shapes = (weight.shape,) if part == "weight" else ((rows, 1), (rows,))
-        elif part.startswith("input"):
-            shapes = ((1,), ())
-        check_shape(tensor, shapes, f"its weight {list(weight.shape)}")

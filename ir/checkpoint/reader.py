@@ -62,7 +62,7 @@ class Checkpoint:
 
     @cached_property
     def inputs(self) -> Mapping[str, tuple[str, str]]:
-        """The input scale and offset of each W8A8 linear, by module.
+        """The input scale and offset of each linear that has them, by module.
 
         Linears side by side whose parameters are equal bit for bit (q, k and v, say) share the
         names of the first, so that what is equal can be seen without its values.
@@ -70,6 +70,8 @@ class Checkpoint:
         shared: dict[tuple[str, str], tuple[str, str]] = {}
         found = {}
         for module, linear in self.w8a8.items():
+            if linear.input_scale is None or linear.input_offset is None:
+                continue
             names = linear.input_scale, linear.input_offset
             bits = repr([(t.dtype, t.tolist()) for t in map(self.read, names)])
             found[module] = shared.setdefault((module.rpartition(".")[0], bits), names)

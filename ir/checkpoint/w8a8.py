@@ -102,6 +102,17 @@ def quantize_linear(
     }
 
 
+def quantize_dynamic(weight: Tensor, rounding: Rounding = nearest) -> Mapping[str, Tensor]:
+    """The tensors of a W8A8_DYNAMIC linear by their last name: nothing of its input is stored.
+
+    weight [out, in] becomes int8 as in `quantize_linear`; scales are float32, as the vendor's
+    document has them (msModelSlim quantization_formats/ascendv1.md).
+    """
+    scale = _weight_scale(weight.float(), None, 1.0, torch.float32)
+    w8 = rounding(weight.float(), scale)
+    return {"weight": w8, "weight_scale": scale, "weight_offset": torch.zeros_like(scale)}
+
+
 def _weight_scale(
     weight: Tensor, bias: Tensor | None, input_scale: float, dtype: torch.dtype
 ) -> Tensor:
@@ -126,6 +137,12 @@ def part_types(
         "quant_bias": (torch.int32, (out,)),
         "deq_scale": (deq_scale, (out,)),
     }
+
+
+def dynamic_part_types(out: int, width: int) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """The dtype and shape of what `quantize_dynamic` gives."""
+    column = (torch.float32, (out, 1))
+    return {"weight": (torch.int8, (out, width)), "weight_scale": column, "weight_offset": column}
 
 
 def finite(seen: Range) -> bool:

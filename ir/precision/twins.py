@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from kvc8.ir.errors import IRError
-from kvc8.ir.expression import STEPS, Arg, Expression, Read
+from kvc8.ir.expression import STEPS, Arg, Expression, Read, make
 
 F64 = torch.float64
 INSIDE = ("kvc8", "npu", "atb")  # namespaces whose kernels are looked into
@@ -106,6 +106,8 @@ def make_exact(expression: Expression, read: Read) -> Tensor:
     """
     if expression.op == "stored":
         return _wide(read(str(expression.args[0])))
+    if expression.op == "stacked":
+        return _wide(make(expression, read))
     if expression.op in ("int_bits", "fp19"):
         return _wide(STEPS[expression.op](make_exact(_inner(expression), read).float()))
     if expression.op not in STEPS:

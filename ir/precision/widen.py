@@ -13,12 +13,13 @@ of what those ops are. The values that go in are rounded to float32 in both form
 import torch
 from torch.fx import Node
 
-from kvc8.ir import ops, rank_ops
+from kvc8.ir import mixture_ops, ops, rank_ops
 from kvc8.ir.expression import cast
 from kvc8.ir.program import Program, expression_of, is_call, is_parameter, type_of
 from kvc8.ir.types import TensorType
 
 F64 = torch.float64
+INTEGER_LINEARS = (ops.quant_linear, ops.dynamic_linear, mixture_ops.dynamic_grouped_linear)
 
 
 def widen(program: Program) -> Program:
@@ -51,7 +52,7 @@ def _widen_placeholder(node: Node) -> None:
 def _takes_scale(user: Node, node: Node) -> bool:
     if is_call(user, ops.quantize, ops.dequantize):
         return node in user.args[1:3]
-    return is_call(user, ops.quant_linear, rank_ops.dequant_sum)
+    return is_call(user, *INTEGER_LINEARS, rank_ops.dequant_sum)
 
 
 def _wider(arg: object) -> object:

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir import mixture_ops, ops
 from kvc8.ir.program import Program, argument, is_cache, is_call, is_parameter, tensor_type
 from kvc8.ir.types import Dim
 
@@ -69,7 +69,8 @@ def gives_logits(linear: Node) -> bool:
     """Whether a linear is the last one: what is computed of it reaches the output, and no other."""
     after = list(_after(linear))
     ends = any(user.op == "output" for node in (linear, *after) for user in node.users)
-    inner = (*LINEAR, ops.grouped_linear, ops.paged_attention, ops.cache_write)
+    experts = mixture_ops.grouped_linear, mixture_ops.dynamic_grouped_linear
+    inner = (*LINEAR, *experts, ops.dynamic_linear, ops.paged_attention, ops.cache_write)
     return ends and not any(is_call(node, *inner) for node in after)
 
 

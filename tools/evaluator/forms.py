@@ -22,12 +22,13 @@ from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
 from kvc8.ir.expression import make
 from kvc8.ir.program import Program
 from kvc8.passes import pipeline
+from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.options import Options
 from kvc8.passes.remove_identities import remove_identities
 from kvc8.tools.driver.compiling import open_calibrated
 
-LINEARS_ONLY = (remove_identities, insert_linear_quant)  # and the cache stays float
+LINEARS_ONLY = (remove_identities, insert_linear_quant, insert_dynamic_quant)  # a float cache
 BLOCK = 128  # tokens; a program may take any
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu import legality
-from kvc8.ir import ops
+from kvc8.ir import mixture_ops, ops
 from kvc8.ir.capture.accounts import account
 from kvc8.ir.capture.parameters import check_kv_scales
 from kvc8.ir.capture.trace import capture
@@ -33,6 +33,7 @@ from kvc8.ir.errors import KVC8Error, ModelError, ModelWarning
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, Stage, argument, expression_of
 from kvc8.passes import pipeline
+from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
 from kvc8.passes.remove_identities import remove_identities
@@ -140,11 +141,11 @@ def _captured(
 
 def _npu_refusal(program: Program) -> KVC8Error | None:
     """Why a mixture of experts is not compiled for the NPU, if so; other models are not tried."""
-    if not program.calls(ops.grouped_linear):
+    if not program.calls(mixture_ops.grouped_linear):
         return None
     try:
         whole, target = program.copy(), Target("npu")
-        pipeline.run(whole, (remove_identities, insert_linear_quant))
+        pipeline.run(whole, (remove_identities, insert_linear_quant, insert_dynamic_quant))
         whole.stage = Stage.QUANTIZED  # its cache is float here, and for that no pass is needed
         lowered, _ = pipeline.lower_for_npu(whole)
         for phase in lowered.values():

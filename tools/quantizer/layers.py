@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir import mixture_ops, ops
 from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.reader import Checkpoint
-from kvc8.ir.expression import make
+from kvc8.ir.expression import make, stored_names
 from kvc8.ir.program import (
     Program,
     argument,
@@ -23,6 +23,7 @@ from kvc8.ir.program import (
     is_call,
     is_parameter,
     substitute,
+    tensor_type,
     type_of,
 )
 from kvc8.ir.run import Value
@@ -41,7 +42,7 @@ class LayerCalls:
 
     layer: int | None
     calls: Sequence[Node]
-    parameters: Sequence[Node]  # but for embeddings, of which rows are read by themselves
+    parameters: Sequence[Node]  # but for embeddings and experts, read as they are needed
     keeps: Sequence[Node]  # the values, of this or an earlier stage, that later ones use
     dies: Mapping[Node, Sequence[Node]]  # after each call, what nobody needs any more
 
@@ -78,6 +79,7 @@ def _stage(
     last: Mapping[Node, int],
 ) -> LayerCalls:
     tables = {argument(node, 0) for node in calls if is_call(node, EMBEDDING)}
+    tables |= {argument(node, 1) for node in calls if streamed(node)}
     used = dict.fromkeys(n for call in calls for n in call.all_input_nodes if is_parameter(n))
     keeps = [node for node in at if at[node] <= index < last[node]]
     dies: dict[Node, list[Node]] = {}
@@ -145,6 +147,8 @@ def plain(checkpoint: Checkpoint, attend: Evaluate) -> Evaluate:
             return attend(call, args, kwargs)
         if is_call(call, EMBEDDING):
             return embedded(checkpoint, argument(call, 0), args[1])
+        if streamed(call):
+            return _by_expert(checkpoint, argument(call, 1), args)
         assert callable(call.target)
         return call.target(*args, **kwargs)
 
@@ -155,6 +159,29 @@ def embedded(checkpoint: Checkpoint, table: Node, tokens: Value) -> Tensor:
     """The rows of an embedding that belong to tokens; the rest of it is never read."""
     assert isinstance(tokens, Tensor)
     return make(expression_of(table), lambda name: checkpoint.read(name)[tokens])
+
+
+def streamed(call: Node) -> bool:
+    """Whether a call is of experts that are stored one by one, of which each is read by itself."""
+    if not is_call(call, mixture_ops.grouped_linear) or not is_parameter(argument(call, 1)):
+        return False
+    return len(list(stored_names(expression_of(argument(call, 1))))) > 1
+
+
+def _by_expert(checkpoint: Checkpoint, weight: Node, args: Sequence[Value]) -> Tensor:
+    """What kvc8.grouped_linear gives, with one expert at a time in memory, if a row wants it."""
+    rows, _, bias, counts = args
+    assert isinstance(rows, Tensor)
+    assert isinstance(counts, Tensor)
+    names, type_ = list(stored_names(expression_of(weight))), tensor_type(weight)
+    out, start = rows.new_empty(len(rows), int(type_.shape[1])), 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            parts = [load(checkpoint.tensors[n]) for n in names[expert :: len(counts)]]
+            made = rows[start : start + count] @ torch.cat(parts).to(type_.dtype).t()
+            out[start : start + count] = made + bias[expert] if isinstance(bias, Tensor) else made
+        start += count
+    return out
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class QuantPlan:
     layout: Layout = "ascendV1"
     asymmetric: bool = False  # K and V have offsets
     notes: Mapping[str, object] = field(default_factory=dict)  # on how it was made
+    labels: Mapping[str, str] = field(default_factory=dict)  # of linears that are not W8A8
 
     def entries(self) -> list[Entry]:
         """All tensors, in the order of the model's modules and msModelSlim's within a module."""
@@ -57,7 +58,8 @@ class QuantPlan:
                 yield Entry(f"{module}.{part}", self.dtype, (self.kv[module],), "C8")
         floats = [Entry(t.name, self.floats or t.dtype, t.shape, "FLOAT") for t in stored]
         parts = self.linears.get(module, {})
-        new = [Entry(f"{module}.{part}", *type_, "W8A8") for part, type_ in parts.items()]
+        label = self.labels.get(module, "W8A8")
+        new = [Entry(f"{module}.{part}", *type_, label) for part, type_ in parts.items()]
         names = {entry.name for entry in new}
         yield from new[:1]  # the weight; a bias follows it
         yield from (entry for entry in floats if entry.name not in names)
@@ -83,7 +85,7 @@ class QuantPlan:
 
     def _description(self, entries: Iterable[Entry]) -> dict[str, object]:
         head: dict[str, object] = {"version": "1.0.0"} if self.layout == "ascendV1" else {}
-        head["model_quant_type"] = "W8A8" if self.linears else "FLOAT"
+        head["model_quant_type"] = self._kind
         if self.kv:
             head |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
         labels = {entry.name: entry.label for entry in entries}
@@ -95,12 +97,20 @@ class QuantPlan:
             tail = {"fa_quant_type": None, "group_size": 0}
         return {**head, **labels, **tail, **({"kvc8": dict(self.notes)} if self.notes else {})}
 
+    @property
+    def _kind(self) -> str:
+        """The label that msModelSlim gives the whole: of several, the one it puts first."""
+        labels = {self.labels.get(module, "W8A8") for module in self.linears}
+        order = ("W8A8", "W8A8_MIX", "W8A8_DYNAMIC")
+        return next((label for label in order if label in labels), "FLOAT")
+
     def _config(self) -> dict[str, object]:
         """The float model's config, and the entries by which MindIE knows W8A8 and C8.
 
         With ascendV1 msModelSlim leaves C8 to the description.
         """
-        config = {**self.checkpoint.config, "quantize": "w8a8"}
+        kind = "w8a8" if self._kind == "FLOAT" else self._kind.lower()
+        config = {**self.checkpoint.config, "quantize": kind}
         if self.kv and (self.notes or self.layout == "safe_tensor"):
             kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
             config["quantization_config"] = kinds

@@ -92,6 +92,13 @@ def _add_choice(found: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="linears that stay float (* for any characters), and those that read the same value",
     )
+    kinds = ("static", "dynamic", "mix")
+    what = "activations by one scale, by one a token, or stored for both (static); experts: a token"
+    _option(found, "act", choices=kinds, default="static", help=what)
+    what = "linears whose activations have a scale a token (* for any characters)"
+    found.add_argument(
+        "--dynamic", nargs="+", action="extend", default=[], metavar="NAME", help=what
+    )
     found.add_argument("--down-proj", action="store_true", help="quantize down_proj as well")
 
 
@@ -164,6 +171,10 @@ def recipe_of(args: argparse.Namespace) -> str:
             f"is not for --recipe {recipe}",
             "leave it out or use --recipe msmodelslim",
         )
+    tokens = ["--dynamic"] if args.dynamic else ["--act"] if args.act != "static" else []
+    if recipe == "msmodelslim" and tokens:
+        what = f"is not for --recipe {recipe}"
+        raise ModelError(tokens[0], what, "leave it out or use --recipe kvc8")
     if recipe != "kvc8" and args.rollback is not None:
         raise ModelError(
             "--rollback", f"is not for --recipe {recipe}", "leave it out or use --recipe kvc8"
@@ -204,6 +215,6 @@ def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:
     names = [
         *("act_method", "anti_method", "disable_level", "dtype", "save_type", "kv_asym"),
         *("use_kvcache_quant", "disable", "down_proj", "part_file_size"),
-        *("rotate", "positions", "seed", "rollback"),
+        *("rotate", "positions", "seed", "rollback", "act", "dynamic"),
     ]
     return {"recipe": recipe, **{name: getattr(args, name) for name in names}}

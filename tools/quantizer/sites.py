@@ -110,6 +110,22 @@ def readers(found: Sequence[LinearSite]) -> dict[Node, Node]:
     return {linear: source for source, linear in first.items()}
 
 
+def labels(chosen: Sequence[LinearSite], act: str, dynamic: Sequence[str]) -> dict[str, str]:
+    """The labels of the linears whose activations are not static, by module.
+
+    `act` is what all are, static, dynamic or mix; `dynamic` are patterns of those that are dynamic
+    all the same, with those that read the same value. Raises ModelError for one that names none.
+    """
+    for pattern in dynamic:
+        if not any(fnmatch(site.module, pattern) for site in chosen):
+            do = "write one as model.layers.0.mlp.up_proj, or with * for any characters"
+            raise ModelError(f"--dynamic {pattern}", "names no linear that is quantized", do)
+    named = {s.source for s in chosen if any(fnmatch(s.module, p) for p in dynamic)}
+    kinds = {"dynamic": "W8A8_DYNAMIC", "mix": "W8A8_MIX"}
+    found = {s.module: "W8A8_DYNAMIC" if s.source in named else kinds.get(act) for s in chosen}
+    return {module: label for module, label in found.items() if label}
+
+
 def is_down(site: LinearSite) -> bool:
     """Whether a linear is a down_proj."""
     return site.module.endswith(".down_proj")

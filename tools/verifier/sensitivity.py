@@ -32,6 +32,7 @@ from kvc8.ir.program import Program, argument, expression_of, is_cache, substitu
 from kvc8.ir.provenance import layer_of
 from kvc8.ir.run import Value, last_uses
 from kvc8.passes import pipeline
+from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.options import Options
@@ -84,7 +85,7 @@ def sensitivity(
         raise ModelError("the prompt", "has fewer than 2 tokens", "give a longer one, by --text")
     program = capture(checkpoint, torch.float32)
     steps = pipeline.quantize_passes(options)
-    left_out = insert_linear_quant, insert_kv_quant
+    left_out = insert_linear_quant, insert_dynamic_quant, insert_kv_quant
     pipeline.run(program, tuple(step for step in steps if step not in left_out))
     sites = list(_sites(program, checkpoint))
     if not sites:

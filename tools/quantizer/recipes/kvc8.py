@@ -3,7 +3,8 @@
     model        rotated (rotation.py), so that no channel stands out; it computes what it did
     K            symmetric per channel, after RoPE, at many places of the context (positions.py)
     V            symmetric per channel, turned within each head
-    activations  static per tensor; the range clipped to where the squared error is least
+    activations  static per tensor; the range clipped to where the squared error is least; of
+                 experts, and of linears that are to be, a scale a token
     weights      symmetric per output channel; rounding errors made up for (rounding.py)
 
 K and V reach further on other text than on what was seen. Tokens drawn at random, and the texts
@@ -18,23 +19,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import ops
-from kvc8.ir.capture.trace import config_dtype
 from kvc8.ir.checkpoint.layouts import fact
 from kvc8.ir.checkpoint.reader import Checkpoint
-from kvc8.ir.checkpoint.w8a8 import Range, finite, kv_scale, part_types, quantize_linear
+from kvc8.ir.checkpoint.w8a8 import (
+    Range,
+    finite,
+    kv_scale,
+    quantize_dynamic,
+    quantize_linear,
+)
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import argument, is_call
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.choices import Reach, Sample, clipped
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
 from kvc8.tools.quantizer.model import QuantPlan, copy_rest
-from kvc8.tools.quantizer.recipes.minmax import sound
+from kvc8.tools.quantizer.recipes.minmax import plan_of, put_linear, sound, with_missed
+from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, Reached, write_experts
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
 from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
@@ -81,27 +89,28 @@ def quantize(
     chosen: Sequence[LinearSite],
     options: RecipeOptions,
     notes: Mapping[str, object],
+    mixed: Sequence[Experts] = (),
+    labels: Mapping[str, str] = MappingProxyType({}),
     more: Texts = (),
 ) -> QuantPlan:
-    """Make the model; gives what was written. `chosen` are the linears to quantize.
+    """Make the model; gives what was written. `chosen` and `mixed` are what to quantize.
 
-    `more` are texts that only widen the reach of K and V.
+    `labels` are those of the linears that are not W8A8. `more` are texts that only widen the reach
+    of K and V.
     """
-    dtype = config_dtype(work.checkpoint)
     caches = cached(work.program, work.checkpoint)
-    linears = {site.module: part_types(*site.shape, dtype) for site in chosen}
     widths = {cache.name: cache.width for cache in caches} if options.kv else {}
-    plan = QuantPlan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
+    plan = plan_of(work, chosen, mixed, widths, notes, labels)
     entries = plan.entries()
     writer = work.writer(entries)
     widening = [*random_texts(work, options.seed), *more] if options.kv else []
     most = fact(work.checkpoint.config, "max_position_embeddings")  # tables of RoPE end there
     if isinstance(most, int):
         options = replace(options, positions=min(options.positions, most))
-    recipe = _Recipe(work, plan, writer, chosen, caches, options, len(widening))
-    work.sweep([*widening, *texts], recipe.layer)
-    copy_rest(plan, writer, entries, {f"{site.module}.weight" for site in chosen})
-    return plan
+    recipe = _Recipe(work, plan, writer, chosen, mixed, caches, options, len(widening))
+    found = work.sweep([*widening, *texts], recipe.layer)
+    copy_rest(plan, writer, entries, {f"{module}.weight" for module in plan.linears})
+    return with_missed(plan, found)
 
 
 def random_texts(work: Work, seed: int) -> list[list[int]]:
@@ -122,6 +131,7 @@ class _Recipe:
     plan: QuantPlan
     writer: ModelWriter
     chosen: Sequence[LinearSite]
+    mixed: Sequence[Experts]
     caches: Sequence[Cached]
     options: RecipeOptions
     widening: int  # the first so many texts only widen the reach of K and V
@@ -140,24 +150,28 @@ class _Recipe:
             layer.run(index, layer.weights, seen.observe)
         for source in quantized:
             self._write([s for s in linears if s.source is source], seen, layer.weights)
+        for reached in seen.experts.values():
+            write_experts(self.plan, self.writer, reached.kind)
         for cache in caches:
             self._write_cache(cache, seen)
-        return {}
+        return {name: x for reached in seen.experts.values() for name, x in reached.found.items()}
 
     def _write(
         self, group: Sequence[LinearSite], seen: "_Measurements", weights: Mapping[Node, Tensor]
     ) -> None:
         """Write the linears that read one value."""
-        source = group[0].source
-        range_ = clipped(seen.ranges[source], seen.samples[source].values())
+        source, dtype = group[0].source, self.plan.dtype
         rounding = partial(compensated, hessian=seen.hessians[source])
+        if self.plan.labels.get(group[0].module) == LABEL:
+            for site in group:
+                parts = quantize_dynamic(weights[site.weight], rounding)
+                put_linear(self.writer, site.module, parts)
+            return
+        range_ = clipped(seen.ranges[source], seen.samples[source].values())
         for site in group:
             bias = weights[site.bias] if site.bias is not None else None
-            parts = quantize_linear(weights[site.weight], bias, range_, self.plan.dtype, rounding)
-            for part in ("weight_scale", "input_scale"):
-                sound(f"{site.module}.{part}", parts[part])
-            for part, tensor in parts.items():
-                self.writer.put(f"{site.module}.{part}", tensor)
+            parts = quantize_linear(weights[site.weight], bias, range_, dtype, rounding)
+            put_linear(self.writer, site.module, parts)
 
     def _write_cache(self, cache: Cached, seen: "_Measurements") -> None:
         reach = seen.reaches[cache.rows]
@@ -196,6 +210,8 @@ class _Measurements:
         }
         turned = {rows for rows, _ in self.turnings.values()}
         self.rows = {cache.rows for cache in self.caches} - turned
+        calls = set(self.layer.stage.calls)
+        self.experts = {k.call: Reached(k) for k in self.recipe.mixed if k.call in calls}
 
     def text(self, index: int) -> None:
         """Say which text comes next."""
@@ -206,6 +222,8 @@ class _Measurements:
     def observe(self, call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
         """Evaluate a call, and look at what it gives."""
         value = self.plain(call, args, kwargs)
+        if call in self.experts and self.real:
+            self.experts[call].see(args)
         if is_call(call, ops.paged_attention) and self.caches:
             self._attention(call, args[0])
         if not isinstance(value, Tensor):

@@ -1,7 +1,8 @@
 """The recipe `minmax`: ranges are what all texts reach, and K is measured after RoPE.
 
     K and V      symmetric per channel, K where the cache stores it
-    activations  static per tensor, from the least and greatest value of all texts
+    activations  static per tensor, from the least and greatest value of all texts; of experts, and
+                 of linears that are to be, a scale a token
     weights      symmetric per output channel, computed in float32
 
 One sweep: a layer is measured in float32 and written.
@@ -9,20 +10,35 @@ One sweep: a layer is measured in float32 and written.
 
 import math
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir.capture.trace import config_dtype
-from kvc8.ir.checkpoint.w8a8 import Range, finite, kv_scale, part_types, quantize_linear
+from kvc8.ir.checkpoint.w8a8 import (
+    Range,
+    dynamic_part_types,
+    finite,
+    kv_scale,
+    part_types,
+    quantize_dynamic,
+    quantize_linear,
+)
 from kvc8.ir.errors import ModelError
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
 from kvc8.tools.quantizer.model import QuantPlan, copy_rest
-from kvc8.tools.quantizer.recipes.mixtures import ExpertRanges, Experts
+from kvc8.tools.quantizer.recipes.mixtures import (
+    LABEL,
+    Experts,
+    Reached,
+    expert_types,
+    missed,
+    write_experts,
+)
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites
-from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
 
@@ -36,22 +52,51 @@ def quantize(
     mixed: Sequence[Experts],
     kv: bool,
     notes: Mapping[str, object],
+    labels: Mapping[str, str],
 ) -> QuantPlan:
-    """Make the model; gives what was written. `chosen` and `mixed` are what to quantize."""
-    dtype = config_dtype(work.checkpoint)
+    """Make the model; gives what was written. `chosen` and `mixed` are what to quantize.
+
+    `labels` are those of the linears that are not W8A8.
+    """
     caches = cached(work.program, work.checkpoint)
-    linears = {site.module: part_types(*site.shape, dtype) for site in chosen}
-    weights = [f"{m}.weight" for kind in mixed for modules in kind.modules for m in modules]
-    for name in weights:
-        out, width = work.checkpoint.tensors[name].shape
-        linears[name.removesuffix(".weight")] = part_types(out, width, dtype)
     widths = {cache.name: cache.width for cache in caches} if kv else {}
-    plan = QuantPlan(work.checkpoint, work.program, dtype, linears, widths, notes=notes)
+    plan = plan_of(work, chosen, mixed, widths, notes, labels)
     entries = plan.entries()
     writer = work.writer(entries)
-    work.sweep(texts, lambda layer: _layer(work, layer, chosen, mixed, caches, plan, writer))
-    copy_rest(plan, writer, entries, {f"{module}.weight" for module in linears})
-    return plan
+    found = work.sweep(
+        texts, lambda layer: _layer(work, layer, chosen, mixed, caches, plan, writer)
+    )
+    copy_rest(plan, writer, entries, {f"{module}.weight" for module in plan.linears})
+    return with_missed(plan, found)
+
+
+def plan_of(
+    work: Work,
+    chosen: Sequence[LinearSite],
+    mixed: Sequence[Experts],
+    widths: Mapping[str, int],
+    notes: Mapping[str, object],
+    labels: Mapping[str, str],
+) -> QuantPlan:
+    """What recipes of ours write."""
+    dtype = config_dtype(work.checkpoint)
+    linears = {
+        site.module: dynamic_part_types(*site.shape)
+        if labels.get(site.module) == LABEL
+        else part_types(*site.shape, dtype)
+        for site in chosen
+    }
+    linears |= expert_types(work.checkpoint, mixed)
+    all_labels = {**labels, **{module: LABEL for kind in mixed for module in kind.every}}
+    return QuantPlan(
+        work.checkpoint, work.program, dtype, linears, widths, notes=notes, labels=all_labels
+    )
+
+
+def with_missed(plan: QuantPlan, found: Sequence[Mapping[str, Tensor]]) -> QuantPlan:
+    """The plan with a note on the experts that no text has reached, if there are any."""
+    names = missed(found)
+    return replace(plan, notes={**plan.notes, "experts_not_reached": names}) if names else plan
 
 
 def _layer(
@@ -80,13 +125,13 @@ def _layer(
     for site in chosen:
         if site.linear in calls:
             _write_linear(plan, writer, site, layer.weights, seen.ranges[site.source])
-    for ranges in seen.experts.values():
-        _write_experts(plan, writer, ranges)
+    for reached in seen.experts.values():
+        write_experts(plan, writer, reached.kind)
     for cache in rows if plan.kv else []:
         scale = kv_scale(seen.tops[cache.rows], plan.dtype)
         writer.put(f"{cache.name}.kv_cache_scale", sound(f"{cache.name}.kv_cache_scale", scale))
         writer.put(f"{cache.name}.kv_cache_offset", torch.zeros_like(scale))
-    return {}
+    return {name: x for reached in seen.experts.values() for name, x in reached.found.items()}
 
 
 class _Ranges:
@@ -98,7 +143,7 @@ class _Ranges:
         self._read, self._rows = read, rows
         self.ranges: dict[Node, Range] = {}
         self.tops: dict[Node, Tensor] = {}
-        self.experts = {kind.call: ExpertRanges(kind) for kind in mixed}
+        self.experts = {kind.call: Reached(kind) for kind in mixed}
 
     def see(self, call: Node, args: Sequence[Value], value: Value) -> None:
         """See a call, its arguments and what it gives."""
@@ -139,20 +184,17 @@ def _write_linear(
     seen: Range,
 ) -> None:
     bias = weights[site.bias] if site.bias is not None else None
-    _put(writer, site.module, quantize_linear(weights[site.weight], bias, seen, plan.dtype))
+    if plan.labels.get(site.module) == LABEL:
+        put_linear(writer, site.module, quantize_dynamic(weights[site.weight]))
+        return
+    put_linear(writer, site.module, quantize_linear(weights[site.weight], bias, seen, plan.dtype))
 
 
-def _write_experts(plan: QuantPlan, writer: ModelWriter, seen: ExpertRanges) -> None:
-    for expert, modules in enumerate(seen.kind.modules):
-        for module in modules:
-            weight = load(plan.checkpoint.tensors[f"{module}.weight"])
-            parts = quantize_linear(weight, None, seen.range(expert), plan.dtype)
-            _put(writer, module, parts)
-
-
-def _put(writer: ModelWriter, module: str, parts: Mapping[str, Tensor]) -> None:
-    for part in ("weight_scale", "input_scale"):
-        sound(f"{module}.{part}", parts[part])
+def put_linear(writer: ModelWriter, module: str, parts: Mapping[str, Tensor]) -> None:
+    """Write the tensors of a linear, whose scales must be numbers."""
+    for part, tensor in parts.items():
+        if part in ("weight_scale", "input_scale"):
+            sound(f"{module}.{part}", tensor)
     for part, tensor in parts.items():
         writer.put(f"{module}.{part}", tensor)
 

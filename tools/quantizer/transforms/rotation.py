@@ -11,8 +11,9 @@ o_proj's input.
     embed_tokens, lm_head                   W R, lm_head with the last norm's weight folded in
     q_proj k_proj gate_proj up_proj         W diag(norm) R
     v_proj                                  Rhᵀ W diag(norm) R       Rh in each head
+    a router, and experts' likewise         W diag(norm) R
     o_proj                                  Rᵀ W Rh
-    down_proj                               Rᵀ W
+    down_proj, experts' too                 Rᵀ W
     biases of v_proj; o_proj, down_proj     Rhᵀ b; Rᵀ b
     norms                                   1
 
@@ -36,19 +37,30 @@ from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.transforms.orthogonal import Orthogonal, random_orthogonal
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
 
-MODELS = ("llama", "mistral", "qwen2", "qwen3")
+MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "glm4_moe")
 EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
 NORM_OF: Mapping[str, str] = {
     **{f"self_attn.{x}_proj.weight": "input_layernorm.weight" for x in "qkv"},
-    **{f"mlp.{x}_proj.weight": "post_attention_layernorm.weight" for x in ("gate", "up")},
+    **{
+        f"{mlp}.{x}_proj.weight": "post_attention_layernorm.weight"
+        for mlp in ("mlp", "mlp.experts.*", "mlp.shared_experts", "mlp.shared_expert")
+        for x in ("gate", "up")
+    },
+    "mlp.gate.weight": "post_attention_layernorm.weight",  # a router
+    "mlp.shared_expert_gate.weight": "post_attention_layernorm.weight",
 }
-WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # to the residual stream
+EXPERT = re.compile(r"mlp\.experts\.\d+\.")
+WRITERS = (  # to the residual stream
+    *("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
+    *("mlp.shared_experts.down_proj", "mlp.shared_expert.down_proj"),
+)
 UNTOUCHED = (
     *(f"self_attn.{x}_proj.bias" for x in "qk"),
     *(f"mlp.{x}_proj.bias" for x in ("gate", "up")),
     *(f"self_attn.{x}_norm.weight" for x in "qk"),  # these norm heads, after q_proj and k_proj
     "self_attn.rotary_emb.inv_freq",
+    "mlp.gate.e_score_correction_bias",
 )
 Read = Callable[[str], Tensor]  # a stored tensor by name
 
@@ -80,23 +92,29 @@ def find_rotation(checkpoint: Checkpoint, residual: bool, seed: int) -> Rotation
 
 
 def _known(name: str) -> bool:
-    layer = LAYER.fullmatch(name)
-    part = layer[2] if layer else ""
+    _, part = _place(name)
     writers = [f"{writer}.{end}" for writer in WRITERS for end in ("weight", "bias")]
     norms = NORM_OF.values()
-    return name in (EMBEDDING, HEAD, LAST_NORM) or part in (
+    return part in (
+        *(EMBEDDING, HEAD, LAST_NORM),
         *(*NORM_OF, *writers, *norms, *UNTOUCHED),
         "self_attn.v_proj.bias",
     )
 
 
-def turned(name: str, read: Read, rotation: Rotation) -> Tensor:
-    """A tensor of the rotated model, in the dtype of the stored one, rounded once."""
+def _place(name: str) -> tuple[str, str]:
+    """The layer that a tensor belongs to, "" where none, and its name there, `*` for an expert."""
     layer = LAYER.fullmatch(name)
     prefix, part = (layer[1], layer[2]) if layer else ("", name)
+    return prefix, EXPERT.sub("mlp.experts.*.", part)
+
+
+def turned(name: str, read: Read, rotation: Rotation) -> Tensor:
+    """A tensor of the rotated model, in the dtype of the stored one, rounded once."""
+    prefix, part = _place(name)
     stored = read(name)
     # Two turns may meet in a layer's linear; an embedding has one, and is too large for float32.
-    wide = layer and stored.dtype is not torch.float64
+    wide = prefix and stored.dtype is not torch.float64
     value = stored.float() if wide else stored
     if rotation.residual is not None:
         value = _in_stream(prefix, part, value, read, rotation.residual)

@@ -1,0 +1,98 @@
+"""Linears of activations with a scale a token, alone and of a mixture's experts, in ONNX.
+
+The arithmetic is that of ir/ops.py and ir/mixture_ops.py bit for bit. ONNX's DynamicQuantizeLinear
+has one scale for the whole tensor and is asymmetric, so the scales are spelled out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+from torch.fx import Node
+
+from kvc8.backends.onnx.builder import Builder, Value
+from kvc8.ir import mixture_ops, ops
+from kvc8.ir.program import argument, tensor_type
+from kvc8.ir.shapes import Op
+
+F32 = torch.float32
+
+
+def _quantize_tokens(b: Builder, node: Node, x: Value) -> Sequence[Value]:
+    """`kvc8.quantize_tokens`: ONNX's Round is half to even."""
+    wide = b.cast(x, tensor_type(argument(node, 0)).dtype, F32)
+    scale = b.op("Div", b.op("ReduceMax", b.op("Abs", wide), [-1], keepdims=1), b.number(127, F32))
+    zero = b.op("Equal", scale, b.number(0, F32))
+    codes = b.op("Round", b.op("Div", wide, b.op("Where", zero, b.number(1, F32), scale)))
+    low, high = b.number(-128, F32), b.number(127, F32)
+    codes = b.cast(b.op("Clip", codes, low, high), F32, torch.int8)
+    return codes, b.op("Squeeze", scale, [-1])
+
+
+def _dynamic_linear(
+    b: Builder,
+    node: Node,
+    x: Value,
+    scale: Value,
+    weight: Value,
+    weight_scale: Value,
+    bias: Value | None,
+    dtype: torch.dtype,
+) -> Value:
+    """`kvc8.dynamic_linear`."""
+    y = b.op("Mul", _products(b, x, weight), weight_scale)
+    y = b.op("Mul", y, b.op("Unsqueeze", scale, [-1]))
+    return b.cast(y if bias is None else b.op("Add", y, bias), F32, dtype)
+
+
+def _products(b: Builder, x: Value, weight: Value) -> Value:
+    """x·weight^T of int8, exact, as float32; see quantization.py for the 128."""
+    point = b.constant(torch.tensor(128, dtype=torch.uint8))
+    moved = b.op("Add", b.cast(x, torch.int8, torch.int32), b.number(128, torch.int32))
+    moved = b.cast(moved, torch.int32, torch.uint8)
+    turned = b.op("Transpose", weight, perm=[1, 0])
+    return b.cast(b.op("MatMulInteger", moved, turned, point), torch.int32, F32)
+
+
+def _dynamic_grouped_linear(
+    b: Builder,
+    node: Node,
+    x: Value,
+    scale: Value,
+    weight: Value,
+    weight_scale: Value,
+    counts: Value,
+    dtype: torch.dtype,
+) -> Value:
+    """`kvc8.dynamic_grouped_linear`."""
+    column = b.op("Unsqueeze", scale, [-1])
+
+    def linear(expert: int, start: Value, end: Value) -> Value:
+        rows, factor = (b.op("Slice", part, start, end, [0]) for part in (x, column))
+        y = _products(b, rows, b.op("Gather", weight, expert, axis=0))
+        return b.op("Mul", b.op("Mul", y, b.op("Gather", weight_scale, expert, axis=0)), factor)
+
+    return b.cast(by_expert(b, node, counts, linear), F32, dtype)
+
+
+def by_expert(
+    b: Builder, node: Node, counts: Value, linear: Callable[[int, Value, Value], Value]
+) -> Value:
+    """What `linear` gives for each expert and its rows, from one number to another, together."""
+    [count] = tensor_type(node.args[-2 if node.target is DYNAMIC else -1]).shape
+    ends, start, parts = b.op("CumSum", counts, b.number(0, torch.int64)), b.shape([0]), []
+    for expert in range(int(count)):
+        end = b.op("Slice", ends, [expert], [expert + 1], [0])
+        parts.append(linear(expert, start, end))
+        start = end
+    return b.op("Concat", *parts, axis=0)
+
+
+DYNAMIC = mixture_ops.dynamic_grouped_linear
+LOWERINGS: Mapping[Op, Callable[..., object]] = MappingProxyType(
+    {
+        ops.quantize_tokens: _quantize_tokens,
+        ops.dynamic_linear: _dynamic_linear,
+        mixture_ops.dynamic_grouped_linear: _dynamic_grouped_linear,
+    }
+)
