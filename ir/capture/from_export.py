@@ -23,6 +23,7 @@ from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program, Stage, is_call, tensor_type
 from kvc8.ir.types import TensorType, size
 
+PRESENT = "present"  # an input of the traced model that no program has: which tokens are there
 STEP_INPUTS = ("slot_mapping", "block_table", "seq_lens", "query_starts")
 
 
@@ -105,7 +106,7 @@ class Emitter:
         for node in self.trace.exported.graph.find_nodes(op="placeholder"):
             if node.name in made:
                 env[node] = made[node.name]
-            elif self._layer(node) is None:
+            elif node.name != PRESENT and self._layer(node) is None:
                 env[node] = self.parameter(node, self._path(node))
         return env
 

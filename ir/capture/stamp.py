@@ -1,9 +1,9 @@
 """Find out which layers of a model are alike, so that one trace of each kind serves them all.
 
 Layers are of one kind when they are built of the same modules, with the same settings and the
-same parameter shapes (`fingerprint`). Two layers of each kind are traced, and stamping goes ahead
-only where the graphs of the two are isomorphic (`alike`): whatever the model's code decides by a
-layer's position shows there.
+same parameter shapes (`fingerprint`), and the config says the same of both. Two layers of each kind
+are traced, and stamping goes ahead only where the graphs of the two are isomorphic (`alike`):
+whatever the model's code decides by a layer's position shows there.
 """
 
 import re
@@ -54,10 +54,11 @@ def _shapes(module: torch.nn.Module) -> tuple[object, ...]:
     return tuple((name, tuple(t.shape), t.dtype) for name, t in tensors)
 
 
-def kinds(layers: Iterable[torch.nn.Module]) -> list[int]:
-    """For each layer, the first layer of its kind."""
-    first: dict[tuple[object, ...], int] = {}
-    return [first.setdefault(fingerprint(layer), i) for i, layer in enumerate(layers)]
+def kinds(layers: Iterable[torch.nn.Module], settings: Iterable[object]) -> list[int]:
+    """For each layer, the first layer of its kind; `settings` are what the config says of each."""
+    first: dict[object, int] = {}
+    made = zip(map(fingerprint, layers), settings, strict=True)
+    return [first.setdefault(each, i) for i, each in enumerate(made)]
 
 
 def representatives(kind_of: Sequence[int]) -> list[int]:

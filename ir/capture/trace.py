@@ -18,8 +18,6 @@ and k_cache_i, v_cache_i [N, S, H, D] of each layer; it gives logits [R, vocabul
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import transformers
@@ -27,12 +25,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import Node
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from kvc8.ir.capture import attention
 from kvc8.ir.capture.accounts import account, add_norm_biases
-from kvc8.ir.capture.from_export import Emitter, Trace, attention_site
+from kvc8.ir.capture.canonical import CHECKS
+from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
+from kvc8.ir.capture.from_export import PRESENT, Emitter, Trace, attention_site
 from kvc8.ir.capture.mixtures import experts
 from kvc8.ir.capture.parameters import check_kv_scales
 from kvc8.ir.capture.stamp import Cut, alike, cut, fingerprint, kinds, layer_of, representatives
@@ -41,38 +42,26 @@ from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program, is_call
 from kvc8.ir.verify import verify
 
-FOREIGN = (KeyError, ValueError, RuntimeError, AttributeError, TypeError, NotImplementedError)
-ATTENTION = "kvc8"  # what transformers knows our attention by, and our experts
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: object,
-) -> tuple[Tensor, None]:
-    """What transformers calls for attention; query [1, Hq, T, D], key and value [1, H, T, D]."""
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    out = attention_site(*rows, scale, sliding_window or 0, softcap or 0.0, s_aux)
-    return out.unsqueeze(0), None
-
 
 class _Flat(torch.nn.Module):
-    """The model on flattened tokens."""
+    """The model on flattened tokens, told that all of them are there.
+
+    Not told so, it would take tokens out of the order of their places for several sequences, and
+    make a mask of that.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.m = model
 
-    def forward(self, input_ids: Tensor, positions: Tensor, logits_rows: Tensor) -> Tensor:
-        given = {"input_ids": input_ids[None], "position_ids": positions[None]}
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, logits_rows: Tensor, present: Tensor
+    ) -> Tensor:
+        given = {
+            "input_ids": input_ids[None],
+            "position_ids": positions[None],
+            "attention_mask": present[None],
+        }
         logits: Tensor = self.m(**given, use_cache=False, logits_to_keep=logits_rows).logits
         return logits[0]
 
@@ -90,8 +79,8 @@ def capture(
         warnings.warn(warning, stacklevel=2)
     config = model_config(checkpoint)
     model = _build(config, dtype or config_dtype(checkpoint))
-    path = _layers_path(model, config)
-    kind_of = kinds(_layers(model, path))
+    path = layers_path(model, config)
+    kind_of = kinds(_layers(model, path), _of_each_layer(config))
     chosen = representatives(kind_of)
     small = _reduced(config, chosen) if stamped and len(chosen) < len(kind_of) else None
     found = _stamp(checkpoint, model, path, kind_of, chosen, small) if small else None
@@ -127,24 +116,24 @@ def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
         return found
     except FOREIGN as error:
         raise ModelError(
-            "config.json", f"not one of a {kind} ({_first_line(error)})", "correct it"
+            "config.json", f"not one of a {kind} ({first_line(error)})", "correct it"
         ) from error
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a config, on a CPU that holds no data."""
-    AttentionInterface.register(ATTENTION, _attention)
-    ALL_EXPERTS_FUNCTIONS.register(ATTENTION, experts)
+    attention.register()
+    ALL_EXPERTS_FUNCTIONS.register(attention.NAME, experts)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _quiet():
+        with FakeTensorMode(allow_non_fake_inputs=True), quiet():
             model = AutoModelForCausalLM.from_config(
                 config,
-                attn_implementation=ATTENTION,
-                experts_implementation=ATTENTION,
+                attn_implementation=attention.NAME,
+                experts_implementation=attention.NAME,
                 dtype=dtype,
             )
     except FOREIGN as error:
-        why = _first_line(error)
+        why = first_line(error)
         what = f"a {config.model_type} cannot be built ({why})"
         do = "use a causal language model of transformers"
         raise ModelError("config.json", what, do) from error
@@ -152,20 +141,8 @@ def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
     return model.eval()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings of transformers about configs; what matters here is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:120]}" if text else type(error).__name__
-
-
-def _layers_path(model: torch.nn.Module, config: PretrainedConfig) -> str:
+def layers_path(model: torch.nn.Module, config: PretrainedConfig) -> str:
+    """Where the list of the layers stands, as "model.layers"; raises ModelError if nowhere."""
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers:
             return str(name)
@@ -177,13 +154,27 @@ def _layers(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
     return list(model.get_submodule(path).children())
 
 
+def _lists(config: PretrainedConfig) -> dict[str, list[object]]:
+    """What a config says of each layer by itself, by name."""
+    count, every = config.num_hidden_layers, vars(config).items()
+    return {k: found for k, found in every if isinstance(found, list) and len(found) == count}
+
+
+def _of_each_layer(config: PretrainedConfig) -> list[tuple[str, ...]]:
+    """For each layer what tells it from others, whether its modules know or only its model's code.
+
+    The kind of its attention is of the second sort: the model chooses its mask by it.
+    """
+    lists = _lists(config).values()
+    return [tuple(repr(found[i]) for found in lists) for i in range(config.num_hidden_layers)]
+
+
 def _reduced(config: PretrainedConfig, chosen: list[int]) -> PretrainedConfig:
     """The config of a model of the chosen layers only."""
-    small, count = copy.deepcopy(config), config.num_hidden_layers
+    small = copy.deepcopy(config)
     small.num_hidden_layers = len(chosen)
-    for name, found in vars(config).items():
-        if isinstance(found, list) and len(found) == count:
-            setattr(small, name, [found[i] for i in chosen])
+    for name, found in _lists(config).items():
+        setattr(small, name, [found[i] for i in chosen])
     return small
 
 
@@ -193,26 +184,43 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
         torch.zeros(7, dtype=torch.int64),
         torch.arange(7),
         torch.zeros(3, dtype=torch.int64),
+        torch.ones(7, dtype=torch.bool),
     )
     sizes = tuple({0: Dim.DYNAMIC} for _ in example)
     try:
         # torch keeps a table of calls already seen. Where sizes are symbolic, looking a call up
         # and making its result again takes longer than the call: a quarter of a capture's time.
-        with torch.no_grad(), _quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        with torch.no_grad(), quiet(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
             exported = torch.export.export(
                 _Flat(model), example, dynamic_shapes=sizes, strict=False
             )
     except FOREIGN as error:
-        what = f"a {type(model).__name__} cannot be traced ({_first_line(error)})"
+        name = f"a {type(model).__name__}"
+        if attention.CausalMask.__name__ in str(error):
+            what = f"{name} computes with its attention mask"
+            raise ModelError("config.json", what, attention.OTHER) from error
+        what = f"{name} cannot be traced ({first_line(error)})"
         do = "use a model whose attention transformers dispatches"
         raise ModelError("config.json", what, do) from error
+    for node in exported.graph.find_nodes(op="call_function", target=CHECKS[0]):
+        exported.graph.erase_node(node)  # a check of a mask alone would keep the mask alive
+    exported.graph.eliminate_dead_code()
     trace = Trace(exported, model, path)
-    layers = len(_layers(model, path))
-    sites = sum(is_call(node, attention_site) for node in trace.calls())
-    if sites != layers:
-        what = f"a {type(model).__name__} makes {sites} calls of attention for {layers} layers"
-        raise ModelError("config.json", what, "its cache cannot be found, so use another model")
+    _check_attention(trace, len(_layers(model, path)))
     return trace
+
+
+def _check_attention(trace: Trace, layers: int) -> None:
+    """Raise ModelError unless each layer calls attention once and nothing else reads a mask."""
+    name = f"a {type(trace.model).__name__}"
+    sites = [node for node in trace.calls() if is_call(node, attention_site)]
+    if [layer_of(node, f"m.{trace.path}") for node in sites] != list(range(layers)):
+        what = f"{name} makes {len(sites)} calls of attention for {layers} layers"
+        raise ModelError("config.json", what, "its cache cannot be found, so use another model")
+    [present] = [n for n in trace.exported.graph.find_nodes(op="placeholder") if n.name == PRESENT]
+    if present.users:
+        what = f"{name} computes with which tokens are there, outside of attention"
+        raise ModelError("config.json", what, attention.OTHER)
 
 
 def _trace_whole(checkpoint: Checkpoint, model: torch.nn.Module, path: str) -> Program:
