@@ -1,0 +1,248 @@
+"""transformers' own model of a directory, in double precision: what a capture must compute.
+
+transformers loads it, from the stored tensors by their names, and attends eagerly. With a captured
+program it shares neither attention, nor masks, nor the way weights find their places. A linear in
+W8A8 is loaded as the float linear that it stands for.
+
+Every float is float64, also where a model's code names float32: rounding has no say then, and what
+differs from it differs by meaning. Of the weights only those of the layer that runs are held; else
+a parameter has a shape and a dtype and no data. What is stored is read again for each run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
+from kvc8.ir.capture.parameters import parameter_expression
+from kvc8.ir.capture.trace import layers_path, model_config
+from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.errors import ModelError
+from kvc8.ir.precision.doubled import F64, Weights, doubled, in_pieces
+from kvc8.ir.precision.twins import make_exact
+
+Source = Callable[[], Tensor]
+
+
+@dataclass
+class Seen:
+    """What modules took and gave, by name: the first argument, and the tensors of the result."""
+
+    took: dict[str, Tensor] = field(default_factory=dict)
+    gave: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Original:
+    """A model of transformers that holds no weights while it does not run."""
+
+    model: nn.Module
+    layers: str  # where the list of them stands, "model.layers"
+
+    @property
+    def depth(self) -> int:
+        """How many layers there are."""
+        return len(list(self.model.get_submodule(self.layers).children()))
+
+    def run(
+        self, tokens: Sequence[int], watched: Callable[[str], bool] = lambda name: False
+    ) -> tuple[Tensor, Seen]:
+        """The logits of every token, float64 [T, vocabulary], and what `watched` modules did."""
+        seen, name = Seen(), type(self.model).__name__
+        try:
+            with _watching(self.model, watched, seen), quiet(), doubled():
+                found = self.model(input_ids=torch.tensor([tokens]), use_cache=False)
+        except FOREIGN as error:
+            what = f"transformers' own {name} cannot be run ({first_line(error)})"
+            raise ModelError(f"config.json: {what}; correct it") from error
+        logits: Tensor = found.logits[0]
+        return logits, seen
+
+
+def open_original(checkpoint: Checkpoint, weights: Weights) -> Original:
+    """Load a directory as transformers does; `weights` gives its tensors when they are needed.
+
+    Raises ModelError where transformers knows no such model, or misses a weight.
+    """
+    config, stored = model_config(checkpoint), _floats(checkpoint)
+    model = _loaded(checkpoint, config, {**stored, **_linears(checkpoint)})
+    path = layers_path(model, config)
+    _let_go(model, path, _Sources(weights, {t.data_ptr(): name for name, t in stored.items()}))
+    _add_norm_biases(checkpoint, model)
+    return Original(model.double(), path)
+
+
+def copied_bytes(checkpoint: Checkpoint) -> int:
+    """How much memory loading takes, at least: nothing where tensors stay where they are stored."""
+    with torch.device("meta"), quiet():
+        config = model_config(checkpoint)
+        names = set(AutoModelForCausalLM.from_config(config).state_dict())
+    dtype, every = _dtype(checkpoint), checkpoint.tensors.values()
+    floats = [tensor for tensor in every if tensor.dtype.is_floating_point]
+    moved = [t for t in floats if t.name not in names or t.dtype is not dtype]
+    return sum(t.nbytes // t.dtype.itemsize * dtype.itemsize for t in moved)
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """In which every stored value is exact: that of the tensors, where they have one."""
+    if checkpoint.w8a8:
+        return F64
+    found = {t.dtype for t in checkpoint.tensors.values() if t.dtype.is_floating_point}
+    return found.pop() if len(found) == 1 else torch.float32
+
+
+def _floats(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The float tensors by their names, mapped, but for those that describe what is quantized."""
+    taken = {name for linear in checkpoint.w8a8.values() for name in vars(linear).values()}
+    taken |= {n for pair in checkpoint.kv.values() for kv in pair for n in (kv.scale, kv.offset)}
+    return {
+        name: checkpoint.read(name)
+        for name, tensor in checkpoint.tensors.items()
+        if name not in taken and tensor.dtype.is_floating_point
+    }
+
+
+def _linears(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The float weights and biases that linears in W8A8 stand for."""
+    names = [f"{module}.{part}" for module in checkpoint.w8a8 for part in ("weight", "bias")]
+    made = {name: parameter_expression(checkpoint, (name,), (), F64) for name in names}
+    return {name: make_exact(found, checkpoint.read) for name, found in made.items()}
+
+
+def _loaded(
+    checkpoint: Checkpoint, config: PretrainedConfig, stored: Mapping[str, Tensor]
+) -> nn.Module:
+    where = checkpoint.path.name
+    try:
+        with quiet():
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, info = kind.from_pretrained(  # type: ignore[attr-defined]
+                None,
+                config=config,
+                state_dict=dict(stored),
+                dtype=_dtype(checkpoint),
+                attn_implementation="eager",
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+    except FOREIGN as error:
+        what = f"transformers cannot load it ({first_line(error)})"
+        raise ModelError(f"{where}: {what}; check that config.json belongs to it") from error
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := sorted(weights & set(info["missing_keys"])):
+        what = f"has no tensor {missing[0]}, which transformers' own model needs"
+        raise ModelError(f"{where}: {what}; check that config.json belongs to these weights")
+    assert isinstance(model, nn.Module)
+    return model
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Where a parameter's data come from when it is needed."""
+
+    weights: Weights
+    names: Mapping[int, str]  # of stored tensors, by where they are mapped
+
+    def of(self, parameter: Tensor, by_rows: bool) -> Source:
+        """A stored tensor is read again; what was made of several is kept."""
+        if (name := self.names.get(parameter.data_ptr())) is None:
+            return lambda: parameter
+        return partial(self.weights.mapped if by_rows else self.weights.read, name)
+
+
+Held = Sequence[tuple[nn.Module, str, Source]]
+
+
+def _let_go(model: nn.Module, path: str, sources: _Sources) -> None:
+    """Take the data from all parameters, and give it to those of a layer while the layer runs."""
+    layers = list(model.get_submodule(path).children())
+    inside = {module for layer in layers for module in layer.modules()}
+    parts = [(layer, list(layer.modules())) for layer in layers]
+    parts += [(module, [module]) for module in model.modules() if module not in inside]
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    for whole, modules in parts:
+        by_rows = whole is table or (whole is head and type(whole) is nn.Linear)
+        held = [
+            (module, name, sources.of(parameter, by_rows))
+            for module in modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        if by_rows and whole is head:
+            whole.forward = partial(_in_pieces, held)
+        elif held:
+            whole.register_forward_pre_hook(partial(_fill_rows if by_rows else _fill, held))
+            whole.register_forward_hook(partial(_empty, held))
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = _without_data(parameter)
+
+
+def _without_data(parameter: Tensor | None) -> nn.Parameter | None:
+    if parameter is None:
+        return None
+    return nn.Parameter(torch.empty_like(parameter, dtype=F64, device="meta"), requires_grad=False)
+
+
+def _fill(held: Held, *_: object) -> None:
+    for module, name, source in held:
+        with _disable_current_modes():
+            module._parameters[name] = nn.Parameter(source().to(F64), requires_grad=False)
+
+
+def _fill_rows(held: Held, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give an embedding the rows of its tokens; gives the tokens as places among these."""
+    [(_, name, source)], (tokens, *rest) = held, given
+    with _disable_current_modes():
+        chosen, places = tokens.unique(return_inverse=True)
+        module._parameters[name] = nn.Parameter(source()[chosen].to(F64), requires_grad=False)
+        module.padding_idx = None  # type: ignore[assignment]  # is of training, no place here
+    return places, *rest
+
+
+def _in_pieces(held: Held, x: Tensor) -> Tensor:
+    """What a linear gives that is as wide as the vocabulary."""
+    return in_pieces(x, *(source() for _, _, source in held))
+
+
+def _empty(held: Held, *_: object) -> None:
+    for module, name, _source in held:
+        module._parameters[name] = _without_data(module._parameters[name])
+
+
+def _add_norm_biases(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Add after norms the biases that an anti-outlier method gave them."""
+    modules = dict(model.named_modules())
+    for name in checkpoint.tensors:
+        module = modules.get(name.removesuffix(".bias"))
+        if not name.endswith("norm.bias") or module is None or "bias" in module._parameters:
+            continue
+        bias = checkpoint.read(name).to(F64)
+        module.register_forward_hook(lambda _, __, gave, bias=bias: gave + bias)
+
+
+@contextmanager
+def _watching(model: nn.Module, watched: Callable[[str], bool], seen: Seen) -> Iterator[None]:
+    def note(name: str, _: nn.Module, took: tuple[object, ...], gave: object) -> None:
+        results = gave if isinstance(gave, tuple | list) else (gave,)
+        seen.gave[name] = [x for x in results if isinstance(x, Tensor)]
+        if took and isinstance(took[0], Tensor):
+            seen.took[name] = took[0]
+
+    hooks = [
+        module.register_forward_hook(partial(note, name))
+        for name, module in model.named_modules()
+        if watched(name)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
