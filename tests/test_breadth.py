@@ -1,7 +1,7 @@
 """Every architecture that kvc8 captures computes what transformers computes.
 
 A prompt and then tokens one by one out of the cache, through windows that are shorter than the
-text: in float64 within the bound of tools/verifier/faithful.py, and in float32 within 1e-5.
+text: in float64 within the bound of tools/driver/faithful.py, and in float32 within 1e-5.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from kvc8.ir import ops
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.run import run
-from kvc8.tools.verifier.faithful import hold
+from kvc8.tools.driver.faithful import hold
 
 TOKENS, PROMPT = [5, 17, 42, 99, 3, 64, 80, 23, 11, 71, 9, 100], 9
 WINDOW = 4

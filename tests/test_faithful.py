@@ -12,8 +12,9 @@ from support.capture_faults import FAULTS
 from kvc8.ir.capture import attention
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program
-from kvc8.tools.verifier.faithful import hold
+from kvc8.tools.driver.faithful import hold
 
 TOKENS = [5, 17, 42, 99, 3, 64, 80, 23, 11, 71, 9, 100]
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
@@ -36,10 +37,10 @@ def captured(tiny_model: Callable[..., Path]) -> Callable[[str], tuple[Path, Pro
     return captured
 
 
-def check(problem: str | None, model: str, first: str) -> None:
+def check(problem: ModelError | None, model: str, first: str) -> None:
     assert problem is not None
     pattern = SENTENCE.format(model=model, first=re.escape(first))
-    assert re.fullmatch(pattern, problem), problem
+    assert re.fullmatch(pattern, str(problem)), str(problem)
 
 
 @pytest.mark.parametrize("name", FAULTS)

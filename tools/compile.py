@@ -61,7 +61,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--check",
         action="store_true",
-        help="hold each pass to its numeric contract on a recorded prompt; refuse where one breaks",
+        help="hold the captured program to transformers' own model, and each pass to its numeric "
+        "contract, on a recorded prompt; refuse where one differs",
     )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write what each pass did")
     costs.add_arguments(found)
@@ -113,9 +114,11 @@ def _watchers(args: argparse.Namespace, steps: PassSteps) -> Sequence[See]:
 def _check_passes(
     args: argparse.Namespace, target: Target, checkpoint: Checkpoint, captured: Program
 ) -> list[Heat]:
+    from kvc8.tools.driver.faithful import check_capture
     from kvc8.tools.reporter.figures import of_passes
     from kvc8.tools.verifier.check_passes import check_passes, watch_values  # all of the emulation
 
+    check_capture(checkpoint, captured)
     values = watch_values(checkpoint, captured) if isinstance(args.report, Path) else None
     see = values.see if values else None
     verdicts = check_passes(checkpoint, captured, options_of(args), see, target.lowered)
@@ -125,7 +128,10 @@ def _check_passes(
             errors[0].add_note(str(other))
         raise errors[0]
     sites = sum(len(verdict.sites) for verdict in verdicts)
-    what = f"{len(verdicts)} runs of passes keep their contracts at {sites} sites"
+    what = (
+        "the captured program computes what transformers computes, and "
+        f"{len(verdicts)} runs of passes keep their contracts at {sites} sites"
+    )
     print(f"checked: {what}", file=sys.stderr)
     return of_passes(verdicts, values.passes) if values else []
 

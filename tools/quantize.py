@@ -34,6 +34,7 @@ from kvc8.ir.program import Program
 from kvc8.tools.command import INTERRUPTED, entry
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts, with_lines
+from kvc8.tools.quantizer.float_check import check_float_model
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
 from kvc8.tools.quantizer.model import QuantPlan, not_copied
@@ -87,6 +88,7 @@ def work(args: argparse.Namespace) -> int:
     cut = stages(program)
     identity = _identity(checkpoint, [*texts, *more])
     space = room(args.memory, cut, max(map(len, [*texts, *more])))
+    check_float_model(checkpoint, program, cut, texts, args.memory)
     try:
         with (
             kept_directory(args.output, args.resume) as (part, state),

@@ -4,8 +4,12 @@
 
 What kvc8-compile made of DIR may be given too, and stands in the table as it is on disk.
 
-The reference is the QUANTIZED program. All forms are fed the tokens with which it continues the
-prompt greedily in float32.
+The first row is transformers' own model of DIR beside the program captured of it, with the float
+weights that DIR stands for: they must compute the same (tools/driver/faithful.py). A form that
+cannot be made of a model is left out, and it is said why.
+
+For all other rows the reference is the QUANTIZED program. All forms are fed the tokens with which
+it continues the prompt greedily in float32.
 
 In float64 the reference and ONNX Runtime must agree: in every code, in every greedy token, and in
 every logit within 1e-3. There rounding has no say, so a difference is a fault.
@@ -29,7 +33,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,9 +53,15 @@ from kvc8.tools.reporter.verified import write_page
 from kvc8.tools.verifier import dumps
 from kvc8.tools.verifier.bisection import Bisection
 from kvc8.tools.verifier.check_passes import check_passes, watch_values
-from kvc8.tools.verifier.compare import FormRow
+from kvc8.tools.verifier.compare import FormRow, LeftOut
 from kvc8.tools.verifier.contracts import Checked
-from kvc8.tools.verifier.form_table import broken_promises, double_rows, print_rows, single_rows
+from kvc8.tools.verifier.form_table import (
+    broken_promises,
+    double_rows,
+    original_row,
+    print_rows,
+    single_rows,
+)
 from kvc8.tools.verifier.forms import Tokens, generate
 from kvc8.tools.verifier.pass_table import passes_as_json, print_passes
 from kvc8.tools.verifier.phases import phase_rows
@@ -174,8 +184,10 @@ def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     own = capture(checkpoint, config_dtype(checkpoint))
     quantize(own, options_of(args))
     tokens = generate(reference, checkpoint, _prompt(args), args.steps)
+    first, problem = original_row(checkpoint, captured, tokens)
     rows = single_rows(checkpoint, captured, reference, own, tokens, args.compiled)
-    return _rows(args, [*rows, *double_rows(checkpoint, reference, tokens)], tokens)
+    found = _rows(args, [first, *rows, *double_rows(checkpoint, reference, tokens)], tokens)
+    return replace(found, broken=[*problem, *found.broken])
 
 
 def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
@@ -186,10 +198,13 @@ def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     return _rows(args, phase_rows(checkpoint, reference, tokens), tokens)
 
 
-def _rows(args: argparse.Namespace, rows: list[FormRow], tokens: Tokens) -> PartResult:
+def _rows(
+    args: argparse.Namespace, rows: Sequence[FormRow | LeftOut], tokens: Tokens
+) -> PartResult:
     if not args.json:
         print_rows(rows, tokens)
-    broken = [problem for row in rows for problem in broken_promises(row)]
+    made = [row for row in rows if isinstance(row, FormRow)]
+    broken = [problem for row in made for problem in broken_promises(row)]
     return PartResult([asdict(row) for row in rows], broken)
 
 

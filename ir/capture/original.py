@@ -24,15 +24,15 @@ from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
 from kvc8.ir.capture.parameters import parameter_expression
 from kvc8.ir.capture.trace import layers_path, model_config
 from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.errors import ModelError
-from kvc8.ir.precision.doubled import F64, Weights, doubled, in_pieces
+from kvc8.ir.precision.doubled import F64, doubled, in_blocks, rows_of
 from kvc8.ir.precision.twins import make_exact
-
-Source = Callable[[], Tensor]
 
 
 @dataclass
-class Seen:
+class ModuleValues:
     """What modules took and gave, by name: the first argument, and the tensors of the result."""
 
     took: dict[str, Tensor] = field(default_factory=dict)
@@ -53,28 +53,29 @@ class Original:
 
     def run(
         self, tokens: Sequence[int], watched: Callable[[str], bool] = lambda name: False
-    ) -> tuple[Tensor, Seen]:
+    ) -> tuple[Tensor, ModuleValues]:
         """The logits of every token, float64 [T, vocabulary], and what `watched` modules did."""
-        seen, name = Seen(), type(self.model).__name__
+        seen, name = ModuleValues(), type(self.model).__name__
         try:
             with _watching(self.model, watched, seen), quiet(), doubled():
                 found = self.model(input_ids=torch.tensor([tokens]), use_cache=False)
         except FOREIGN as error:
             what = f"transformers' own {name} cannot be run ({first_line(error)})"
-            raise ModelError(f"config.json: {what}; correct it") from error
+            raise ModelError("config.json", what, "correct it") from error
         logits: Tensor = found.logits[0]
         return logits, seen
 
 
-def open_original(checkpoint: Checkpoint, weights: Weights) -> Original:
-    """Load a directory as transformers does; `weights` gives its tensors when they are needed.
+def open_original(checkpoint: Checkpoint) -> Original:
+    """Load a directory as transformers does.
 
     Raises ModelError where transformers knows no such model, or misses a weight.
     """
     config, stored = model_config(checkpoint), _floats(checkpoint)
     model = _loaded(checkpoint, config, {**stored, **_linears(checkpoint)})
     path = layers_path(model, config)
-    _let_go(model, path, _Sources(weights, {t.data_ptr(): name for name, t in stored.items()}))
+    by_place = {t.data_ptr(): checkpoint.tensors[name] for name, t in stored.items()}
+    _let_go(model, path, by_place)
     _add_norm_biases(checkpoint, model)
     return Original(model.double(), path)
 
@@ -134,51 +135,44 @@ def _loaded(
             )
     except FOREIGN as error:
         what = f"transformers cannot load it ({first_line(error)})"
-        raise ModelError(f"{where}: {what}; check that config.json belongs to it") from error
+        raise ModelError(where, what, "check that config.json belongs to it") from error
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if missing := sorted(weights & set(info["missing_keys"])):
         what = f"has no tensor {missing[0]}, which transformers' own model needs"
-        raise ModelError(f"{where}: {what}; check that config.json belongs to these weights")
+        raise ModelError(where, what, "check that config.json belongs to these weights")
     assert isinstance(model, nn.Module)
     return model
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Where a parameter's data come from when it is needed."""
-
-    weights: Weights
-    names: Mapping[int, str]  # of stored tensors, by where they are mapped
-
-    def of(self, parameter: Tensor, by_rows: bool) -> Source:
-        """A stored tensor is read again; what was made of several is kept."""
-        if (name := self.names.get(parameter.data_ptr())) is None:
-            return lambda: parameter
-        return partial(self.weights.mapped if by_rows else self.weights.read, name)
+Room = dict[tuple[int, torch.Size], Tensor]
+Held = Sequence[tuple[nn.Module, str, StoredTensor | Tensor]]
 
 
-Held = Sequence[tuple[nn.Module, str, Source]]
+def _let_go(model: nn.Module, path: str, stored: Mapping[int, StoredTensor]) -> None:
+    """Take the data from all parameters, and give it to those of a layer while the layer runs.
 
-
-def _let_go(model: nn.Module, path: str, sources: _Sources) -> None:
-    """Take the data from all parameters, and give it to those of a layer while the layer runs."""
+    A parameter that lies where a stored tensor is mapped is read again; others are kept.
+    """
     layers = list(model.get_submodule(path).children())
     inside = {module for layer in layers for module in layer.modules()}
     parts = [(layer, list(layer.modules())) for layer in layers]
     parts += [(module, [module]) for module in model.modules() if module not in inside]
     table, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    room: Room = {}
     for whole, modules in parts:
-        by_rows = whole is table or (whole is head and type(whole) is nn.Linear)
         held = [
-            (module, name, sources.of(parameter, by_rows))
+            (module, name, stored.get(parameter.data_ptr(), parameter))
             for module in modules
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        if by_rows and whole is head:
-            whole.forward = partial(_in_pieces, held)
+        by_rows = bool(held) and isinstance(held[0][2], StoredTensor)
+        if by_rows and whole is head and type(whole) is nn.Linear:
+            whole.forward = partial(_in_blocks, held)  # type: ignore[method-assign]
         elif held:
-            whole.register_forward_pre_hook(partial(_fill_rows if by_rows else _fill, held))
+            rows = by_rows and whole is table
+            fill = _fill_rows if rows else partial(_fill, room if whole in layers else {})
+            whole.register_forward_pre_hook(partial(fill, held))
             whole.register_forward_hook(partial(_empty, held))
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -191,25 +185,38 @@ def _without_data(parameter: Tensor | None) -> nn.Parameter | None:
     return nn.Parameter(torch.empty_like(parameter, dtype=F64, device="meta"), requires_grad=False)
 
 
-def _fill(held: Held, *_: object) -> None:
-    for module, name, source in held:
-        with _disable_current_modes():
-            module._parameters[name] = nn.Parameter(source().to(F64), requires_grad=False)
+def _data(source: StoredTensor | Tensor) -> Tensor:
+    return load(source) if isinstance(source, StoredTensor) else source
+
+
+def _fill(room: Room, held: Held, *_: object) -> None:
+    """Give parameters their data, in the memory that those of the layer before had.
+
+    Given back to the C library and asked for again, it would soon lie in pieces too small to use.
+    """
+    with _disable_current_modes():
+        for place, (module, name, source) in enumerate(held):
+            shape = module._parameters[name].shape  # type: ignore[union-attr]
+            kept = room.setdefault((place, shape), torch.empty(shape, dtype=F64))
+            module._parameters[name] = nn.Parameter(kept.copy_(_data(source)), requires_grad=False)
 
 
 def _fill_rows(held: Held, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Give an embedding the rows of its tokens; gives the tokens as places among these."""
     [(_, name, source)], (tokens, *rest) = held, given
-    with _disable_current_modes():
-        chosen, places = tokens.unique(return_inverse=True)
-        module._parameters[name] = nn.Parameter(source()[chosen].to(F64), requires_grad=False)
-        module.padding_idx = None  # type: ignore[assignment]  # is of training, no place here
+    assert isinstance(source, StoredTensor)
+    found, places = rows_of(source, tokens)
+    module._parameters[name] = nn.Parameter(found, requires_grad=False)
+    module.padding_idx = None  # type: ignore[assignment]  # is of training, no place here
     return places, *rest
 
 
-def _in_pieces(held: Held, x: Tensor) -> Tensor:
+def _in_blocks(held: Held, x: Tensor) -> Tensor:
     """What a linear gives that is as wide as the vocabulary."""
-    return in_pieces(x, *(source() for _, _, source in held))
+    (_, _, weight), *bias = held
+    assert isinstance(weight, StoredTensor)
+    with _disable_current_modes():
+        return in_blocks(x, weight, *(_data(source) for _, _, source in bias))
 
 
 def _empty(held: Held, *_: object) -> None:
@@ -229,7 +236,9 @@ def _add_norm_biases(checkpoint: Checkpoint, model: nn.Module) -> None:
 
 
 @contextmanager
-def _watching(model: nn.Module, watched: Callable[[str], bool], seen: Seen) -> Iterator[None]:
+def _watching(
+    model: nn.Module, watched: Callable[[str], bool], seen: ModuleValues
+) -> Iterator[None]:
     def note(name: str, _: nn.Module, took: tuple[object, ...], gave: object) -> None:
         results = gave if isinstance(gave, tuple | list) else (gave,)
         seen.gave[name] = [x for x in results if isinstance(x, Tensor)]

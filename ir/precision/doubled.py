@@ -15,8 +15,10 @@ from torch.fx import Node
 from torch.nn.functional import embedding, linear
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor
+from kvc8.ir.checkpoint.unmapped import load, row_blocks, rows
 from kvc8.ir.errors import IRError
-from kvc8.ir.expression import Expression, Read
+from kvc8.ir.expression import Expression
 from kvc8.ir.precision.twins import make_exact, substituted
 from kvc8.ir.program import (
     Program,
@@ -30,17 +32,10 @@ from kvc8.ir.program import (
 from kvc8.ir.run import Value, last_uses
 
 F64 = torch.float64
+BLOCK = 1 << 20  # bytes of a wide linear as it is stored
 EMBEDDING, LINEAR = torch.ops.aten.embedding.default, torch.ops.aten.linear.default
-ROWS = 4096  # of a wide linear that are held at a time
+WIDE = 4096  # outputs of a linear; of one that has more a few rows are held at a time
 See = Callable[[Node, Callable[[Node], Value]], None]  # a call, and what gives values
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Where stored tensors come from, by name, when they are needed."""
-
-    read: Read
-    mapped: Read  # the same without reading more than is looked at
 
 
 class Doubled(TorchDispatchMode):
@@ -78,12 +73,16 @@ def doubled() -> Iterator[None]:
 
 
 def run_doubled(
-    program: Program, given: Mapping[str, Value], weights: Weights, see: See | None = None
+    program: Program,
+    given: Mapping[str, Value],
+    stored: Mapping[str, StoredTensor],
+    see: See | None = None,
 ) -> list[Tensor]:
     """The logits and the caches that a CAPTURED program gives, in float64.
 
-    `given` are its inputs, and its caches in float64, by name. A parameter is made where it is
-    first used, without rounding, and let go after its last use; `see` sees each call.
+    `given` are its inputs, and its caches in float64, by name. A parameter is made of `stored`
+    tensors where it is first used, without rounding, and let go after its last use; `see` sees
+    each call.
     """
     env: dict[Node, Value] = {}
     last = last_uses(program)
@@ -96,25 +95,26 @@ def run_doubled(
         by_rows = _by_rows(node)
         for used in node.all_input_nodes:
             if used not in env and not (by_rows and used is node.args[by_rows.place]):
-                env[used] = make_exact(expression_of(used), weights.read)
+                env[used] = make_exact(expression_of(used), lambda name: load(stored[name]))
+        table = stored[by_rows.name] if by_rows else None
         with doubled():
-            table = weights.mapped(by_rows.name) if by_rows else None
             env[node] = _evaluate(node, env, table)
         if see:
             see(node, env.__getitem__)
         for dead in last.get(node, ()):
             env.pop(dead, None)
-    raise IRError("the program has no output; end it with `return [...]`")
+    raise IRError("the program", "has no output", "end it with `return [...]`")
 
 
-def _evaluate(call: Node, env: Mapping[Node, Value], table: Tensor | None) -> Value:
+def _evaluate(call: Node, env: Mapping[Node, Value], table: StoredTensor | None) -> Value:
     """What a call gives; `table` is the parameter of which only some rows are to be held."""
     value = env.__getitem__
     if table is not None and is_call(call, EMBEDDING):
-        return rows_of(table, _tensor(value(argument(call, 1))))
+        held, places = rows_of(table, _tensor(value(argument(call, 1))))
+        return embedding(places, held)
     if table is not None:
         x, _, *bias = call.all_input_nodes
-        return in_pieces(_tensor(value(x)), table, *(_tensor(value(node)) for node in bias))
+        return in_blocks(_tensor(value(x)), table, *(_tensor(value(node)) for node in bias))
     args = [substitute(arg, value) for arg in call.args]
     kwargs = {name: substitute(arg, value) for name, arg in call.kwargs.items()}
     assert callable(call.target)
@@ -143,8 +143,8 @@ def _by_rows(call: Node) -> _ByRows | None:
 
 
 def _is_wide(call: Node) -> bool:
-    rows = tensor_type(call).shape[-1]
-    return isinstance(rows, int) and rows > ROWS
+    outputs = tensor_type(call).shape[-1]
+    return isinstance(outputs, int) and outputs > WIDE
 
 
 def _stored(node: Node) -> str | None:
@@ -157,16 +157,18 @@ def _stored(node: Node) -> str | None:
     return str(inner.args[0]) if is_one else None  # type: ignore[union-attr]
 
 
-def rows_of(table: Tensor, tokens: Tensor) -> Tensor:
-    """The rows of an embedding in double precision, of which no others are looked at."""
+def rows_of(table: StoredTensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of an embedding that tokens have, in float64, and the tokens as places in these."""
     with _disable_current_modes():
         chosen, places = tokens.unique(return_inverse=True)
-        return embedding(places, table[chosen].to(F64))
+        return rows(table, chosen).to(F64), places
 
 
-def in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A linear of float64 x, with few rows of its weight in double precision at a time."""
+def in_blocks(x: Tensor, weight: StoredTensor, bias: Tensor | None = None) -> Tensor:
+    """A linear of float64 x, with few rows of its weight in memory at a time."""
     with _disable_current_modes():
-        parts = [linear(x, rows.to(F64)) for rows in weight.split(ROWS)]
-        whole = torch.cat(parts, -1)
-        return whole if bias is None else whole + bias
+        whole, start = x.new_empty(*x.shape[:-1], weight.shape[0]), 0
+        for block in row_blocks(weight, BLOCK):
+            whole[..., start : start + len(block)] = linear(x, block.to(F64))
+            start += len(block)
+        return whole if bias is None else whole.add_(bias)

@@ -15,6 +15,7 @@ from torch.fx import Node
 from kvc8.ir import mixture_ops, ops
 from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.expression import make, stored_names
 from kvc8.ir.program import (
     Program,
@@ -28,7 +29,6 @@ from kvc8.ir.program import (
 )
 from kvc8.ir.run import Value
 from kvc8.ir.types import TensorType
-from kvc8.tools.quantizer.stored import load
 
 EMBEDDING = torch.ops.aten.embedding.default
 Values = Mapping[Node, Tensor]

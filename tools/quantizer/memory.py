@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from kvc8.ir.checkpoint.unmapped import PIECE
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import tensor_type
 from kvc8.tools.quantizer.layers import LayerCalls
-from kvc8.tools.quantizer.stored import PIECE
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 

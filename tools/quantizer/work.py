@@ -20,11 +20,11 @@ from torch.fx import Node
 from kvc8.ir.checkpoint.model_files import read_json, shown
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import read_header
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program
 from kvc8.tools.quantizer.activations import Activations, reopen
 from kvc8.tools.quantizer.layers import Evaluate, LayerCalls, plain, run_stage, stages, weights_of
-from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.writer import Entry, ModelWriter, write_tensors
 
 Report = Callable[[float, str], None]  # layers done, with a fraction, and the one at work

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvc8.ir.checkpoint.model_files import file_names, model_file
 from kvc8.ir.checkpoint.safetensors_files import DTYPES, StoredTensor
-from kvc8.tools.quantizer.stored import pieces
+from kvc8.ir.checkpoint.unmapped import pieces
 
 WEIGHTS = "quant_model_weight_w8a8"
 COPIED = (

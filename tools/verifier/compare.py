@@ -1,11 +1,12 @@
 """Compare one form of a model with another that was fed the same tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvc8.ir.errors import KVC8Error
 from kvc8.tools.verifier.forms import Run, Tokens
 from kvc8.tools.verifier.gaps import Gap, codes, gap, next_token
 
@@ -38,12 +39,33 @@ class FormRow:
     codes: CodesOfForm | None
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A form that cannot be made of this model."""
+
+    form: str
+    left_out: str  # why
+
+
+def compare_or_leave_out(
+    form: str, make: Callable[[], Run], against: str, base: Run, tokens: Tokens
+) -> FormRow | LeftOut:
+    """Make a form and compare it; one that kvc8 refuses to make is left out."""
+    try:
+        made = make()
+    except KVC8Error as error:
+        return LeftOut(form, str(error))
+    return compare(form, made, against, base, tokens)
+
+
 def compare(form: str, made: Run, against: str, base: Run, tokens: Tokens) -> FormRow:
-    """Both ran the tokens; caches have the same names, and come in the order of the layers."""
+    """Both ran the tokens; caches have the same names, in the order of the layers, or are none."""
     pairs = list(zip(made.logits, base.logits, strict=True))
     logits = gap(*(torch.cat([pair[i] for pair in pairs]) for i in (1, 0)))
     kl, same = zip(*(next_token(b[-1], a[-1]) for a, b in pairs), strict=True)
-    quantized = all(cache.dtype is torch.int8 for cache in made.caches.values())
+    quantized = bool(made.caches) and all(
+        cache.dtype is torch.int8 for cache in made.caches.values()
+    )
     codes = _codes(made, base, tokens) if quantized else None
     return FormRow(form, against, logits, sum(kl) / len(kl), sum(same), len(pairs), codes)
 

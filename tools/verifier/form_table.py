@@ -12,13 +12,15 @@ from rich.table import Table
 
 from kvc8.ir.capture.trace import config_dtype
 from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.errors import KVC8Error
 from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program
 from kvc8.ir.types import dtype_name
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
+from kvc8.tools.driver.faithful import hold
 from kvc8.tools.verifier import phases
-from kvc8.tools.verifier.compare import FormRow, compare
+from kvc8.tools.verifier.compare import FormRow, LeftOut, compare, compare_or_leave_out
 from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled
 from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program, replay
 from kvc8.tools.verifier.pass_table import decibels
@@ -27,6 +29,22 @@ F32, F64 = "reference f32", "reference f64"
 ONNX_F64 = "ONNX Runtime f64"
 EXACT = (ONNX_F64, *phases.EXACT)  # must agree with what they stand against, whatever the sums
 LOGITS = 1e-3
+STEPS = 4  # that are compared with transformers' own model
+
+
+def original_row(
+    checkpoint: Checkpoint, captured: Program, tokens: Tokens
+) -> tuple[FormRow | LeftOut, list[str]]:
+    """The model of transformers beside the captured program, and what is wrong if any is."""
+    form, steps = "transformers f64", tokens.steps[:STEPS]
+    try:
+        held = hold(checkpoint, captured, [*tokens.prompt, *steps], len(steps))
+    except KVC8Error as error:
+        return LeftOut(form, str(error)), []
+    run = partial(Run, caches={})
+    made, base = (run(list(logits.split(1))) for logits in (held.theirs, held.ours))
+    row = compare(form, made, "float cache f64", base, tokens)
+    return row, [str(held.problem)] if held.problem else []
 
 
 def single_rows(
@@ -36,31 +54,37 @@ def single_rows(
     own: Program,
     tokens: Tokens,
     compiled: Sequence[Path] = (),
-) -> list[FormRow]:
+) -> list[FormRow | LeftOut]:
     """The forms as they run, and what was compiled of them, against the reference in float32."""
     base = one_program(reference, checkpoint, tokens)
-    same, _ = pipeline.lower_for_npu(reference, Options(prefill_kv="int8", fuse="off"))
-    device, _ = pipeline.lower_for_npu(own)
+    same = Options(prefill_kv="int8", fuse="off")
     dtype = dtype_name(config_dtype(checkpoint))
     forms: dict[str, Callable[[], Run]] = {
         "float cache f32": lambda: one_program(captured, checkpoint, tokens),
         F64: lambda: one_program(widen(reference), checkpoint, tokens),
-        "NPU emulated f32": lambda: replay(same, checkpoint, tokens),
+        "NPU emulated f32": lambda: _on_npu(reference, same, checkpoint, tokens),
         "ONNX Runtime f32": lambda: in_onnxruntime(reference, checkpoint, tokens),
-        f"NPU emulated {dtype}": lambda: replay(device, checkpoint, tokens),
+        f"NPU emulated {dtype}": lambda: _on_npu(own, Options(), checkpoint, tokens),
     }
     if not has_offsets(reference):  # which GroupQueryAttention has not
         forms["ONNX Runtime gqa"] = lambda: in_gqa(reference, checkpoint, tokens)
-    for out in compiled:
-        forms[str(out)] = partial(of_compiled, out, tokens)
-    return [compare(form, run(), F32, base, tokens) for form, run in forms.items()]
+    made = [compare_or_leave_out(form, run, F32, base, tokens) for form, run in forms.items()]
+    asked = [compare(str(out), of_compiled(out, tokens), F32, base, tokens) for out in compiled]
+    return [*made, *asked]
 
 
-def double_rows(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[FormRow]:
+def _on_npu(program: Program, options: Options, checkpoint: Checkpoint, tokens: Tokens) -> Run:
+    lowered, _ = pipeline.lower_for_npu(program, options)
+    return replay(lowered, checkpoint, tokens)
+
+
+def double_rows(
+    checkpoint: Checkpoint, reference: Program, tokens: Tokens
+) -> list[FormRow | LeftOut]:
     """What must agree, whatever the order of sums."""
     wide = widen(reference)
-    base, made = (run(wide, checkpoint, tokens) for run in (one_program, in_onnxruntime))
-    return [compare(ONNX_F64, made, F64, base, tokens)]
+    base, onnx = one_program(wide, checkpoint, tokens), partial(in_onnxruntime, wide, checkpoint)
+    return [compare_or_leave_out(ONNX_F64, partial(onnx, tokens), F64, base, tokens)]
 
 
 def broken_promises(row: FormRow) -> list[str]:
@@ -83,14 +107,18 @@ def broken_promises(row: FormRow) -> list[str]:
     return found
 
 
-def print_rows(rows: Sequence[FormRow], tokens: Tokens) -> None:
-    """A table for each form that others stand against."""
+def print_rows(found: Sequence[FormRow | LeftOut], tokens: Tokens) -> None:
+    """A table for each form that others stand against, and a line for each that is left out."""
     print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
+    rows = [row for row in found if isinstance(row, FormRow)]
     wide = max(len(row.form) for row in rows)  # a directory's name may be longer than any form's
     for against in dict.fromkeys(row.against for row in rows):
         Console(width=106 + max(18, wide)).print(
             _table([row for row in rows if row.against == against], against)
         )
+    for left in found:
+        if isinstance(left, LeftOut):
+            print(f"{left.form} is left out: {left.left_out}")
     print("NPU rows are emulated as the ops are documented; they were not verified on a device")
 
 

@@ -28,6 +28,7 @@ from torch.fx import Node
 from kvc8.ir import ops
 from kvc8.ir.checkpoint.layouts import fact
 from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.checkpoint.w8a8 import (
     Range,
     finite,
@@ -44,7 +45,6 @@ from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.minmax import plan_of, put_linear, sound, with_missed
 from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, Reached, write_experts
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
-from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
 from kvc8.tools.quantizer.transforms.rounding import compensated

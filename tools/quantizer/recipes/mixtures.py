@@ -15,13 +15,13 @@ from torch.fx import Node
 
 from kvc8.ir import mixture_ops
 from kvc8.ir.checkpoint.reader import Checkpoint
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.checkpoint.w8a8 import dynamic_part_types, quantize_dynamic
 from kvc8.ir.errors import ModelError
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, argument, expression_of, is_parameter, tensor_type
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.model import Parts, QuantPlan
-from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.writer import ModelWriter
 
 LABEL = "W8A8_DYNAMIC"

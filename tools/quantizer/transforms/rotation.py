@@ -32,8 +32,8 @@ from torch import Tensor
 
 from kvc8.ir.checkpoint.model_files import listed
 from kvc8.ir.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.errors import ModelError
-from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.transforms.orthogonal import Orthogonal, random_orthogonal
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
 

@@ -22,6 +22,20 @@ def load(tensor: StoredTensor) -> Tensor:
     return flat.reshape(tensor.shape)
 
 
+def rows(tensor: StoredTensor, chosen: Tensor) -> Tensor:
+    """Some rows of a stored tensor, in the order they are named."""
+    width = tensor.nbytes // max(tensor.shape[0], 1)
+    read = [_read(tensor, row * width, width) for row in chosen.tolist()]
+    return torch.stack(read).reshape(-1, *tensor.shape[1:])
+
+
+def row_blocks(tensor: StoredTensor, most: int = PIECE) -> Iterator[Tensor]:
+    """A stored tensor by rows, as many at a time as about `most` bytes hold."""
+    width = tensor.nbytes // max(tensor.shape[0], 1)
+    for piece in pieces(tensor, max(most // max(width, 1), 1) * width):
+        yield piece.reshape(-1, *tensor.shape[1:])
+
+
 def pieces(tensor: StoredTensor, most: int = PIECE) -> Iterator[Tensor]:
     """A stored tensor's numbers in order, about `most` bytes at a time, in one dimension."""
     step = max(most // tensor.dtype.itemsize, 1) * tensor.dtype.itemsize

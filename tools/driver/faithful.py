@@ -19,17 +19,19 @@ from torch.fx import Node
 
 from kvc8.backends.runtime.inputs import CPU, Rows, inputs
 from kvc8.ir import ops
-from kvc8.ir.capture.original import Original, Seen, open_original
+from kvc8.ir.capture.original import ModuleValues, Original, open_original
 from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import Checkpoint
-from kvc8.ir.precision.doubled import LINEAR, Weights, run_doubled
+from kvc8.ir.checkpoint.safetensors_files import StoredTensor
+from kvc8.ir.errors import ModelError
+from kvc8.ir.precision.doubled import LINEAR, run_doubled
 from kvc8.ir.program import Program, argument, is_call, tensor_type
 from kvc8.ir.run import Value
 from kvc8.ir.types import size
 
 LIMIT = 2.0**-28
 BLOCK = 16  # tokens of the cache
-TOKENS = 32  # enough for a check that is not to take long
+TOKENS = 24  # enough for a check that is not to take long
 ATEN = torch.ops.aten
 MOVES = (ATEN.reshape.default, ATEN.unsqueeze.default, ATEN.transpose.int)  # which compute nothing
 Watch = Callable[[Node, Callable[[Node], Value]], None]
@@ -41,7 +43,7 @@ class Held:
 
     ours: Tensor
     theirs: Tensor
-    problem: str | None
+    problem: ModelError | None
 
 
 def hold(
@@ -49,15 +51,13 @@ def hold(
     program: Program,
     tokens: Sequence[int],
     steps: int = 1,
-    weights: Weights | None = None,
 ) -> Held:
     """Compare on tokens, of which the last `steps` are taken one by one.
 
     Raises ModelError where transformers cannot run the model.
     """
-    weights = weights or Weights(checkpoint.read, checkpoint.read)
-    original = open_original(checkpoint, weights)
-    pair = _Pair(program, original, tokens, steps, weights)
+    original = open_original(checkpoint)
+    pair = _Pair(program, original, tokens, steps, checkpoint.tensors)
     theirs, _ = original.run(tokens)
     ours = pair.run()
     bound = LIMIT * float(theirs.abs().max())
@@ -67,9 +67,21 @@ def hold(
         return Held(ours, theirs, None)
     where = "a decode step" if wrong[0] >= pair.prompt else f"token {wrong[0]}"
     sizes = f"{float(off.max()):.2g} off of {float(theirs.abs().max()):.2g}"
-    what = f"logits are {sizes} from transformers' own {type(original.model).__name__}"
-    problem = f"{what}, from {where} on, first in {pair.first_difference()}"
-    return Held(ours, theirs, f"{place(checkpoint.path)}: the captured program's {problem}; {DO}")
+    what = f"the captured program's logits are {sizes} from transformers' own"
+    what = f"{what} {type(original.model).__name__}, from {where} on"
+    what = f"{what}, first in {pair.first_difference()}"
+    return Held(ours, theirs, ModelError(place(checkpoint.path), what, DO))
+
+
+def check_capture(checkpoint: Checkpoint, captured: Program) -> None:
+    """Hold a captured program to transformers' own model on a few tokens.
+
+    Raises ModelError where it computes something else, or transformers cannot run the model.
+    """
+    vocabulary = int(str(checkpoint.config["vocab_size"]))
+    found = hold(checkpoint, captured, [(5 + 37 * i) % vocabulary for i in range(TOKENS)])
+    if found.problem:
+        raise found.problem
 
 
 DO = "do not trust what is compiled of it, and report the model"
@@ -83,7 +95,7 @@ class _Pair:
     original: Original
     tokens: Sequence[int]
     steps: int
-    weights: Weights
+    stored: Mapping[str, StoredTensor]
 
     @property
     def prompt(self) -> int:
@@ -100,7 +112,7 @@ class _Pair:
             rows = Rows(self.tokens[start:end], start, table)
             given = {**caches, **inputs([rows], BLOCK, CPU, True, names)}
             see = watch(start) if watch else None
-            logits, *new = run_doubled(self.program, given, self.weights, see)
+            logits, *new = run_doubled(self.program, given, self.stored, see)
             caches = dict(zip(caches, new, strict=True))
             found.append(logits)
         return torch.cat(found)
@@ -148,7 +160,7 @@ def _empty_caches(program: Program, blocks: int) -> dict[str, Value]:
 
 
 def _pairs(
-    node: Node, value: Callable[[Node], Value], seen: Seen, last: Mapping[str, Node]
+    node: Node, value: Callable[[Node], Value], seen: ModuleValues, last: Mapping[str, Node]
 ) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
     """What a call takes or gives beside what the module does that it is of, under a name."""
     origin = str(node.meta.get("origin"))
