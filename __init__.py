@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from kvc8.passes.options import Options
     from kvc8.tools.driver.compiling import Compiled
     from kvc8.tools.driver.loading import Loaded
+    from kvc8.tools.verifier.parts import FormsResult
 
-__all__ = ["compile", "load"]
+__all__ = ["compile", "load", "verify"]
 
 
 def compile(
@@ -85,3 +86,31 @@ def load(
     from kvc8.tools.driver.loading import open_compiled
 
     return open_compiled(Path(path), on, threads)
+
+
+def verify(
+    directory: str | PathLike[str],
+    *compiled: str | PathLike[str],
+    options: Options | None = None,
+    text: str | None = None,
+    tokens: int = 200,
+    steps: int = 32,
+    kv_calibrated: Literal["pre-rope", "post-rope"] | None = None,
+) -> FormsResult:
+    """Run every form of a model on one prompt, and compare them: `kvc8-verify forms`.
+
+    The prompt is the first `tokens` tokens of `text`, or of a text that kvc8 has; `steps` decode
+    steps follow. `compiled` are what `compile` made of the directory. The result has a row a form,
+    and in `problems` a sentence for each promise that a form broke: none, if all is well.
+
+    Raises ModelError or IRError where the directory cannot be read, captured or quantized.
+    """
+    from pathlib import Path
+
+    from kvc8.passes.options import Options
+    from kvc8.tools.driver.compiling import open_calibrated
+    from kvc8.tools.verifier.parts import compare_forms, prompt_of
+
+    checkpoint, made = open_calibrated(Path(directory), kv_calibrated), [*map(Path, compiled)]
+    prompt = prompt_of(Path(directory), text, tokens)
+    return compare_forms(checkpoint, options or Options(), prompt, steps, made)

@@ -45,4 +45,5 @@ def test_a_model_is_compiled_loaded_and_asked(tmp_path):
     )
     assert len(emulated[0].tokens) == 4
     assert (emulated[0].prompt, emulated[0].finish) == (onnx[0].prompt, "length")
+    assert kvc8.verify(LLAMA, tmp_path / "npu", tokens=8, steps=2).problems == []
     assert isinstance(kvc8.load(tmp_path / "onnx").allocate([4], None), OnnxModel)

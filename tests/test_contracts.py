@@ -120,7 +120,7 @@ def test_every_pass_keeps_its_contract_in_the_dtype_of_the_model(
     directory, options, tmp_path, capsys
 ):
     page = tmp_path / "r.html"
-    given = [str(directory), "--passes", "--report", str(page), *options]
+    given = ["passes", str(directory), "--report", str(page), *options]
     assert command.entry(verify.parser(), verify.work, given) == 0
     said = capsys.readouterr().out
     assert "BREACH" not in said

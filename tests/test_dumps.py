@@ -1,4 +1,4 @@
-"""kvc8-verify --device-dump: of a device that computes one node otherwise, that node is named."""
+"""kvc8-verify dump: of a device that computes one node otherwise, that node is named."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_in_a_dump_the_culprit_is_told_from_its_victims(tmp_path, capsys):
     model.decode([8], [4], [[1, 0]])
     recording.write(dump)
 
-    given = [str(out), "--device-dump", str(dump)]
+    given = ["dump", str(out), str(dump)]
     assert verify.work(verify.parser().parse_args([*given, "--json"])) == 0
     found = json.loads(capsys.readouterr().out)
     assert [each["node"] for each in found if each["differ"]] == [culprit.name]

@@ -147,7 +147,7 @@ def test_a_dump_is_compared_node_by_node(out, capsys, tmp_path) -> None:
     dump = tmp_path / "values.safetensors"
     status, _, _ = ran(capsys, out, "--prompt", "ab", "--max-new-tokens", "2", "--dump", dump)
     assert status == 0
-    arguments = verify.parser().parse_args([str(out), "--dump", str(dump), "--json"])
+    arguments = verify.parser().parse_args(["dump", str(out), str(dump), "--json"])
     assert verify.work(arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert {each["phase"] for each in found} == {"prefill", "decode"}

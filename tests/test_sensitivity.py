@@ -1,4 +1,4 @@
-"""kvc8-verify --sensitivity: each figure is that of a program with only that cache quantized."""
+"""kvc8-verify sensitivity: each figure is that of a program with only that cache quantized."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_each_figure_is_that_of_a_program_with_only_that_cache_in_int8(directory
 
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_json(capsys):
-    options = [str(LLAMA), "--sensitivity", "--tokens", "12"]
+    options = ["sensitivity", str(LLAMA), "--tokens", "12"]
     assert command.entry(verify.parser(), verify.work, options) == 0
     said = capsys.readouterr().out
     assert "12 tokens of prompt, float linears, against a float cache; KL in nats" in said
@@ -79,13 +79,13 @@ def test_the_command_prints_a_table_and_json(capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_without_scales_is_refused(capsys):
-    assert command.entry(verify.parser(), verify.work, [str(FLOAT), "--sensitivity"]) == 1
+    assert command.entry(verify.parser(), verify.work, ["sensitivity", str(FLOAT)]) == 1
     what = "has no scales for its KV cache; quantize it first, with kvc8-quantize"
     assert capsys.readouterr().err == f"error: {FLOAT}: {what}\n"
 
 
 def test_one_token_says_nothing_about_the_next(capsys):
-    given = [str(LLAMA), "--sensitivity", "--tokens", "1"]
+    given = ["sensitivity", str(LLAMA), "--tokens", "1"]
     assert command.entry(verify.parser(), verify.work, given) == 1
     what = "has fewer than 2 tokens; give a longer one, by --text"
     assert capsys.readouterr().err == f"error: the prompt: {what}\n"

@@ -65,8 +65,8 @@ def test_everything_in_one_command_and_what_was_compiled(tmp_path, capsys):
     given = [str(LLAMA), "--target", "npu", "-o", str(out)]
     assert command.entry(compile.parser(), compile.work, given) == 0
     capsys.readouterr()
-    options = ["--tokens", "20", "--steps", "2", "--all", "--json"]
-    assert command.entry(verify.parser(), verify.work, [str(LLAMA), str(out), *options]) == 0
+    options = ["--tokens", "20", "--steps", "2", "--json"]
+    assert command.entry(verify.parser(), verify.work, ["all", str(LLAMA), str(out), *options]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["forms", "passes", "sensitivity"]
     forms = {row.pop("form"): row for row in found["forms"]}
@@ -87,7 +87,7 @@ def test_everything_in_one_command_and_what_was_compiled(tmp_path, capsys):
 
 def test_a_compiled_model_alone_says_nothing_of_what_it_should_compute(tmp_path, capsys):
     (tmp_path / "manifest.json").write_text("{}")
-    assert command.entry(verify.parser(), verify.work, [str(tmp_path)]) == 1
+    assert command.entry(verify.parser(), verify.work, ["forms", str(tmp_path)]) == 1
     assert capsys.readouterr().err == (
         f"error: {tmp_path}: is a compiled model, which does not say what it should compute; "
         "name the model that it was compiled from, and then this\n"

@@ -115,7 +115,7 @@ def test_a_code_that_differs_on_equal_inputs_is_counted():
 
 @pytest.mark.slow
 def test_the_command_prints_a_table(capsys):
-    options = [str(LLAMA), "--tokens", "20", "--steps", "3"]
+    options = ["forms", str(LLAMA), "--tokens", "20", "--steps", "3"]
     assert command.entry(verify.parser(), verify.work, options) == 0
     said = capsys.readouterr().out
     assert "against reference f32" in said
@@ -125,7 +125,7 @@ def test_the_command_prints_a_table(capsys):
 
 @pytest.mark.slow
 def test_phases_are_compared_with_a_prompt_taken_whole(capsys):
-    options = [str(LLAMA), "--phases", "--tokens", "70", "--steps", "2", "--json"]
+    options = ["phases", str(LLAMA), "--tokens", "70", "--steps", "2", "--json"]
     assert command.entry(verify.parser(), verify.work, options) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["form"] for row in rows] == [

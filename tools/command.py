@@ -27,9 +27,10 @@ def entry(
 
     The parser gets `--traceback`, which shows where in kvc8 an error came from.
     """
-    parser.add_argument(
-        "--traceback", action="store_true", help="show where in kvc8 an error came from"
-    )
+    for each in _with_subcommands(parser):
+        each.add_argument(
+            "--traceback", action="store_true", help="show where in kvc8 an error came from"
+        )
     given = parser.parse_args(arguments)
     try:
         with _warnings_as_lines():
@@ -48,6 +49,12 @@ def entry(
         return ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _with_subcommands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """The parsers of subcommands, or the parser itself where there are none."""
+    kinds = [x for x in parser._actions if isinstance(x, argparse._SubParsersAction)]
+    return [sub for kind in kinds for sub in kind.choices.values()] or [parser]
 
 
 def _sentence(error: KVC8Error | OSError) -> str:

@@ -9,8 +9,8 @@ The text of a program is complete and each pass verifies its result, so a text a
 passes are all that a bug report needs. kvc8-compile --dump writes the program before each pass and
 the pass with its options, which are written behind its name with spaces between them; an option
 that is left out has its default. Lines that do not matter may be deleted as long as --verify
-accepts the rest. Where numbers are wrong, kvc8-verify --bisect writes the DIR of --run: a program,
-its tensors, and what it breaks.
+accepts the rest. Where numbers are wrong, kvc8-verify passes --bisect writes the DIR of --run: a
+program, its tensors, and what it breaks.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         "--run",
         type=Path,
         metavar="DIR",
-        help="run a repro of kvc8-verify --bisect instead; 1 where it breaks its contract",
+        help="run a repro of kvc8-verify passes --bisect instead; 1 where it breaks its contract",
     )
     found.add_argument(
         "--passes", default="", help=f"with commas between: {', '.join(sorted(PASSES))}"

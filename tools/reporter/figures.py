@@ -17,7 +17,7 @@ LOGARITHM = "Colored by the logarithm, over three decades."
 
 
 def of_passes(verdicts: Sequence[Verdict], measured: Sequence[PassValues]) -> list[Heat]:
-    """What `kvc8-verify --passes` finds, along the layers."""
+    """What `kvc8-verify passes` finds, along the layers."""
     return [of_contracts(verdicts), *of_values(measured)]
 
 

@@ -13,7 +13,7 @@ from kvc8.tools.reporter.heat import Heat
 from kvc8.tools.reporter.page import MEASURED, Page, write
 from kvc8.tools.reporter.steps import PassSteps
 
-UNMEASURED = "Nothing was measured along the layers: --passes, --sensitivity and --all do that."
+UNMEASURED = "Nothing was measured along the layers: passes, sensitivity and all do that."
 
 
 def write_page(args: argparse.Namespace, checkpoint: Checkpoint, heats: Sequence[Heat]) -> None:

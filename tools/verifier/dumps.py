@@ -1,4 +1,4 @@
-"""`kvc8-verify OUT --dump FILE`: what a device gave, node by node, against the emulation.
+"""`kvc8-verify dump OUT FILE`: what a device gave, node by node, against the emulation.
 
 Each node is computed again from the values that the device had for its arguments, so a difference
 shows where it arises and nowhere after (isolated). Beside that the program runs from the inputs of

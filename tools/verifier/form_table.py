@@ -1,4 +1,4 @@
-"""The table of `kvc8-verify DIR`: each form of a model beside another that was fed the same tokens.
+"""The table of `kvc8-verify forms`: each form of a model beside another fed the same tokens.
 
 Which promises a form makes, and why float32 can make so few, stands in tools/verify.py.
 """

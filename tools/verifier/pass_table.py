@@ -1,4 +1,4 @@
-"""The table of `kvc8-verify --passes`: each pass's contract, and what it does to the values."""
+"""The table of `kvc8-verify passes`: each pass's contract, and what it does to the values."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The table of `kvc8-verify --phases`: one prompt, cut in every way that the phases allow.
+"""The table of `kvc8-verify phases`: one prompt, cut in every way that the phases allow.
 
 The NPU programs in float32 stand beside a prompt taken whole that sees what the cache gives back of
 it; what they differ by is the order of sums, and with `float` what quantizing the cache costs.

@@ -1,4 +1,4 @@
-"""`kvc8-verify --sensitivity`: what quantizing the K or the V of one layer costs, by itself.
+"""`kvc8-verify sensitivity`: what quantizing the K or the V of one layer costs, by itself.
 
 The prompt runs once with a float cache, in float32. Then, for each cache, it runs again with only
 that cache's rows put through their int8 codes and back, by the same ops and scales as in the

@@ -57,7 +57,9 @@ class Verdict:
         site = self.breaches[0]
         where = f"breaks its contract {self.contract} in {site.layer}, {site.phase}"
         what = f"{site.node} differs from {site.old} by {site.figure:.3g}, bound {site.bound:.3g}"
-        return IRError(self.name, f"{where}: {what}", "see its repro by kvc8-verify --bisect")
+        return IRError(
+            self.name, f"{where}: {what}", "see its repro by kvc8-verify passes --bisect"
+        )
 
     @property
     def sentence(self) -> str:
