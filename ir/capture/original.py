@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
+from kvc8.ir.capture.names import Names
 from kvc8.ir.capture.parameters import parameter_expression
 from kvc8.ir.capture.trace import layers_path, model_config
 from kvc8.ir.checkpoint.reader import Checkpoint
@@ -101,8 +102,10 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 def _floats(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The float tensors by their names, mapped, but for those that describe what is quantized."""
-    taken = {name for linear in checkpoint.w8a8.values() for name in vars(linear).values()}
-    taken |= {n for pair in checkpoint.kv.values() for kv in pair for n in (kv.scale, kv.offset)}
+    taken = {name for linear in checkpoint.w8a8.values() for name in linear.tensors.values()}
+    taken |= {
+        n for pair in checkpoint.kv.values() for kv in pair for n in (kv.scale, kv.offset) if n
+    }
     return {
         name: checkpoint.read(name)
         for name, tensor in checkpoint.tensors.items()
@@ -112,8 +115,12 @@ def _floats(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _linears(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The float weights and biases that linears in W8A8 stand for."""
-    names = [f"{module}.{part}" for module in checkpoint.w8a8 for part in ("weight", "bias")]
-    made = {name: parameter_expression(checkpoint, (name,), (), F64) for name in names}
+    names = [f"{module}.weight" for module in checkpoint.w8a8]
+    names += [
+        f"{m}.bias" for m, linear in checkpoint.w8a8.items() if linear.quant_bias or linear.bias
+    ]
+    as_stored = Names({}, ())
+    made = {name: parameter_expression(checkpoint, as_stored, (name,), (), F64) for name in names}
     return {name: make_exact(found, checkpoint.read) for name, found in made.items()}
 
 
