@@ -1,8 +1,9 @@
 """Compute W8A8_DYNAMIC linears as the checkpoint means them, alone and of a mixture's experts.
 
 Each token's values are quantized by a scale of their own, max|x| / 127. A W8A8_MIX linear, which is
-stored for both ways, is taken dynamically here; what is static of it goes along in `mixed(...)`, for
-use_static_scales to find. Experts that read the same rows share their codes.
+stored for both ways, is taken dynamically in every phase, as vllm-ascend does where one node does
+both; what is static of it goes along in `mixed(...)`. Linears that read the same rows share their
+codes.
 
 before:
     def captured(

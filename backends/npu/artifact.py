@@ -55,7 +55,7 @@ COPIED = (
 # for a result of up to LARGEST_DERIVED bytes.
 PLAIN = frozenset(
     ("stored", "cast", "reshape", "slice", "concat", "transpose", "expand", "float_bits", "values")
-) | {"masked_above", "derived", "shard", "first", "fp19"}
+) | {"masked_above", "derived", "shard", "first", "fp19", "stacked", "mixed"}
 LARGEST_DERIVED = 1_000_000
 # What torch raises when an expression's arguments do not fit.
 UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)

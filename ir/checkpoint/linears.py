@@ -2,9 +2,8 @@
 
     W8A8           weight, input_scale, input_offset, quant_bias, deq_scale: one for all tokens
     W8A8_DYNAMIC   weight, weight_scale: a scale for each token, found at run time
-    W8A8_MIX       all of both. MindIE and vllm-ascend's disaggregated serving take the tokens of a
-                   prompt dynamically and decode statically; vllm-ascend on one node takes both
-                   dynamically.
+    W8A8_MIX       all of both. vllm-ascend takes the tokens of a prompt dynamically, and decodes
+                   statically on a node that does nothing else; kvc8 takes both dynamically.
 
 (msModelSlim docs/zh/user_guide/quantization_formats/ascendv1.md and ascendv1.py; vllm-ascend
 quantization/methods/w8a8_pdmix.py.) weight_offset holds zeros, and bias is the float linear's.

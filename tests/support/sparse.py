@@ -20,7 +20,7 @@ LLAMA_70B = {
     "quantize": "w8a8",
     "quantization_config": {"kv_quant_type": "C8"},
 }
-BYTES = {"I8": 1, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+BYTES = {"I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 Entry = tuple[str, tuple[int, ...], str]  # dtype, shape, label
 
 
