@@ -42,6 +42,7 @@ THIRD_PARTIES = {
     "onnx": ["backends/onnx/*"],
     "onnx_ir": ["backends/onnx/*", "tools/benchmarks/plain.py"],  # a graph written by hand
     "onnxruntime": ["backends/onnx/*", "tools/benchmarks/plain.py"],
+    "google": ["backends/onnx/runner.py"],  # protobuf: what reading a damaged model raises
     "torch_npu": ["backends/npu/*"],
 }
 ONLY_INSIDE_FUNCTIONS = {"torch_npu"}  # importing it needs CANN

@@ -21,6 +21,7 @@ Value: TypeAlias = ir.Value
 Operand: TypeAlias = "ir.Value | Tensor | int | Sequence[int] | None"
 Attribute: TypeAlias = "int | float | str | Sequence[int]"
 
+OPSET, IR_VERSION = 23, 11
 END = (1 << 63) - 1  # ONNX's Slice reads it as the end of the axis
 
 DTYPES: Mapping[torch.dtype, ir.DataType] = MappingProxyType(

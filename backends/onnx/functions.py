@@ -13,12 +13,12 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from kvc8.backends.onnx.builder import Builder, Value, typed
+from kvc8.backends.onnx.builder import OPSET, Builder, Value, typed
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import op_name, tensor_type, type_of
 from kvc8.ir.types import IntsType, TensorType
 
-DOMAIN, OPSET = "npu", 23
+DOMAIN = "npu"
 
 
 class BodyBuilder(Builder):

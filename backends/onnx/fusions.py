@@ -12,7 +12,8 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import END, Builder, Value
-from kvc8.backends.onnx.quantization import above, quant_linear
+from kvc8.backends.onnx.products import point
+from kvc8.backends.onnx.quantization import operands, quant_linear
 from kvc8.ir.program import argument, is_call, tensor_type
 
 aten = torch.ops.aten
@@ -122,12 +123,11 @@ def linear_to_float(
     """`kvc8.quant_linear`, its bias multiplied when the model is loaded."""
     if dtype is not F32:
         return quant_linear(b, node, x, weight, deq_scale, quant_bias, dtype)
-    point = b.constant(torch.tensor(128, dtype=torch.uint8))
-    codes, turned = above(b, node, x, point), b.op("Transpose", weight, perm=[1, 0])
+    codes, turned = operands(b, node, x, weight)
     bias = None
     if quant_bias is not None:
         bias = b.op("Mul", b.cast(quant_bias, torch.int32, F32), deq_scale)
     one = b.number(1, F32)
-    given = (codes, turned, one, deq_scale, point, None, bias)
+    given = (codes, turned, one, deq_scale, point(b), point(b), bias)
     [made] = b.call("com.microsoft", "MatMulIntegerToFloat", *given, outputs=1)
     return made

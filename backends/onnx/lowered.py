@@ -19,7 +19,15 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import Builder, Value
-from kvc8.backends.onnx.emitter import assemble, carry, check_caches, lower, parameters, ports
+from kvc8.backends.onnx.emitter import (
+    VERSION,
+    assemble,
+    carry,
+    check_caches,
+    lower,
+    parameters,
+    ports,
+)
 from kvc8.backends.onnx.functions import Body, Functions
 from kvc8.backends.onnx.lowerings import LOWERINGS, Lowering
 from kvc8.backends.onnx.npu_functions import BODIES, WRITES
@@ -42,7 +50,7 @@ def emit_lowered(programs: Mapping[str, Program], checkpoint: Checkpoint, out: P
     derived = Derived()
     made = {phase: _model(phase, programs[phase], checkpoint, derived) for phase in programs}
     phases = {p: ports(programs[p], model) for p, (model, _) in made.items()}
-    manifest = {"format": "kvc8-onnx", "version": 1, "flavor": "lowered", "phases": phases}
+    manifest = {"format": "kvc8-onnx", "version": VERSION, "flavor": "lowered", "phases": phases}
     with new_directory(out) as part:
         for phase, (model, weights) in made.items():
             weights.write(part)

@@ -11,6 +11,7 @@ import torch
 from kvc8.backends.onnx.attention_functions import fused_infer_attention_score
 from kvc8.backends.onnx.builder import Builder, Value
 from kvc8.backends.onnx.functions import Body, FunctionCall
+from kvc8.backends.onnx.products import point, unsigned
 from kvc8.ir import npu
 from kvc8.ir.npu import codes_of, dtype_of
 from kvc8.ir.shapes import Op
@@ -66,7 +67,8 @@ def quant_matmul(c: FunctionCall) -> Sequence[Value]:
     to = dtype_of("npu_quant_matmul", code, torch.int8)
     if to is torch.int8 or c.types.get("bias", c.types["x1"]).dtype.is_floating_point:
         raise c.refusal("with int8 results or a float bias")
-    sums = c.b.op("MatMulInteger", c.tensor("x1"), c.tensor("x2"))
+    codes, weight = (unsigned(c.b, c.tensor(name)) for name in ("x1", "x2"))
+    sums = c.b.op("MatMulInteger", codes, weight, point(c.b), point(c.b))
     if "bias" in c.tensors:
         sums = c.b.op("Add", sums, c.tensor("bias"))
     value = c.b.op("Mul", c.b.cast(sums, torch.int32, F32), _factor(c, to))

@@ -4,9 +4,8 @@ QuantizeLinear adds the zero point after it rounds, and kvc8 before: they differ
 halfway between two integers and the zero point is odd. So zero points, which need not be integers,
 are added in float32, and QuantizeLinear then rounds that by a scale of 1.
 
-MatMulInteger is exact by its definition. ONNX Runtime computes it several times faster for unsigned
-activations, so a linear's codes are kept 128 higher, with a zero point of 128. On x86 without VNNI
-its sums saturate unless session.x64quantprecision is 1, as runner.py then sets it.
+A linear's codes are kept 128 higher in uint8, with a zero point of 128, and so are its weight's:
+products.py says why.
 """
 
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import Attribute, Builder, Value
+from kvc8.backends.onnx.products import point, unsigned
 from kvc8.ir import ops
 from kvc8.ir.program import argument, is_call, tensor_type
 from kvc8.ir.types import Dim, TensorType
@@ -28,19 +28,19 @@ def quantize(b: Builder, node: Node, x: Value, scale: Value, zero: Value | None)
     return _codes(b, node, None)
 
 
-def _codes(b: Builder, node: Node, point: Value | None) -> Value:
-    """The codes of a `kvc8.quantize`: int8, or 128 more in uint8 where `point` is that number."""
+def _codes(b: Builder, node: Node, above: Value | None) -> Value:
+    """The codes of a `kvc8.quantize`: int8, or 128 more in uint8 where `above` is that number."""
     wide, per = tensor_type(argument(node, 0)), tensor_type(argument(node, 1))
     x, scale = (b.value(argument(node, i)) for i in (0, 1))
     x = b.cast(x, wide.dtype, F32)
-    to = (ir.DataType.INT8 if point is None else ir.DataType.UINT8).value
+    to = (ir.DataType.INT8 if above is None else ir.DataType.UINT8).value
     if node.args[2] is None and set(per.shape) <= {1}:
-        return b.op("QuantizeLinear", x, b.op("Squeeze", scale), point, output_dtype=to)
-    if node.args[2] is None and point is None and _fits(wide.shape, per):
+        return b.op("QuantizeLinear", x, b.op("Squeeze", scale), above, output_dtype=to)
+    if node.args[2] is None and above is None and _fits(wide.shape, per):
         return _linear(b, "QuantizeLinear", x, wide.shape, scale, per, output_dtype=to)
     y = b.op("Div", x, scale)
     y = y if node.args[2] is None else b.op("Add", y, b.value(argument(node, 2)))
-    return b.op("QuantizeLinear", y, b.number(1, F32), point, output_dtype=to)
+    return b.op("QuantizeLinear", y, b.number(1, F32), above, output_dtype=to)
 
 
 def dequantize(
@@ -71,21 +71,18 @@ def quant_linear(
     dtype: torch.dtype,
 ) -> Value:
     """`kvc8.quant_linear`."""
-    point = b.constant(torch.tensor(128, dtype=torch.uint8))
-    acc = b.op(
-        "MatMulInteger", above(b, node, x, point), b.op("Transpose", weight, perm=[1, 0]), point
-    )
+    acc = b.op("MatMulInteger", *operands(b, node, x, weight), point(b), point(b))
     acc = acc if quant_bias is None else b.op("Add", acc, quant_bias)
     y = b.op("Mul", b.cast(acc, torch.int32, F32), deq_scale)
     return b.cast(y, F32, dtype)
 
 
-def above(b: Builder, node: Node, x: Value, point: Value) -> Value:
-    """The codes of a linear's input, 128 higher."""
+def operands(b: Builder, node: Node, x: Value, weight: Value) -> tuple[Value, Value]:
+    """The codes of a linear's input and of its turned weight [K, O], both 128 higher."""
+    turned = unsigned(b, b.op("Transpose", weight, perm=[1, 0]))
     if is_call(node.args[0], ops.quantize):
-        return _codes(b, argument(node, 0), point)
-    moved = b.op("Add", b.cast(x, torch.int8, torch.int32), b.number(128, torch.int32))
-    return b.cast(moved, torch.int32, torch.uint8)
+        return _codes(b, argument(node, 0), point(b)), turned
+    return unsigned(b, x), turned
 
 
 def _fits(shape: Sequence[Dim], per: TensorType) -> bool:

@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
+from google.protobuf.message import DecodeError
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from torch import Tensor
 
+from kvc8.backends.onnx.emitter import VERSION
+from kvc8.backends.onnx.mixed import mix, mixed_is_exact
 from kvc8.ir.checkpoint.model_files import place, read_json, shown
 from kvc8.ir.errors import TargetError
 from kvc8.ir.types import DTYPES
@@ -75,7 +79,7 @@ class Session:
 
 def _manifest(out: Path) -> Mapping[str, object]:
     manifest = read_json(out / "manifest.json")
-    if manifest.get("format") != "kvc8-onnx" or manifest.get("version") != 1:
+    if manifest.get("format") != "kvc8-onnx" or manifest.get("version") != VERSION:
         raise TargetError(place(out), "is no ONNX model of this kvc8", "compile it again")
     return manifest
 
@@ -100,11 +104,12 @@ def load(out: Path, threads: int = 0, phase: str = "model") -> Session:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    if not _exact_products():
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(out)
+    )
     try:
         session = ort.InferenceSession(
-            str(out / f"{phase}.onnx"), options, providers=["CPUExecutionProvider"]
+            _model(out / f"{phase}.onnx"), options, providers=["CPUExecutionProvider"]
         )
     except ort_state.NotImplemented as error:  # bfloat16: most ops have no kernel for it
         what = f"ONNX Runtime cannot compute this on a CPU ({shown(error)})"
@@ -116,10 +121,17 @@ def load(out: Path, threads: int = 0, phase: str = "model") -> Session:
     return Session(str(manifest.get("flavor")), inputs, caches, outputs, session)
 
 
-def _exact_products() -> bool:
-    """Whether the CPU sums int8 products in int32; old x86 sums pairs in int16, which saturate."""
-    found = torch.cpu.get_capabilities()
-    return bool(found["architecture"] != "x86_64" or found["avx512_vnni"] or found["avx_vnni"])
+def _model(file: Path) -> str | bytes:
+    """The model as it lies there, or with mixed products where those are exact."""
+    if not mixed_is_exact():
+        return str(file)
+    try:
+        model = ir.load(file)
+    except (OSError, DecodeError):  # ONNX Runtime says what is wrong with it
+        return str(file)
+    mix(model)
+    mixed: bytes = ir.to_proto(model).SerializeToString()
+    return mixed
 
 
 def _ports(out: Path, manifest: Mapping[str, object], part: str) -> tuple[Port, ...]:
