@@ -67,3 +67,12 @@ def _register(libraries: dict[str, torch.library.Library]) -> None:
 _NPU = torch.library.Library("npu", "IMPL")
 _ATB = torch.library.Library("atb", "IMPL")
 _register({"npu": _NPU, "atb": _ATB})
+
+
+def module_of(op: str) -> str:
+    """The file that emulates an op, from the top of the repository; "" where none does."""
+    found = (k for name, k in _kernels().items() if name.partition("::")[2] == op)
+    kernel = next(found, None)
+    if kernel is None:
+        return ""
+    return f"{kernel.__module__.removeprefix('kvc8.').replace('.', '/')}.py"

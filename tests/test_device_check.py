@@ -1,0 +1,202 @@
+"""kvc8-device-check on a stand-in: nothing is found where nothing is planted, and each fault is."""
+
+import difflib
+import getpass
+import json
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from support.stand_in import FAULTS, open_stand_in
+
+from kvc8.backends.npu.legality import limits
+from kvc8.tools import command, device_check
+from kvc8.tools.device_checker import apply, check
+from kvc8.tools.device_checker.assumptions import NUMBERED, table
+from kvc8.tools.device_checker.calls import facts_of, tensors
+from kvc8.tools.device_checker.comparison import BY_MORE, BY_ONE, EQUAL, apart
+from kvc8.tools.device_checker.findings import ASSUMPTION, LAX, LOST, MISSING, STRICT
+from kvc8.tools.device_checker.machine import emulated
+from kvc8.tools.device_checker.work import refusal
+from kvc8.tools.reporter import device
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+SOC = "ascend910b"
+PLANTED_OPS = {op for op, _ in FAULTS.values()}
+
+
+def checked(planted=(), **options):
+    opener = partial(open_stand_in, tuple(planted))
+    return check.check(opener, SOC, GOLDEN, lambda *_: None, small=True, **options)
+
+
+@pytest.mark.slow
+def test_a_device_that_does_as_assumed_has_no_findings():
+    """Every assumption, and of the rest each ninth probe; all of it: see docs/device.md."""
+    taken = iter(range(10_000))
+    sections = ("ops", "assumptions", "vectors", "limits", "times")
+    report = checked(
+        sections=sections,
+        only=lambda p: p.section in ("ops", "assumptions") or next(taken) % 9 == 0,
+    )
+    assert report["findings"] == []
+    assert {each["verdict"] for each in report["assumptions"]} == {"yes"}
+    assert len(report["assumptions"]) == len(NUMBERED)
+    assert set(report["counts"]) == set(sections)
+    assert all(each["ratio"] > 0 for each in report["times"])
+    text = json.dumps(report) + device.render(report)
+    for name in (str(ROOT), socket.gethostname(), getpass.getuser(), sys.prefix):
+        assert len(name) < 5 or name not in text
+
+
+@pytest.mark.slow
+def test_each_planted_fault_is_found_by_its_name_and_nothing_else_is_blamed():
+    report = checked(
+        FAULTS,
+        sections=("ops", "assumptions", "vectors", "limits"),
+        only=lambda p: p.section == "ops" or set(p.ops) <= PLANTED_OPS,
+        limit=20,
+    )
+    found = [(each["kind"], each["name"]) for each in report["findings"]]
+    heads = 1 + next(
+        i
+        for i, row in enumerate(limits(SOC)["npu_fused_infer_attention_score"])
+        if row.fact == "heads and kv heads"
+    )
+    assert found == [
+        (MISSING, "npu_moe_gating_top_k"),
+        (LOST, "A6"),  # crashes
+        (LOST, "A26"),  # hangs
+        (ASSUMPTION, "A2"),
+        (ASSUMPTION, "A4"),
+        (ASSUMPTION, "A8"),
+        (ASSUMPTION, "A17"),
+        (LAX, f"npu_fused_infer_attention_score row {heads}"),
+    ]
+    lax = report["findings"][-1]
+    assert lax["change"]["value"] == "80 and 8"
+    assert "EZ1001" in lax["what"]
+
+
+def test_the_document_has_the_assumptions_by_their_numbers():
+    document = (ROOT / "docs" / "device.md").read_text()
+    assert [line for line in document.splitlines() if line.startswith("| A")] == table()
+
+
+def test_a_legal_call_has_tensors_of_its_types_and_facts():
+    each = NUMBERED[1]
+    made = tensors(each.call)
+    assert made["input"].shape == (3, 4096)
+    assert made["input"].dtype is torch.float16
+    assert facts_of(each.call)["scales dtype"] == "f32"
+    assert len(emulated(each.call, made)) == 1
+
+
+def test_how_far_apart():
+    codes = torch.tensor([1, 2, 127], dtype=torch.int8)
+    half = torch.tensor([1.0, 2.0], dtype=torch.float16)
+    assert apart([codes], [codes]).outcome == EQUAL
+    assert apart([codes - 1], [codes]).outcome == BY_ONE
+    assert apart([codes - 2], [codes]).outcome == BY_MORE
+    assert apart([half * (1 + 2**-10)], [half]).outcome == BY_ONE
+    assert apart([half * 1.1], [half]).outcome == BY_MORE
+    assert apart([half.float()], [half]).outcome == BY_MORE
+    assert apart([half], [half, half]).outcome == BY_MORE
+
+
+def test_a_refusal_has_its_code_and_no_place():
+    error = RuntimeError("call failed in /usr/local/x.so by me@host, EZ9999: inner error\nmore")
+    assert refusal(error) == {
+        "outcome": "refused",
+        "code": "EZ9999",
+        "said": "call failed in by EZ9999: inner error",
+    }
+
+
+def finding(kind, op, row, value):
+    fact = limits(SOC)[op][row].fact
+    change = {"row": row, "fact": fact, "value": value}
+    return {"kind": kind, "op": op, "name": f"{op} row {row + 1}", "what": "", "change": change}
+
+
+def place(op, fact):
+    return next(i for i, row in enumerate(limits(SOC)[op]) if row.fact == fact)
+
+
+def test_applying_a_report_changes_five_rows_and_two_assumptions():
+    attention = "npu_fused_infer_attention_score"
+    heads = place(attention, "heads and kv heads")
+    rows = [
+        finding(STRICT, attention, heads, "16 and 2"),
+        finding(LAX, attention, heads, "80 and 8"),
+        finding(STRICT, "npu_quantize", place("npu_quantize", "input dtype"), "f32"),
+        finding(STRICT, "npu_quant_matmul", place("npu_quant_matmul", "inner size"), 70000),
+        finding(LAX, "npu_quant_matmul", place("npu_quant_matmul", "outer size"), 65535),
+        finding(STRICT, "npu_add_rms_norm_quant",
+                place("npu_add_rms_norm_quant", "scales1 shape"), "[1]"),
+    ]  # fmt: skip
+    what = "npu_rms_norm_quant divides by its scale: no, off by more: 4 at most, 90.00% of values"
+    rows.append(
+        {"kind": ASSUMPTION, "op": "npu_rms_norm_quant", "name": "A17", "what": what, "change": {}}
+    )
+    verdicts = {2: ("yes", "equal"), 17: ("no", "off by more: 4 at most"), 3: ("unknown", "hung")}
+    report = {
+        "soc": SOC,
+        "facts": {"SoC": "Ascend910B2"},
+        "findings": rows,
+        "assumptions": [
+            {"number": n, "verdict": verdict, "figure": figure}
+            for n, (verdict, figure) in verdicts.items()
+        ],
+    }
+    lines = list(apply.changes(report))
+    new = [line[1:].strip().rstrip(",") for line in lines if line.startswith("+")]
+    changed = [json.loads(line) for line in new if line.startswith("{")]
+    assert [row["fact"] for row in changed] == [
+        *("input dtype", "inner size", "outer size"),
+        *("heads and kv heads", "scales1 shape"),
+    ]
+    assert changed[0]["one_of"] == ["f16", "bf16", "f32"]
+    assert (changed[1]["max"], changed[2]["max"]) == (70000, 65534)
+    assert "16 and 2" in changed[3]["one_of"]
+    assert "80 and 8" not in changed[3]["one_of"]
+    assert changed[4]["source"].endswith("; a device takes [1]")
+    assert [line for line in new if line.startswith("| A")] == [
+        "| A2 | `npu_quantize` | saturates at -128 and 127 | yes on Ascend910B2 |",
+        "| A17 | `npu_rms_norm_quant` | divides by its scale | "
+        "no on Ascend910B2, off by more: 4 at most |",
+    ]
+    assert lines[-1] == f"backends/npu/emulation/norm.py: A17: {what}"
+
+
+def test_a_report_without_findings_changes_nothing():
+    report = {"soc": SOC, "facts": {}, "findings": [], "assumptions": []}
+    assert list(apply.changes(report)) == []
+    text = (ROOT / apply.LEGALITY).read_text()
+    assert not list(difflib.unified_diff([text], [apply.with_rows(text, report)]))
+
+
+def test_a_row_that_takes_more_or_less():
+    row = {"fact": "head_dim", "multiple": 32, "max": 512}
+    assert apply.changed(row, STRICT, 80) == {"fact": "head_dim", "multiple": 16, "max": 512}
+    assert apply.changed(row, STRICT, 576) == {"fact": "head_dim", "multiple": 32, "max": 576}
+    assert apply.changed(row, LAX, 512) == {"fact": "head_dim", "multiple": 32, "max": 480}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["-o", "report"], "torch_npu: is not installed; install kvc8[npu] on a machine with CANN"),
+        (["--apply", "{}/a"], "{}/a: is no report of format 1; make it with kvc8-device-check of "
+         "this version"),
+    ],
+)  # fmt: skip
+def test_the_commands_errors(given, said, tmp_path, capsys):
+    (tmp_path / "a").write_text("{}")
+    arguments = [each.format(tmp_path) for each in given]
+    assert command.entry(device_check.parser(), device_check.work, arguments) == 1
+    assert capsys.readouterr().err == f"error: {said.format(tmp_path)}\n"

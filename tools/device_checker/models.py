@@ -1,0 +1,188 @@
+"""A tiny model made here, compiled in every form, and run node by node beside its emulation.
+
+Two layers of ten query heads and one KV head of 128, which the NPU's attention takes with ND and
+with NZ pages, in W8A8 with zero points a channel in the cache. Its numbers are seeded.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvc8.backends.npu import artifact_reader
+from kvc8.backends.npu.dumps import Difference, ValueDump, again
+from kvc8.backends.npu.graphs import Recorder
+from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.model import Model, load, make_parameters
+from kvc8.ir.checkpoint.w8a8 import Range, quantize_linear
+from kvc8.passes.options import Options
+from kvc8.tools.device_checker.comparison import UNITS
+from kvc8.tools.device_checker.machine import CPU, Machine
+from kvc8.tools.driver.compiling import Target, compile_model, open_calibrated
+from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
+
+HIDDEN, WIDTH, HEADS, DIM, VOCABULARY, LAYERS = 80, 96, 10, 128, 128, 2
+BLOCK, BLOCKS, STEPS = 128, 8, 4
+PROMPTS = [[5, 6, 7, 11, 13], [9, 8] * 20]
+FORMS: Mapping[str, tuple[str, Options]] = {
+    "fused": ("float16", Options()),
+    "unfused": ("float16", Options(fuse="off")),
+    "all folds": ("float16", Options(fold="kv")),
+    "prompts read int8": ("float16", Options(prefill_kv="int8")),
+    "NZ": ("bfloat16", Options(kv_format="nz", fold="kv")),
+    "NZ, unfused": ("bfloat16", Options(kv_format="nz", fold="kv", fuse="off")),
+}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    "hidden_size": HIDDEN, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS, "num_key_value_heads": 1, "head_dim": DIM,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "tie_word_embeddings": False, "attention_bias": False,
+    "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "quantize": "w8a8",
+}  # fmt: skip
+LINEARS = {
+    "self_attn.q_proj": (HEADS * DIM, HIDDEN), "self_attn.k_proj": (DIM, HIDDEN),
+    "self_attn.v_proj": (DIM, HIDDEN), "self_attn.o_proj": (HIDDEN, HEADS * DIM),
+    "mlp.gate_proj": (WIDTH, HIDDEN), "mlp.up_proj": (WIDTH, HIDDEN),
+    "mlp.down_proj": (HIDDEN, WIDTH),
+}  # fmt: skip
+
+
+def write_model(directory: Path, dtype: str) -> None:
+    """Write the model as msModelSlim would: config, tensors and their description."""
+    directory.mkdir(parents=True)
+    write_json(directory / "config.json", {**CONFIG, "torch_dtype": dtype})
+    made = _tensors(getattr(torch, dtype))
+    labels = {n: "C8" if "kv_cache" in n else _label(n) for n in made}
+    head = {"version": "1.0.0", "model_quant_type": "W8A8", "kv_cache_type": "C8"}
+    marks = {"kvc8": {"kv_calibrated": "post-rope"}}
+    write_json(directory / "quant_model_description.json", {**head, **labels, **marks})
+    entries = [Entry(n, t.dtype, tuple(t.shape), "") for n, t in made.items()]
+    write_tensors(directory / "quant_model_weight_w8a8.safetensors", entries, made.items())
+
+
+def _label(name: str) -> str:
+    return "W8A8" if any(f".{linear}." in name for linear in LINEARS) else "FLOAT"
+
+
+def _tensors(dtype: torch.dtype) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    made = {
+        "model.embed_tokens.weight": torch.randn(VOCABULARY, HIDDEN, generator=random).to(dtype),
+        "lm_head.weight": (torch.randn(VOCABULARY, HIDDEN, generator=random) / 8).to(dtype),
+        "model.norm.weight": torch.ones(HIDDEN, dtype=dtype),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            made[f"{prefix}.{norm}.weight"] = 1 + torch.randn(HIDDEN, generator=random) / 5
+            made[f"{prefix}.{norm}.weight"] = made[f"{prefix}.{norm}.weight"].to(dtype)
+        # q, k and v have one input, and so have gate and up
+        for linear, shape in LINEARS.items():
+            weight = torch.randn(shape, generator=random) * shape[1] ** -0.5
+            parts = quantize_linear(weight, None, Range(-4.0, 3.0), dtype)
+            made |= {f"{prefix}.{linear}.{part}": tensor for part, tensor in parts.items()}
+        for side in "kv":
+            name = f"{prefix}.self_attn.{side}_proj.kv_cache"
+            made[f"{name}_scale"] = (torch.rand(DIM, generator=random) / 64 + 1 / 32).to(dtype)
+            made[f"{name}_offset"] = torch.randint(-9, 9, (DIM,), generator=random).to(dtype)
+    return made
+
+
+def compile_forms(folder: Path, soc: str) -> dict[str, Path]:
+    """Compile every form; gives their directories by name."""
+    found: dict[str, Path] = {}
+    for name, (dtype, options) in FORMS.items():
+        source = folder / f"model-{dtype}"
+        if not source.exists():
+            write_model(source, dtype)
+        out = folder / f"compiled-{len(found)}"
+        checkpoint = open_calibrated(source)
+        compile_model(checkpoint, out, Target("npu", soc, BLOCK), options)
+        found[name] = out
+    return found
+
+
+def called_ops(directory: Path) -> tuple[str, ...]:
+    """The NPU ops that a compiled form calls."""
+    names = set()
+    for program in artifact_reader.read(directory).programs.values():
+        for node in program.graph.nodes:
+            target = node.target
+            if isinstance(target, torch._ops.OpOverload) and target.namespace in ("npu", "atb"):
+                names.add(target._schema.name.partition("::")[2])
+    return tuple(sorted(names))
+
+
+def compared(machine: Machine, directory: Path, *, graph: bool) -> dict[str, Any]:
+    """Nodes that differ from what the emulation makes of the device's own inputs; and tokens."""
+    artifact = artifact_reader.read(directory)
+    on_device = load(
+        artifact.programs,
+        artifact.make,
+        blocks=BLOCKS,
+        block_size=artifact.block_size,
+        device=machine.device,
+    )
+    if graph:
+        return _graph_tokens(machine, artifact, on_device)
+    dump = ValueDump(artifact.programs)
+    on_device.runner = dump
+    with machine.running():
+        tokens = _tokens(on_device)
+        machine.synchronize()
+    found: list[Difference] = []
+    for phase, program in artifact.programs.items():
+        if any(name.startswith(f"{phase}/") for name in dump.tensors):
+            parameters = make_parameters(program, artifact.make, CPU, {})
+            found += again(phase, program, dump.tensors, parameters)
+    far = [x for x in found if _is_far(x, dump.tensors)]
+    emulated = _tokens(load(artifact.programs, artifact.make, blocks=BLOCKS, block_size=BLOCK))
+    return {
+        "outcome": "off by more" if far else "equal",
+        "nodes": len(found),
+        "differ": [[x.phase, x.node, x.op, x.differ, x.values, _number(x.most)] for x in far],
+        "same tokens": tokens == emulated,
+    }
+
+
+def _graph_tokens(machine: Machine, artifact: Any, on_device: Model) -> dict[str, Any]:
+    """Whether recorded steps give the tokens of eager ones."""
+    if machine.graphs is None:
+        return {"outcome": "not tried"}
+    with machine.running():
+        eager = _tokens(on_device)
+        again_ = load(
+            artifact.programs,
+            artifact.make,
+            blocks=BLOCKS,
+            block_size=artifact.block_size,
+            device=machine.device,
+        )
+        again_.runner = Recorder(machine.graphs, blocks=BLOCKS)
+        same = _tokens(again_) == eager
+    return {"outcome": "equal" if same else "off by more", "differ": [], "same tokens": same}
+
+
+def _tokens(model: Model) -> list[list[int]]:
+    found = generate(model, PROMPTS, most=STEPS, stops=frozenset())
+    return [sequence.generated for sequence in found.sequences]
+
+
+def _is_far(each: Difference, dump: Mapping[str, Tensor]) -> bool:
+    """Whether more than rounding: codes off by more than one, or floats by more than UNITS."""
+    value = dump.get(f"{each.phase}/{each.node}", dump.get(f"{each.phase}/{each.node}.0"))
+    if value is None:
+        value = dump.get(f"{each.phase}/out/{each.node}")
+    if value is None or not value.is_floating_point():
+        return each.most > 1
+    largest = float(value.double().abs().max()) or 1.0
+    return each.most > UNITS * torch.finfo(value.dtype).eps * largest
+
+
+def _number(x: float) -> float | str:
+    return x if json.dumps(x) not in ("Infinity", "NaN") else "another shape or dtype"
