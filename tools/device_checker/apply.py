@@ -78,8 +78,8 @@ def changed(row: Row, kind: str, value: Any) -> Row:
 
 def _widen(row: Row, value: int) -> None:
     """Make ends and steps of a row such that it takes the value."""
-    if "max" in row:
-        row["max"] = max(row["max"], value)
+    if "max" in row:  # a name stands for a number of the code's, which others read too
+        row["max"] = value if isinstance(row["max"], str) else max(row["max"], value)
     if "min" in row:
         row["min"] = min(row["min"], value)
     if value % row.get("multiple", 1):
