@@ -29,6 +29,7 @@ from kvc8.ir.types import DTYPES
 TYPE = re.compile(r"(f32|f16|bf16|i64|i32|i8|b8|ints)\[(.*)\]")
 SIZES = {"T": 3, "N": 8, "M": 2, "B": 2}  # S is the size of a block
 EXPERTS = 8
+MOST_NUMBERS = 1 << 20  # drawn for a tensor
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,12 @@ def _value(call: SpelledCall, name: str, type_: str, random: torch.Generator) ->
         return torch.randint(-8, 8, shape, generator=random).to(dtype)
     if dtype is torch.int32:
         return torch.randint(-1000, 1000, shape, generator=random, dtype=dtype)
+    few = min(prod(shape), MOST_NUMBERS)  # which are repeated in a large tensor
     if not dtype.is_floating_point:
-        return torch.randint(-128, 128, shape, generator=random).to(dtype)
-    return torch.randn(shape, generator=random).to(dtype)
+        numbers = torch.randint(-128, 128, (few,), generator=random).to(dtype)
+    else:
+        numbers = torch.randn(few, generator=random).to(dtype)
+    return numbers.repeat(-(-prod(shape) // max(few, 1)))[: prod(shape)].reshape(shape)
 
 
 def _size(text: str, block_size: int) -> int:
