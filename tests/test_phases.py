@@ -13,7 +13,7 @@ from support import c8
 from support.ties import on_one_of
 
 from kvc8.backends.runtime.generate import generate
-from kvc8.backends.runtime.inputs import Batch, Rows
+from kvc8.backends.runtime.inputs import CPU, Rows, batch_of
 from kvc8.backends.runtime.model import load
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
@@ -207,8 +207,8 @@ def test_a_window_shows_its_tokens_and_no_others(length, window, block):
     blocks = -(-length // block)
     table = [(7 * i + 3) % (blocks + 9) * 2 for i in range(blocks)]
     rows = [Rows([0], length - 1, table), Rows([0], 0, [1])]
-    batch = Batch(rows, block, every=False)
-    tables, lens = batch.window_table(window), batch.window_lens(window)
+    batch = batch_of(rows, block, CPU)
+    tables, lens = batch.window_table(window).tolist(), batch.window_lens(window)
     hidden = batch.window_hidden(window)
     assert hidden.shape == (2, 1, 1, len(tables[0]) * block)
     seen = [

@@ -5,7 +5,8 @@
     derived.safetensors    parameters that took arithmetic, each under 1 MB
     weights/               the checkpoint's shards, hard-linked (copied across filesystems), with an
                            index of the tensors in use
-    config.json ...        the model's own config, generation config and tokenizer
+    config.json            the model's own, with what a serving engine must know of the artifact
+    tokenizer.json ...     generation config and tokenizer, as they are
 
 A hard link is the checkpoint's file itself: whoever writes into that file, rather than putting a
 new one in its place, changes the artifact too. kvc8.backends.npu.artifact_reader reads it all back.
@@ -44,8 +45,9 @@ MANIFEST, DERIVED, WEIGHTS, INDEX = (
     "model.safetensors.index.json",
 )
 CONFIG = "config.json"
+ARCHITECTURE = "Kvc8ForCausalLM"  # by which vLLM finds backends/vllm
+OF_THE_CHECKPOINT = ("quantization_config", "quantize")  # an engine would look for such weights
 COPIED = (
-    CONFIG,
     "generation_config.json",
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -91,6 +93,7 @@ def write(
             part.write(f"{phase}.py", (show(program) + "\n").encode())
         part.write(DERIVED, save(derived, metadata={"format": "pt"}))
         _link_weights(part, checkpoint, ready)
+        part.write(CONFIG, _json(_config(checkpoint, ready)))
         for name in COPIED:
             if source := model_file(checkpoint.path, name):
                 part.write(name, source.read_bytes())
@@ -194,6 +197,14 @@ def _manifest(
         "notes": dict(target.notes),
         "parameters": expressions_by_name(programs),
     }
+
+
+def _config(checkpoint: Checkpoint, programs: Mapping[str, Program]) -> dict[str, object]:
+    """The model's config.json, of an architecture that is the compiled one."""
+    kept = {k: v for k, v in checkpoint.config.items() if k not in OF_THE_CHECKPOINT}
+    kept.pop("torch_dtype", None)  # the older word for dtype
+    dtype = str(logits_type(programs["decode"]).dtype).removeprefix("torch.")
+    return {**kept, "architectures": [ARCHITECTURE], "dtype": dtype}
 
 
 def _json(value: Mapping[str, object]) -> bytes:

@@ -86,6 +86,25 @@ class Artifact:
         )
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What the manifest says of an artifact, which is not read beyond that."""
+
+    dtype: str  # that the logits have, "f16"
+    block_size: int
+    ranks: int
+
+
+def facts(path: Path) -> Facts:
+    """What an engine must agree to. Raises TargetError where there is no whole artifact."""
+    file_names(path)  # says so where there is no such directory
+    manifest = _manifest(path)
+    for name in (*(f"{phase}.py" for phase in PHASES), DERIVED, CONFIG):
+        _file(path, name)
+    size, ranks = (positive(manifest, n, place(path / MANIFEST)) for n in ("block_size", "ranks"))
+    return Facts(_text(path, manifest, "dtype"), size, ranks)
+
+
 def read(path: Path) -> Artifact:
     """Open the artifact at `path` and check all of it but the values of its tensors.
 

@@ -4,7 +4,8 @@
     caches = [torch.zeros(cache.shape(...), ...) for cache in steps.layout.caches]   # its own
     logits = steps.decode(inputs, caches)
 
-The engine owns the blocks of the cache and says which token goes where; see `EmbeddedModel`.
+The engine owns the blocks of the cache and says which token goes where; see `EmbeddedModel`. One
+that asks for logits of rows that it chooses later loads the head apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu.artifact_reader import read
+from kvc8.backends.runtime.head import body, head
 from kvc8.backends.runtime.kv_layout import KVLayout
 from kvc8.backends.runtime.model import make_parameters
 from kvc8.ir.errors import IRError, TargetError
@@ -37,7 +39,7 @@ class Step:
         return {node.name: show_type(type_of(node)) for node in self.program.inputs()}
 
     def __call__(self, inputs: Mapping[str, Value], caches: Sequence[Tensor]) -> Tensor:
-        """Run a step: logits [R, vocabulary]; the caches are written in place.
+        """Run a step: logits [R, vocabulary], or hidden states; the caches are written in place.
 
         `caches` are of the shapes that `layout` gives, of each layer K, then V. Raises TargetError
         where they are not as many as the program has, IRError where an input is missing.
@@ -48,11 +50,11 @@ class Step:
             raise TargetError("caches", what, "give K and V of each layer")
         given = {name: inputs[name] for name in self.inputs if name in inputs}
         by_name = dict(zip(names, caches, strict=True))
-        logits, *written = run(self.program, {**self.parameters, **by_name, **given})
+        result, *written = run(self.program, {**self.parameters, **by_name, **given})
         for cache, new in zip(caches, written, strict=True):
             if new is not cache:  # a program that is not LOWERED gives new caches
                 raise IRError("the program", "gives new caches", "embed what kvc8-compile wrote")
-        return logits
+        return result
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class EmbeddedModel:
 
     prefill takes fresh prompts end to end, chunk several tokens of sequences that have a past,
     decode one token of each. The inputs of each are those that its `inputs` names;
-    backends/runtime/inputs.py says what they mean.
+    backends/runtime/inputs.py says what they mean. Where `head` is apart, these give the hidden
+    states of all rows, and it gives the logits of as many rows of `hidden` as it gets.
     """
 
     prefill: Step
@@ -69,9 +72,12 @@ class EmbeddedModel:
     decode: Step
     layout: KVLayout
     block_size: int
+    head: Step | None = None
 
 
-def load_steps(path: Path, device: torch.device, rank: int = 0) -> EmbeddedModel:
+def load_steps(
+    path: Path, device: torch.device, rank: int = 0, head_apart: bool = False
+) -> EmbeddedModel:
     """Read what kvc8-compile wrote and put the parameters of one rank on a device.
 
     The programs of several ranks call a process group "tp"; the engine gives its own that name by
@@ -81,8 +87,13 @@ def load_steps(path: Path, device: torch.device, rank: int = 0) -> EmbeddedModel
     TargetError where the artifact is damaged.
     """
     artifact, made = read(path), dict[Expression, Tensor]()
+    whole = artifact.of_rank(rank)
+    programs = dict(whole)
+    if head_apart:
+        programs = {phase: body(program) for phase, program in whole.items()}
+        programs["head"] = head(whole["decode"])
     steps = {
-        phase: Step(program, make_parameters(program, artifact.make, device, made))
-        for phase, program in artifact.of_rank(rank).items()
+        name: Step(program, make_parameters(program, artifact.make, device, made))
+        for name, program in programs.items()
     }
     return EmbeddedModel(**steps, layout=artifact.layout, block_size=artifact.block_size)

@@ -13,12 +13,13 @@ and for attention in a window of w tokens, where a sequence has one new token:
     window_w_lens    ints[T]               tokens in these, up to the newest
     window_w_hidden  b8[T, 1, 1, Mw * S]   True at those that the window does not reach
 
-Lists stay on the host, where the device's ops want them.
+Lists stay on the host, where the device's ops want them; tensors are made on the device that the
+batch lies on, of tensors, and nothing is read back from it.
 """
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from types import MappingProxyType
 
@@ -32,6 +33,13 @@ from kvc8.ir.run import Value
 CPU = torch.device("cpu")
 PACKS = ("query_ends", "query_starts")  # a program with one of these takes several sequences
 WINDOW = re.compile(r"window_(\d+)_(table|lens|hidden)")
+
+
+def phase_of(count: int, length: int) -> str:
+    """The program for a sequence of `length` tokens, `count` of which are new."""
+    if count == length:
+        return "prefill"
+    return "chunk" if count > 1 else "decode"
 
 
 @dataclass(frozen=True)
@@ -50,33 +58,26 @@ class Rows:
     @property
     def phase(self) -> str:
         """The program that takes such rows."""
-        if not self.start:
-            return "prefill"
-        return "chunk" if len(self.tokens) > 1 else "decode"
+        return phase_of(len(self.tokens), self.length)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, and how they lie in the cache."""
+    """The rows of one step, sequence after sequence, and how they lie in the cache."""
 
-    rows: Sequence[Rows]
+    tokens: Tensor  # i64[T]
+    positions: Tensor  # i64[T], the place of each token in its sequence
+    slots: Tensor  # i32[T], flat
+    tables: Tensor  # i32[B, M], the blocks of each sequence
+    counts: Sequence[int]  # rows of each sequence
+    lengths: Sequence[int]  # tokens of each sequence, the new ones included
     block_size: int
-    every: bool  # whether the logits of every row are wanted, or of each sequence's last
+    every: bool = False  # whether the logits of every row are wanted, or of each sequence's last
 
     @property
     def ends(self) -> list[int]:
         """The row after the last of each sequence."""
-        return list(accumulate(len(rows.tokens) for rows in self.rows))
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [rows.length for rows in self.rows]
-
-    @property
-    def positions(self) -> list[int]:
-        """The place of each token in its sequence."""
-        return [p for rows in self.rows for p in range(rows.start, rows.length)]
+        return list(accumulate(self.counts))
 
     @property
     def logits_rows(self) -> list[int]:
@@ -84,70 +85,75 @@ class Batch:
         ends = self.ends
         return list(range(ends[-1])) if self.every else [end - 1 for end in ends]
 
-    def slots(self, whole: bool) -> list[int]:
-        """The flat slots of the new tokens, or of the whole sequences."""
-        return [
-            self._slot(rows, p)
-            for rows in self.rows
-            for p in range(0 if whole else rows.start, rows.length)
-        ]
+    def tensor(self, values: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Whole numbers on the device of the batch."""
+        return torch.tensor(values, dtype=dtype).to(self.tables.device)
 
-    def _slot(self, rows: Rows, position: int) -> int:
-        block, offset = divmod(position, self.block_size)
-        if block >= len(rows.table):
-            raise TargetError(
-                f"position {position}",
-                f"lies outside the {len(rows.table)} blocks of its sequence",
-                "give the sequence more blocks",
-            )
-        return rows.table[block] * self.block_size + offset
+    def take(self, first: int, last: int) -> "Batch":
+        """The sequences from `first` to before `last`; tensors are parts of the batch's."""
+        starts = [0, *self.ends]
+        rows = slice(starts[first], starts[last])
+        lengths = self.lengths[first:last]
+        width = -(-max(lengths) // self.block_size)
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            positions=self.positions[rows],
+            slots=self.slots[rows],
+            tables=self.tables[first:last, :width].contiguous(),
+            counts=self.counts[first:last],
+            lengths=lengths,
+        )
 
     @property
-    def tables(self) -> list[list[int]]:
-        """The blocks of each sequence, as many for each."""
-        width = max(len(rows.table) for rows in self.rows)
-        return [[*rows.table, *[0] * (width - len(rows.table))] for rows in self.rows]
+    def all_slots(self) -> Tensor:
+        """The flat slots of all tokens of the sequences, end to end: i32[L]."""
+        total, first = sum(self.lengths), [0, *accumulate(self.lengths)][:-1]
+        lengths, starts = self.tensor(self.lengths, I64), self.tensor(first, I64)
+        whose = torch.arange(len(first), device=lengths.device)
+        whose = whose.repeat_interleave(lengths, output_size=total)
+        places = torch.arange(total, device=whose.device) - starts[whose]
+        return slots_at(self.tables, whose, places, self.block_size)
 
-    def first_block(self, rows: Rows, window: int) -> int:
-        """The first block that the newest token of a sequence sees in a window."""
-        return max(0, rows.length - window) // self.block_size
+    def first_blocks(self, window: int) -> list[int]:
+        """The first block that the newest token of each sequence sees in a window."""
+        return [max(0, length - window) // self.block_size for length in self.lengths]
 
-    def window_table(self, window: int) -> list[list[int]]:
+    def window_table(self, window: int) -> Tensor:
         """The blocks from there on; as many as a window can touch, whatever the lengths."""
         width = (window + self.block_size - 2) // self.block_size + 1
-        found = []
-        for rows in self.rows:
-            end = -(-rows.length // self.block_size)
-            seen = list(rows.table[self.first_block(rows, window) : end])
-            found.append([*seen, *[0] * (width - len(seen))])
-        return found
+        ends = [-(-length // self.block_size) for length in self.lengths]
+        at = self.tensor(self.first_blocks(window), I64)[:, None]
+        at = at + torch.arange(width, device=at.device)
+        known = at < self.tensor(ends, I64)[:, None]
+        blocks = self.tables.gather(1, at.clamp(max=self.tables.shape[1] - 1))
+        return blocks.masked_fill(~known, 0)
 
     def window_lens(self, window: int) -> list[int]:
         """Tokens in those blocks."""
-        return [
-            rows.length - self.first_block(rows, window) * self.block_size for rows in self.rows
-        ]
+        pairs = zip(self.lengths, self.first_blocks(window), strict=True)
+        return [length - first * self.block_size for length, first in pairs]
 
     def window_hidden(self, window: int) -> Tensor:
         """True at the tokens of those blocks that lie before the window, [T, 1, 1, slots]."""
-        slots = len(self.window_table(window)[0]) * self.block_size
-        before = [max(0, length - window) for length in self.window_lens(window)]
-        return (torch.arange(slots) < torch.tensor(before)[:, None])[:, None, None]
+        slots = ((window + self.block_size - 2) // self.block_size + 1) * self.block_size
+        before = self.tensor([max(0, n - window) for n in self.window_lens(window)], I64)
+        return (torch.arange(slots, device=before.device) < before[:, None])[:, None, None]
 
 
 I64, I32 = torch.int64, torch.int32
 MAKERS: Mapping[str, Callable[[Batch], Value]] = MappingProxyType(
     {
-        "input_ids": lambda b: torch.tensor([t for r in b.rows for t in r.tokens], dtype=I64),
-        "positions": lambda b: torch.tensor(b.positions, dtype=I64),
-        "logits_rows": lambda b: torch.tensor(b.logits_rows, dtype=I64),
-        "slot_mapping": lambda b: torch.tensor(b.slots(whole=False), dtype=I32),
-        "kv_slots": lambda b: torch.tensor(b.slots(whole=True), dtype=I32),
-        "block_table": lambda b: torch.tensor(b.tables, dtype=I32),
-        "seq_lens": lambda b: torch.tensor(b.lengths, dtype=I32),
-        "query_starts": lambda b: torch.tensor([0, *b.ends], dtype=I32),
+        "input_ids": lambda b: b.tokens,
+        "positions": lambda b: b.positions,
+        "logits_rows": lambda b: b.tensor(b.logits_rows, I64),
+        "slot_mapping": lambda b: b.slots,
+        "kv_slots": lambda b: b.all_slots,
+        "block_table": lambda b: b.tables,
+        "seq_lens": lambda b: b.tensor(b.lengths, I32),
+        "query_starts": lambda b: b.tensor([0, *b.ends], I32),
         "query_ends": lambda b: b.ends,
-        "kv_lens": lambda b: b.lengths,
+        "kv_lens": lambda b: list(b.lengths),
         "kv_ends": lambda b: list(accumulate(b.lengths)),
     }
 )
@@ -161,10 +167,48 @@ def inputs(
     every: bool = False,
     names: Sequence[str] = KNOWN,
 ) -> dict[str, Value]:
+    """The inputs of those names, for rows of sequences. See the module."""
+    return inputs_of(batch_of(rows, block_size, device, every), names)
+
+
+def inputs_of(batch: Batch, names: Sequence[str] = KNOWN) -> dict[str, Value]:
     """The inputs of those names, for a batch. See the module."""
-    batch = Batch(rows, block_size, every)
-    found = {name: _maker(name)(batch) for name in names}
-    return {n: v.to(device) if isinstance(v, Tensor) else v for n, v in found.items()}
+    return {name: _maker(name)(batch) for name in names}
+
+
+def batch_of(
+    rows: Sequence[Rows], block_size: int, device: torch.device, every: bool = False
+) -> Batch:
+    """Put rows on a device. Raises TargetError for one that lies in no block of its sequence."""
+    for each in rows:
+        _check_table(each, block_size)
+    width = max(len(each.table) for each in rows)
+    places = [(i, p) for i, each in enumerate(rows) for p in range(each.start, each.length)]
+    tables = torch.tensor([[*r.table, *[0] * (width - len(r.table))] for r in rows], dtype=I32)
+    whose, positions = torch.tensor(places, dtype=I64).unbind(1)
+    return Batch(
+        tokens=torch.tensor([t for each in rows for t in each.tokens], dtype=I64).to(device),
+        positions=positions.contiguous().to(device),
+        slots=slots_at(tables, whose, positions, block_size).to(device),
+        tables=tables.to(device),
+        counts=[len(each.tokens) for each in rows],
+        lengths=[each.length for each in rows],
+        block_size=block_size,
+        every=every,
+    )
+
+
+def _check_table(rows: Rows, block_size: int) -> None:
+    outside = max(rows.start, len(rows.table) * block_size)
+    if outside < rows.length:
+        what = f"lies outside the {len(rows.table)} blocks of its sequence"
+        raise TargetError(f"position {outside}", what, "give the sequence more blocks")
+
+
+def slots_at(tables: Tensor, whose: Tensor, positions: Tensor, block_size: int) -> Tensor:
+    """The flat slots of positions [n], each in the sequence that `whose` [n] says: i32[n]."""
+    blocks = tables[whose, positions // block_size]
+    return (blocks * block_size + positions % block_size).to(I32)
 
 
 def _maker(name: str) -> Callable[[Batch], Value]:
@@ -173,7 +217,7 @@ def _maker(name: str) -> Callable[[Batch], Value]:
         return MAKERS[name]
     window = int(found[1])
     of_window: dict[str, Callable[[Batch], Value]] = {
-        "table": lambda b: torch.tensor(b.window_table(window), dtype=I32),
+        "table": lambda b: b.window_table(window),
         "lens": lambda b: b.window_lens(window),
         "hidden": lambda b: b.window_hidden(window),
     }

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu import emulation as emulation
-from kvc8.backends.runtime.inputs import CPU, PACKS, Rows, check_inputs, inputs
+from kvc8.backends.runtime.calls import apart, calls
+from kvc8.backends.runtime.inputs import CPU, Rows, check_inputs, inputs
 from kvc8.backends.runtime.kv_layout import KVLayout, kv_layout
 from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
@@ -57,12 +58,11 @@ class Model:
 
     def mixed(self, batch: Sequence[Rows], observe: Observe | None = None) -> Tensor:
         """Take rows of every kind, each by the program for it; logits [B, vocabulary] in order."""
+        counts, lengths = [len(rows.tokens) for rows in batch], [rows.length for rows in batch]
         found: dict[int, Tensor] = {}
-        for phase in ("prefill", "chunk", "decode"):
-            chosen = [i for i, rows in enumerate(batch) if rows.phase == phase]
-            if chosen:
-                rows = [batch[i] for i in chosen]
-                found |= zip(chosen, self.several(phase, rows, observe=observe), strict=True)
+        for phase, chosen in calls(self.programs, counts, lengths):
+            logits = self.step(phase, [batch[i] for i in chosen], observe=observe)
+            found |= zip(chosen, logits, strict=True)
         return torch.stack([found[i] for i in range(len(batch))])
 
     def decode(
@@ -83,12 +83,10 @@ class Model:
         self, phase: str, batch: Sequence[Rows], every: bool = False, observe: Observe | None = None
     ) -> Tensor:
         """Run a program once, or once for each sequence where it cannot tell them apart."""
-        names = {node.name for node in self.programs[phase].inputs()}
-        if names.intersection(PACKS):
-            return self.step(phase, batch, every, observe)
-        alone = "decode" if _has_band(self.programs[phase]) else phase
-        each = [(alone if len(rows.tokens) == 1 else phase, rows) for rows in batch]
-        return torch.cat([self.step(phase, [rows], every, observe) for phase, rows in each])
+        counts = [len(rows.tokens) for rows in batch]
+        parts = apart(self.programs, phase, range(len(batch)), counts)
+        each = [(phase, [batch[i] for i in chosen]) for phase, chosen in parts]
+        return torch.cat([self.step(phase, rows, every, observe) for phase, rows in each])
 
     def step(
         self, phase: str, batch: Sequence[Rows], every: bool = False, observe: Observe | None = None
@@ -102,11 +100,6 @@ class Model:
         # A program writes in place or gives new caches; either way these are now the caches.
         self.caches.update(zip(self.caches, caches, strict=True))
         return logits.to(CPU)
-
-
-def _has_band(program: Program) -> bool:
-    """Whether a program passes a window as a band, which a device ignores for one query row."""
-    return any(node.kwargs.get("sparse_mode") == 4 for node in program.graph.nodes)
 
 
 def load(
