@@ -44,6 +44,7 @@ THIRD_PARTIES = {
     "onnxruntime": ["backends/onnx/*", "tools/benchmarks/plain.py"],
     "google": ["backends/onnx/runner.py"],  # protobuf: what reading a damaged model raises
     "torch_npu": ["backends/npu/*"],
+    "vllm": ["backends/vllm/*", "tools/benchmarks/serving.py"],  # which measures it
 }
 ONLY_INSIDE_FUNCTIONS = {"torch_npu"}  # importing it needs CANN
 TOP_LEVEL = {

@@ -1,0 +1,88 @@
+"""Make what the checks serve, in kvc8's own environment, for vLLM's has an older transformers.
+
+python compile.py MODEL OUT
+
+OUT/c8, OUT/w8a8          MODEL with an int8 cache, its linears float or W8A8
+OUT/c8-npu, OUT/w8a8-npu  what kvc8-compile makes of them
+OUT/exact                 the QUANTIZED program of OUT/c8 in float64, for plugin/kvc8_checks.py
+OUT/tokens.json           the prompts, and what kvc8's own loop says in float64
+"""
+
+import json
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.model import load
+from kvc8.ir.capture.trace import capture
+from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.expression import make
+from kvc8.ir.precision.widen import widen
+from kvc8.ir.program import Program
+from kvc8.ir.text import show
+from kvc8.passes import pipeline
+from kvc8.tools import command, quantize
+from kvc8.tools import compile as compiler
+from kvc8.tools.driver.tokenizer import read_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LENGTHS = (30, 41, 64, 97, 150, 222, 384, 600)  # tokens of the prompts
+NEW, BLOCK = 20, 16
+TEXT = "LICENSE"  # what the prompts are parts of; each begins elsewhere
+
+
+def main(model: str, out: str) -> None:
+    """Write all of it."""
+    folder = Path(out)
+    for name, options in (("c8", ["--disable", "*"]), ("w8a8", [])):
+        arguments = [model, "-o", str(folder / name), "--recipe", "minmax", *options]
+        calibration = ["--calib-file", str(ROOT / "tests/data/calibration.jsonl")]
+        typed(quantize, [*arguments, *calibration])
+        artifact = [str(folder / name), "-o", str(folder / f"{name}-npu"), "--target", "npu"]
+        typed(compiler, [*artifact, "--prefill-kv", "int8"])
+    program = exact(folder / "c8", folder / "exact")
+    (folder / "tokens.json").write_text(json.dumps(expected(folder / "c8", program)))
+
+
+def typed(tool, arguments: list[str]) -> None:
+    """Run a command as one types it."""
+    assert command.entry(tool.parser(), tool.work, arguments) == 0
+
+
+def exact(model: Path, out: Path) -> Program:
+    """Write the program in float64, and what vLLM reads beside it."""
+    program = capture(open_checkpoint(model))
+    pipeline.run(program, pipeline.QUANTIZE)
+    wide = widen(program)
+    out.mkdir()
+    (out / "program.py").write_text(show(wide) + "\n")
+    (out / "checkpoint").symlink_to(model)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (model / name).exists():
+            shutil.copy(model / name, out)
+    config = json.loads((model / "config.json").read_text())
+    kept = {k: v for k, v in config.items() if k not in ("quantize", "quantization_config")}
+    kept["architectures"] = ["Kvc8ExactForCausalLM"]
+    (out / "config.json").write_text(json.dumps(kept))
+    return wide
+
+
+def expected(model: Path, program: Program) -> dict[str, object]:
+    """The prompts, and the tokens that kvc8's own loop continues them with."""
+    torch.set_num_threads(2)
+    ids = read_tokenizer(model).encode((ROOT / TEXT).read_text(), False)
+    prompts = [ids[29 * i : 29 * i + length] for i, length in enumerate(LENGTHS)]
+    phases = dict.fromkeys(("prefill", "chunk", "decode"), program)
+    blocks = sum(-(-(length + NEW) // BLOCK) for length in LENGTHS)
+    read = partial(make, read=open_checkpoint(model).read)
+    own = load(phases, read, blocks=blocks, block_size=BLOCK)
+    found = generate(own, prompts, most=NEW)
+    return {"prompts": prompts, "generated": [s.generated for s in found.sequences]}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
