@@ -9,6 +9,8 @@ channels. Token p of a sequence lies at flat slot `table[p // S] * S + p % S`.
 import torch
 from torch import Tensor
 
+FEW_ROWS = 16  # below it, making floats of the weights takes longer than the product
+
 
 @torch.library.custom_op("kvc8::cache_write", mutates_args=())
 def _cache_write(cache: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
@@ -171,10 +173,23 @@ def _quant_linear(
     x int8 [..., K], weight int8 [O, K], deq_scale float32 [O], quant_bias int32 [O]; gives
     dtype [..., O]. K at most 2**31 / 128**2 = 131,072, so that no sum can overflow.
     """
-    acc = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t())
+    acc = _products(x.reshape(-1, x.shape[-1]), weight.t())
     if quant_bias is not None:
         acc = acc + quant_bias
     return (acc.float() * deq_scale).to(dtype).reshape(*x.shape[:-1], -1)
+
+
+def _products(x: Tensor, weight: Tensor) -> Tensor:
+    """x·weight of int8 [R, K] and [K, O] as int32 [R, O], exact.
+
+    Processors without int8 products are slow at them, and quick at floats. A float sum of whole
+    numbers is exact while no partial sum needs more bits than it has: K * 128**2 is at most 2**24
+    for K up to 1024, and far below 2**53 for any K that is allowed.
+    """
+    if len(x) < FEW_ROWS:
+        return torch._int_mm(x, weight)
+    wide = torch.float32 if x.shape[1] <= 1024 else torch.float64
+    return (x.to(wide) @ weight.to(wide)).to(torch.int32)
 
 
 @_quant_linear.register_fake

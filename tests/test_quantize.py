@@ -93,8 +93,7 @@ def test_the_result_opens_and_accounts_for_every_tensor(kind, tied, tiny_model, 
         assert torch.equal(found.read(name), before.read(name))
     config = json.loads((out / "config.json").read_text())
     assert config["quantize"] == "w8a8"
-    kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
-    assert config["quantization_config"] == kinds
+    assert "quantization_config" not in config  # with it vllm-ascend does not read the description
     assert config["tie_word_embeddings"] is tied
     count = sum(map(len, tokens_of(source)))
     recipe = {"kv_calibrated": "post-rope", "recipe": "min-max, K after RoPE"}

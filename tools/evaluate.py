@@ -6,6 +6,8 @@ OUT is a model directory, run as its reference program in float32, an NPU artifa
 ONNX model. The text is cut into windows, and each of them is a prompt of its own. The float model
 is computed in float32 and once for all OUTs. Figures: perplexity, KL(float || OUT) in nats by its
 mean and its 99th percentile, and how often both think the same token the likeliest.
+
+With `--as vllm-ascend` or `--as mindie` a quantized directory is computed as that engine does.
 """
 
 import argparse
@@ -13,7 +15,9 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -29,12 +33,13 @@ from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.evaluator.divergence import Figures
 from kvc8.tools.evaluator.forms import Form, Setup, open_float, open_form, with_scales
 from kvc8.tools.evaluator.plot import Curve, draw
+from kvc8.tools.quantizer.engine_form import ENGINES, Engine
 from kvc8.tools.verifier.sensitivity import sensitivity
 
 DTYPES = {"config": None, "float32": torch.float32, "float16": torch.float16}
 MAPPED = 256  # tokens of the first window, on which each layer's caches are judged alone
 PLOT = f"draw the KL by position, and by each layer's K and V alone ({MAPPED} tokens)"
-EMULATED = "NPU rows are emulated as the ops are documented; they were not verified on a device"
+EMULATED = "NPU and engine rows are emulated as documented; they were not verified on a device"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +61,17 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="what model directories compute in (float32)",
     )
+    found.add_argument(
+        "--as",
+        dest="engine",
+        choices=("kvc8", *ENGINES),
+        action="append",
+        help="compute model directories as this engine does, scales as they are; may be repeated",
+    )
+    what = "--as: so many tokens come as a prompt, which sees its own float K and V (1)"
+    found.add_argument("--prompt", type=_count, default=1, metavar="N", help=what)
+    what = "--as: all tokens come as prompts do, in chunks of so many; else as decode steps"
+    found.add_argument("--chunk", type=_count, metavar="N", help=what)
     found.add_argument("--json", action="store_true", help="print the figures as JSON")
     found.add_argument("--plot", type=Path, metavar="PNG", help=PLOT)
     return found
@@ -73,7 +89,8 @@ def work(args: argparse.Namespace) -> int:
     base = open_float(args.against, args.window)
     passes = Options(kv_scales=args.kv_scales)
     setup = Setup(DTYPES[args.dtype], passes, args.float_cache, args.kv_calibrated)
-    forms = [open_form(path, setup, args.window) for path in args.out]
+    setups = [_served(setup, args, engine) for engine in args.engine or ["kvc8"]]
+    forms = [open_form(path, setup, args.window) for path in args.out for setup in setups]
     with _progress(len(windows) * (1 + len(forms))) as step:
         figures = _evaluate(base, forms, windows, step)
     tokens = sum(len(window) - 1 for window in windows)
@@ -85,6 +102,16 @@ def work(args: argparse.Namespace) -> int:
     else:
         _print(base, forms, figures, tokens)
     return 0
+
+
+def _served(setup: Setup, args: argparse.Namespace, engine: Engine | Literal["kvc8"]) -> Setup:
+    """The same model, in an engine."""
+    if engine not in ENGINES:
+        return setup
+    for name, given in {"--float-cache": args.float_cache, "--plot": args.plot}.items():
+        if given:
+            raise ModelError(name, f"is not for --as {engine}", "leave one of the two out")
+    return replace(setup, engine=engine, prompt=args.prompt, chunk=args.chunk)
 
 
 def _curves(
@@ -191,7 +218,7 @@ def _print(base: Form, forms: Sequence[Form], figures: Sequence[Figures], tokens
         row = (Path(form.name).name, form.kind, f"{seen.perplexity:.3f}", change, *kl)
         table.add_row(*row, f"{seen.top1:.2%}")
     Console(width=110).print(table)
-    if any(form.kind.startswith("NPU") for form in forms):
+    if any(not form.kind.startswith(("reference", "float", "ONNX")) for form in forms):
         print(EMULATED)
 
 

@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvc8.ir.capture.trace import capture
+from kvc8.ir.capture.trace import capture, config_dtype
 from kvc8.ir.checkpoint.model_files import listed, place
 from kvc8.ir.checkpoint.new_directory import kept_directory, refuse_existing
 from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
@@ -34,6 +34,7 @@ from kvc8.ir.program import Program
 from kvc8.tools.command import INTERRUPTED, entry
 from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts, with_lines
+from kvc8.tools.quantizer.engine_form import SERVED, entries_for
 from kvc8.tools.quantizer.float_check import check_float_model
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
@@ -42,6 +43,7 @@ from kvc8.tools.quantizer.options import (
     MOST_TOKENS,
     SWEEPS,
     add_options,
+    engine_of,
     kvc8_options,
     recipe_of,
     run_dtype,
@@ -74,6 +76,8 @@ def work(args: argparse.Namespace) -> int:
     refuse_existing(args.output)
     checkpoint = open_checkpoint(source)
     _check_float(checkpoint)
+    dtype = config_dtype(checkpoint)
+    engine = engine_of(args, recipe, dtype)
     read = read_texts(args.calib_file, args.samples)
     program = capture(checkpoint, run_dtype(args, checkpoint, recipe))
     most = args.max_tokens or (None if recipe == "msmodelslim" else MOST_TOKENS)
@@ -96,14 +100,21 @@ def work(args: argparse.Namespace) -> int:
         ):
             if recipe == "kvc8":
                 checkpoint, program = _rotated(args, checkpoint, program, state)
-            run = Work(checkpoint, program, part.path, state, args.part_file_size, space, report)
+            stored = partial(entries_for, dtype=dtype, engine=engine) if engine else list
+            run = Work(
+                checkpoint, program, part.path, state, args.part_file_size, space, report, stored
+            )
             run.begin({**settings_of(args, recipe), **identity})
             plan = _make(run, args, recipe, texts, more)
-            plan.finish(part.path, plan.entries())
+            plan.finish(part.path, engine)
     except KeyboardInterrupt:
         print(f"{place(args.output)}: interrupted; --resume goes on", file=sys.stderr)
         return INTERRUPTED
     _summarize(args, plan, recipe, texts)
+    if engine and dtype not in SERVED:
+        what = f"says {str(dtype).removeprefix('torch.')}, in which no engine computes"
+        do = "convert the model to float16 or bfloat16 to serve it"
+        print(f"note: {place(source, 'config.json')}: {what}; {do}", file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,8 @@
 """What a quantized model directory holds: each tensor's entry, the description, the config.
 
-Two layouts: ascendV1, and safe_tensor, which older MindIE reads; the latter has another name for
-the description, less in it, more in config.json, and each smoothed norm twice.
+For an engine the directory has the form of tools/quantizer/engine_form.py. As the vendor's script
+writes it there are two layouts: ascendV1, and safe_tensor, which older MindIE reads; the latter has
+another name for the description, less in it, more in config.json, and each smoothed norm twice.
 """
 
 import re
@@ -17,12 +18,19 @@ from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, expression_of
+from kvc8.tools.quantizer.engine_form import (
+    DESCRIPTIONS,
+    Engine,
+    config_for,
+    description_for,
+    kind_of,
+)
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.writer import Entry, ModelWriter, copy_small_files, write_json
 
 Layout = Literal["ascendV1", "safe_tensor"]
 Parts = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of a W8A8 linear, by last name
-DESCRIPTIONS: Mapping[Layout, str] = {"ascendV1": NAME, "safe_tensor": f"{OLD_NAME}w8a8.json"}
+VENDORS: Mapping[Layout, str] = {"ascendV1": NAME, "safe_tensor": f"{OLD_NAME}w8a8.json"}
 
 
 @dataclass(frozen=True)
@@ -77,44 +85,48 @@ class QuantPlan:
             yield Entry(f"{module}.module.weight", dtype, weight.shape, "W8A8")
             yield Entry(f"{module}.module.bias", bias, weight.shape, "W8A8")
 
-    def finish(self, directory: Path, entries: Iterable[Entry]) -> None:
-        """Write what lies beside the weights."""
-        write_json(directory / DESCRIPTIONS[self.layout], self._description(entries))
-        write_json(directory / "config.json", self._config())
+    def finish(self, directory: Path, engine: Engine | None) -> None:
+        """Write what lies beside the weights, for an engine or as the vendor's script does."""
+        name, description, config = self._vendors()
+        if engine:
+            name = DESCRIPTIONS[engine]
+            description = description_for(engine, self._labels().items(), self.notes)
+            config = config_for(engine, self.checkpoint.config, self._labels().values())
+        write_json(directory / name, description)
+        write_json(directory / "config.json", config)
         copy_small_files(self.checkpoint.path, directory)
 
-    def _description(self, entries: Iterable[Entry]) -> dict[str, object]:
+    def _labels(self) -> dict[str, str]:
+        """What each tensor is called, in the order they are written in."""
+        labels = {entry.name: entry.label for entry in self.entries()}
+        if tied_head("lm_head.weight", self.checkpoint.config):
+            # No such tensor is stored; vllm-ascend looks for the label and fails without it.
+            labels.setdefault("lm_head.weight", "FLOAT")
+        return labels
+
+    def _vendors(self) -> tuple[str, dict[str, object], dict[str, object]]:
+        """The description's name, the description and the config as msModelSlim writes them.
+
+        With ascendV1 it leaves C8 to the description.
+        """
         head: dict[str, object] = {"version": "1.0.0"} if self.layout == "ascendV1" else {}
         head["model_quant_type"] = self._kind
         if self.kv:
             head |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
-        labels = {entry.name: entry.label for entry in entries}
-        if tied_head("lm_head.weight", self.checkpoint.config):
-            # No such tensor is stored; vllm-ascend looks for the label and fails without it.
-            labels.setdefault("lm_head.weight", "FLOAT")
         tail: dict[str, object] = {}
         if self.layout == "ascendV1":
             tail = {"fa_quant_type": None, "group_size": 0}
-        return {**head, **labels, **tail, **({"kvc8": dict(self.notes)} if self.notes else {})}
+        kind = "w8a8" if self._kind == "FLOAT" else self._kind.lower()
+        config = {**self.checkpoint.config, "quantize": kind}
+        if self.kv and self.layout == "safe_tensor":
+            kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
+            config["quantization_config"] = kinds
+        return VENDORS[self.layout], {**head, **self._labels(), **tail}, config
 
     @property
     def _kind(self) -> str:
-        """The label that msModelSlim gives the whole: of several, the one it puts first."""
-        labels = {self.labels.get(module, "W8A8") for module in self.linears}
-        order = ("W8A8", "W8A8_MIX", "W8A8_DYNAMIC")
-        return next((label for label in order if label in labels), "FLOAT")
-
-    def _config(self) -> dict[str, object]:
-        """The float model's config, and the entries by which MindIE knows W8A8 and C8.
-
-        With ascendV1 msModelSlim leaves C8 to the description.
-        """
-        kind = "w8a8" if self._kind == "FLOAT" else self._kind.lower()
-        config = {**self.checkpoint.config, "quantize": kind}
-        if self.kv and (self.notes or self.layout == "safe_tensor"):
-            kinds = {"kv_quant_type": "C8", "fa_quant_type": None, "group_size": 0}
-            config["quantization_config"] = kinds
-        return config
+        """The label that msModelSlim gives the whole."""
+        return kind_of(self.labels.get(module, "W8A8") for module in self.linears)
 
 
 def copy_rest(

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelError
+from kvc8.tools.quantizer.engine_form import DESCRIPTIONS, ENGINES, NAMES, Engine, check_dtype
 from kvc8.tools.quantizer.memory import amount
 from kvc8.tools.quantizer.recipes import kvc8, msmodelslim
 
@@ -30,6 +32,8 @@ def add_options(found: argparse.ArgumentParser) -> None:
     found.add_argument(
         *("-o", "--output", "--save_directory", "--save-directory"), type=Path, required=True
     )
+    what = f"who serves it ({ENGINES[0]}; recipe msmodelslim: as its script writes it)"
+    found.add_argument("--for", dest="engine", choices=ENGINES, help=what)
     _option(found, "calib_file", type=Path, required=True, help="JSON lines or plain text")
     _option(found, "samples", type=_count, help="use so many texts of the file")
     what = f"of each text ({MOST_TOKENS}; recipe msmodelslim: all)"
@@ -182,6 +186,28 @@ def recipe_of(args: argparse.Namespace) -> str:
     return recipe
 
 
+def engine_of(args: argparse.Namespace, recipe: str, dtype: torch.dtype) -> Engine | None:
+    """The engine whose form is written; None for the vendor's. `dtype` is config.json's.
+
+    Raises ModelError where the engine that is named would misread what is asked for.
+    """
+    engine: Engine | None = args.engine
+    if engine is None:
+        return None if recipe == "msmodelslim" else ENGINES[0]
+    name = NAMES[engine]
+    check_dtype(dtype, place(source_of(args), "config.json"), engine)
+    if args.kv_asym:
+        what = f"{name} does not take zero points off again"
+        raise ModelError("--kv-asym", what, "leave it out, or leave --for out for kvc8 alone")
+    if args.dtype == "float32":
+        what = f"{name} copies its tensors into parameters of {str(dtype).removeprefix('torch.')}"
+        raise ModelError("--dtype float32", what, "leave it out")
+    if args.save_type == "safe_tensor" and engine == "vllm-ascend":
+        what = f"{name} looks for {DESCRIPTIONS[engine]} only"
+        raise ModelError("--save-type safe_tensor", what, "leave it out")
+    return engine
+
+
 def run_dtype(args: argparse.Namespace, checkpoint: Checkpoint, recipe: str) -> torch.dtype:
     """What the model runs in. Recipes of ours calibrate in float32."""
     vendor = recipe == "msmodelslim" and args.dtype == "config"
@@ -214,7 +240,7 @@ def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:
     """The options that change what is written, as --resume compares them."""
     names = [
         *("act_method", "anti_method", "disable_level", "dtype", "save_type", "kv_asym"),
-        *("use_kvcache_quant", "disable", "down_proj", "part_file_size"),
+        *("engine", "use_kvcache_quant", "disable", "down_proj", "part_file_size"),
         *("rotate", "positions", "seed", "rollback", "act", "dynamic"),
     ]
     return {"recipe": recipe, **{name: getattr(args, name) for name in names}}

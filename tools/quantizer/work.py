@@ -69,6 +69,7 @@ class Work:
     shard: float | None  # bytes of a weights file, as near as can be
     room: float  # bytes of memory for activations
     report: Report
+    stored: Callable[[Sequence[Entry]], Sequence[Entry]] = list  # as an engine wants them
     _writers: list[ModelWriter] = field(default_factory=list)
     _sweeps: int = 0
     _done: dict[str, object] = field(default_factory=dict)
@@ -90,7 +91,7 @@ class Work:
 
     def writer(self, entries: Sequence[Entry]) -> ModelWriter:
         """Lay out the weights files, or open those that an earlier run has laid out."""
-        made = ModelWriter(self.directory, entries, self.shard)
+        made = ModelWriter(self.directory, self.stored(entries), self.shard)
         self._writers.append(made)
         return made
 

@@ -70,10 +70,14 @@ class ModelWriter:
             self._write_index()
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write a tensor of the dtype and shape that its entry has."""
+        """Write a tensor of the shape that its entry has, in the dtype that it has."""
         entry = self._entries[name]
-        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), name
-        self._write(name, [tensor])
+        stored = tensor.to(entry.dtype)
+        assert tuple(tensor.shape) == entry.shape, name
+        # One float may be stored as another; a whole number stays the number that it is.
+        both = tensor.is_floating_point() and entry.dtype.is_floating_point
+        assert both or torch.equal(stored.to(tensor.dtype), tensor), name
+        self._write(name, [stored])
 
     def copy(self, name: str, stored: StoredTensor) -> None:
         """Write a stored tensor, in its entry's dtype, a piece at a time."""

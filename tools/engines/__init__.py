@@ -1,0 +1,1 @@
+"""What serving engines make of a quantized directory: converted for them, computed as they do."""
