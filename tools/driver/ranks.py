@@ -57,9 +57,11 @@ def joined(device: "torch.device") -> Iterator[Ranks]:
         with ranks.lost_ranks_in_a_sentence(*ENDED):
             yield found
     except KVC8Error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
         if not ranks.may_speak():
             raise SystemExit(1) from None
         raise
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ranks.leave()
 
 
