@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.program import Program
+from kvc8.ir.ranks import side_by_side
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
 from kvc8.passes.pipeline import Phases
@@ -33,7 +34,12 @@ def check_passes(
     """
     phases = pipeline.phases(options) if npu else {}
     return check_steps(
-        checkpoint, captured, pipeline.quantize_passes(options), phases, see or ignore
+        checkpoint,
+        captured,
+        pipeline.quantize_passes(options),
+        phases,
+        see or ignore,
+        options.ranks,
     )
 
 
@@ -43,6 +49,7 @@ def check_steps(
     quantize: tuple[Step, ...],
     phases: Phases,
     see: Callable[[Checked], None] = ignore,
+    ranks: int = 1,
 ) -> list[Verdict]:
     """The same for any passes: those up to QUANTIZED, and those of each phase after it.
 
@@ -52,11 +59,12 @@ def check_steps(
     prompt, chunk, step = _feeds(checkpoint)
     lineage = {node.name: node.name for node in program.graph.nodes}
     calls = [RecordedCall(prompt), RecordedCall(step)]
-    found = check(program, quantize, calls, parameters, see, lineage)
+    found = check(program, quantize, calls, parameters, see, lineage, ranks)
     if found and found[-1].refused:
         return found
     begun: dict[tuple[Step, ...], tuple[Program, dict[str, str]]] = {(): (program, lineage)}
-    state = record(program, parameters, prompt.inputs(program), empty(program)).caches
+    whole = side_by_side(program, ranks)
+    state = record(whole, parameters, prompt.inputs(whole), empty(whole)).caches
     call = {
         "prefill": RecordedCall(prompt),
         "chunk": RecordedCall(chunk, state),
@@ -66,11 +74,11 @@ def check_steps(
         if shared not in begun:
             begun[shared] = program.copy(), dict(lineage)
             started, line = begun[shared]
-            found += check(started, shared, [call[phase]], parameters, see, line)
+            found += check(started, shared, [call[phase]], parameters, see, line, ranks)
             if found[-1].refused:
                 return found
         started, line = begun[shared]
-        found += check(started.copy(), own, [call[phase]], parameters, see, dict(line))
+        found += check(started.copy(), own, [call[phase]], parameters, see, dict(line), ranks)
         if found[-1].refused:
             return found
     return found

@@ -1,5 +1,7 @@
 """Compare one call after a pass with the same call before it: see tools/verifier/contracts.py."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -9,7 +11,7 @@ from kvc8.ir.program import type_of
 from kvc8.ir.provenance import Provenance, layer_of
 from kvc8.ir.run import Value
 from kvc8.ir.types import TensorType, size
-from kvc8.passes.rewrite import Pass
+from kvc8.passes.rewrite import Contract, Pass
 from kvc8.tools.verifier.gaps import measure
 from kvc8.tools.verifier.recording import Feed, Hook, Recording
 from kvc8.tools.verifier.verdicts import ComparedValue, Verdict
@@ -32,6 +34,7 @@ class Comparison:
     ) -> None:
         self.found, self.verdict, self.pass_ = found, verdict, pass_
         self.feed, self.old, self.call = feed, old, call
+        self.contracts: Mapping[Node, Contract] = {}  # of sites that have another than the pass
         self.stands_for: dict[Node, list[Node]] = {}
         for new, was in found.took:
             self.stands_for.setdefault(new, []).append(was)
@@ -87,7 +90,8 @@ class Comparison:
     def _figure(self, node: Node, was: Node, old: Tensor, new: Tensor) -> tuple[float, float]:
         exact = self._exact(was, self.old), self._exact(node, self.new)
         bound = self._bound(node, was, exact[0])
-        return judge(self.pass_.contract, old, new, *exact, bound)
+        contract = self.contracts.get(node, self.pass_.contract)
+        return judge(contract, old, new, *exact, bound)
 
     def bound_of(self, node: Node, was: Node) -> Tensor:
         """By how much each element that counts may differ, or one number for all."""

@@ -23,12 +23,17 @@ What rounding does in the program's own dtypes is shown and not judged: it has n
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from torch.fx import Node
+
 from kvc8.ir.errors import IRError
 from kvc8.ir.nz import to_nz
 from kvc8.ir.program import Program
 from kvc8.ir.provenance import Provenance, layer_of, provenance
-from kvc8.passes.rewrite import Pass, Step, name_of, pass_of
+from kvc8.ir.ranks import side_by_side
+from kvc8.passes.rewrite import Contract, Pass, Remark, Step, name_of, pass_of
+from kvc8.passes.shard import shard
 from kvc8.tools.verifier.comparison import Comparison
+from kvc8.tools.verifier.divided import OF_RANK, divided, laid_out
 from kvc8.tools.verifier.recording import Feed, Parameters, Recording, State, empty, record
 from kvc8.tools.verifier.verdicts import Verdict
 
@@ -53,6 +58,7 @@ class Checked:
     lineage: Mapping[str, str]  # of nodes after, by name: what they stand for at the beginning
     comparisons: list[Comparison] = field(default_factory=list)  # one a call
     news: list[Recording] = field(default_factory=list)  # the program after, nothing isolated
+    contracts: Mapping[Node, Contract] = field(default_factory=dict)  # of sites with their own
 
 
 def check(
@@ -62,18 +68,20 @@ def check(
     parameters: Parameters,
     see: Callable[[Checked], None] = lambda checked: None,
     lineage: dict[str, str] | None = None,
+    ranks: int = 1,
 ) -> list[Verdict]:
     """Run passes over a program and hold each to its contract; stops where verify refuses one.
+
+    A program of several `ranks` runs with all of them side by side.
 
     `see` is shown each pass that ran, with everything that was recorded. `lineage`, of the nodes of
     the program by name, is what they stand for, by default themselves; it follows the passes.
     """
     verdicts = []
     lineage = {n.name: n.name for n in program.graph.nodes} if lineage is None else lineage
-    olds = _run(program, calls, parameters)
+    before = side_by_side(program, ranks)
+    olds = _run(before, calls, parameters)
     for step in steps:
-        before = program.copy()
-        olds = [_moved(old, program, before) for old in olds]
         verdict = Verdict(name_of(step), pass_of(step).contract)
         verdicts.append(verdict)
         try:
@@ -82,17 +90,34 @@ def check(
             _refuse(verdict, program, error)
             see(Checked(before, program, olds, Provenance(), verdict, dict(lineage)))
             return verdicts
-        hits = [remark.node for remark in remarks if not remark.why_not]
-        found = provenance(before, program, hits)
-        _follow(lineage, found)
-        checked = Checked(before, program, olds, found, verdict, dict(lineage))
+        after = side_by_side(program, ranks)
+        checked = Checked(before, after, olds, Provenance(), verdict, {})
+        _find(checked, pass_of(step), remarks, ranks)
+        _follow(lineage, checked.found)
+        checked.lineage = dict(lineage)
         if _is_unchanged(checked):
-            olds = checked.news = [_kept(old, checked) for old in olds]
+            olds = checked.news = [_kept(old, checked) for old in checked.olds]
         else:
             _isolated(checked, pass_of(step), calls, parameters)
-            olds = checked.news = _run(program, calls, parameters)
+            olds = checked.news = _run(after, calls, parameters)
         see(checked)
+        before = after
     return verdicts
+
+
+def _find(checked: Checked, pass_: Pass, remarks: Sequence[Remark], ranks: int) -> None:
+    """Find out what stands for what after a pass, and which sites have a contract of their own."""
+    hits = [remark for remark in remarks if not remark.why_not]
+    names = {remark.node: remark for remark in hits}
+    named = {node: OF_RANK.fullmatch(node.name) for node in checked.after.graph.nodes}
+    of_ranks = {node: found[1] if found else node.name for node, found in named.items()}
+    sites = {node: names[name] for node, name in of_ranks.items() if name in names}
+    checked.contracts = {node: site.contract for node, site in sites.items() if site.contract}
+    if pass_.name == shard.name:
+        checked.found, parts = divided(checked.before, checked.after, ranks)
+        checked.olds = [laid_out(old, parts, ranks) for old in checked.olds]
+        return
+    checked.found = provenance(checked.before, checked.after, [node.name for node in sites])
 
 
 def _follow(lineage: dict[str, str], found: Provenance) -> None:
@@ -146,13 +171,6 @@ def _same_types(given: State, wanted: State) -> State:
     }
 
 
-def _moved(old: Recording, program: Program, copy: Program) -> Recording:
-    """A recording of a program as one of its copy."""
-    to = dict(zip(program.graph.nodes, copy.graph.nodes, strict=True))
-    values = {to[node]: value for node, value in old.values.items()}
-    return Recording(old.twins, values, old.caches, [to[node] for node in old.results])
-
-
 def _isolated(
     checked: Checked, pass_: Pass, calls: Sequence[RecordedCall], parameters: Parameters
 ) -> None:
@@ -164,6 +182,7 @@ def _isolated(
         comparison = Comparison(
             checked.found, checked.verdict, pass_, call.feed, checked.olds[i], i
         )
+        comparison.contracts = checked.contracts
         checked.comparisons.append(comparison)
         inputs = call.feed.inputs(checked.after)
         new = record(checked.after, parameters, inputs, state, comparison.start)

@@ -1,0 +1,65 @@
+"""What the values of a whole model are on ranks, to hold the pass that divides it to its contract.
+
+A node that each rank has a part of is compared with that part of the whole's value, and then takes
+it, so that each call of each rank is judged by itself: a scale of another rank's heads is found
+where it is used first. What each rank sums up alone stands for nothing in the whole model; the sum
+over ranks does.
+"""
+
+import re
+
+from torch import Tensor
+from torch.fx import Node
+
+from kvc8.ir.program import Program, is_parameter, type_of
+from kvc8.ir.provenance import Provenance, provenance
+from kvc8.ir.types import TensorType
+from kvc8.tools.verifier.recording import Recording
+
+OF_RANK = re.compile(r"(.+)_rank(\d+)")
+
+
+def divided(before: Program, after: Program, ranks: int) -> tuple[Provenance, dict[Node, Node]]:
+    """Of a whole program, and all ranks side by side: what stands for what, and of parts the whole.
+
+    Parts stand for themselves, as `laid_out` puts the whole's values there.
+    """
+    found, parts = provenance(before, after), dict[Node, Node]()
+    found.took = [pair for pair in found.took if not OF_RANK.fullmatch(pair[0].name)]
+    old = {node.name: node for node in before.graph.nodes}
+    for node in after.graph.nodes:
+        named = OF_RANK.fullmatch(node.name)
+        was = old.get(named[1]) if named else None
+        if was is not None and not is_parameter(node) and _part(node, was, ranks):
+            parts[node] = was
+            found.kept[node] = node
+    return found, parts
+
+
+def _part(node: Node, was: Node, ranks: int) -> tuple[int, int, int] | None:
+    """The dimension, start and size of a rank's part; None where a rank has no part of it."""
+    mine, whole, named = type_of(node), type_of(was), OF_RANK.fullmatch(node.name)
+    if not isinstance(mine, TensorType) or not isinstance(whole, TensorType) or named is None:
+        return None
+    pairs = enumerate(zip(mine.shape, whole.shape, strict=True))
+    places = [(dim, int(a), int(b)) for dim, (a, b) in pairs if a != b]
+    if len(places) != 1:
+        return None
+    [(dim, size, of)] = places
+    copies = ranks * size // of  # neighboring ranks with the same part
+    return dim, int(named[2]) // copies * size, size
+
+
+def laid_out(old: Recording, parts: dict[Node, Node], ranks: int) -> Recording:
+    """A recording of the whole program with the values of parts, and their caches, as well."""
+    made = Recording(old.twins, dict(old.values), dict(old.caches), old.results)
+    for node, was in parts.items():
+        place, value = _part(node, was, ranks), old.values[was]
+        assert place is not None
+        assert isinstance(value, Tensor)
+        mine = made.values[node] = value.narrow(*place)
+        old.twins.pair(mine, old.twins.twin(value).narrow(*place))
+        if was.name in old.caches:
+            cache, twin = old.caches[was.name]
+            made.caches[node.name] = cache.narrow(*place), twin.narrow(*place)
+    return made
