@@ -17,6 +17,7 @@ from torch.fx.node import Argument
 
 from kvc8.ir import mixture_ops, npu, ops, rank_ops
 from kvc8.ir.errors import IRError
+from kvc8.ir.expression import Arg, Expression
 from kvc8.ir.nz import nz_row
 from kvc8.ir.program import (
     Program,
@@ -48,6 +49,7 @@ OPS: Mapping[Stage, frozenset[OpOverload]] = MappingProxyType(
         Stage.LOWERED: frozenset(),
     }
 )
+LINEARS = (ops.quant_linear, torch.ops.aten.linear.default, npu.npu_quant_matmul)
 NPU_SPACES = ("npu", "atb", "_c10d_functional")
 NPU_STAGES = (Stage.LOWERING, Stage.LOWERED)
 
@@ -125,16 +127,32 @@ def _check_output(program: Program) -> None:
 
 
 def _check_ranks(program: Program) -> None:
-    """All ranks give the same logits: what differs between them has been summed or gathered."""
+    """Who takes a value for what all ranks have gets that: the logits, and divided outputs.
+
+    A linear of which each rank has some outputs reads all of its input, the same on each rank.
+    """
     own = each_ranks_own(program)
     [output] = program.graph.find_nodes(op="output")
-    logits = output.args[0][0]
-    if logits not in own:
-        return
-    first = min(node for node in _behind(logits, own) if node.op == "call_function")
-    where = f"{first.name} ({first.meta['origin']})" if first.meta.get("origin") else first.name
-    what = f"is another on each rank, and the logits {logits.name} with it"
-    raise IRError(where, what, "put a collective between them")
+    takers = [(node, argument(node, 0)) for node in own if _has_some_outputs(node)]
+    for taker, value in [*sorted(takers), (output, output.args[0][0])]:
+        if value in own:
+            first = min(node for node in _behind(value, own) if node.op == "call_function")
+            what = f"is another on each rank, and {taker.name} takes it for what all have"
+            raise IRError(first.name, what, "put a collective between them")
+
+
+def _has_some_outputs(node: Node) -> bool:
+    """Whether a call is a linear of which each rank has some of the outputs."""
+    if not is_call(node, *LINEARS):
+        return False
+    expression: Arg = argument(node, 1).meta.get("expression")
+    while isinstance(expression, Expression) and expression.op in ("cast", "transpose"):
+        expression = expression.args[0]
+    if not isinstance(expression, Expression) or expression.op != "shard":
+        return False
+    inner = expression.args[0]
+    made = isinstance(inner, Expression) and inner.op == "derived"  # whose parts lie end to end
+    return expression.args[1] == 0 and not made
 
 
 def _behind(node: Node, own: set[Node]) -> set[Node]:

@@ -170,7 +170,7 @@ def test_a_rank_is_bound_in_every_place():
 REFUSED = [
     (
         SMALL.replace("kvc8.all_reduce(int_linear, 3)", "aten.neg(int_linear)"),
-        "int_linear (w): is another on each rank, and the logits dequant_sum with it; "
+        "int_linear: is another on each rank, and output takes it for what all have; "
         "put a collective between them",
     ),
     (

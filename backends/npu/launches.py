@@ -19,6 +19,7 @@ FREE = (
     *(ATEN.reshape.default, ATEN.flatten.using_ints, ATEN.unflatten.int, ATEN.view.default),
     *(ATEN.unsqueeze.default, ATEN.squeeze.dim, ATEN.expand.default, ATEN.sym_size.int),
     ATEN.new_empty.default,  # memory, and nothing in it
+    torch.ops._c10d_functional.wait_tensor.default,  # of a collective, which is the launch
     *(getitem, add, sub, mul, floordiv),
 )
 LAYER = re.compile(r"\blayers\.(\d+)\b")

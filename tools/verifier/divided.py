@@ -7,6 +7,7 @@ over ranks does.
 """
 
 import re
+from collections.abc import Iterator
 
 from torch import Tensor
 from torch.fx import Node
@@ -24,8 +25,8 @@ def divided(before: Program, after: Program, ranks: int) -> tuple[Provenance, di
 
     Parts stand for themselves, as `laid_out` puts the whole's values there.
     """
-    found, parts = provenance(before, after), dict[Node, Node]()
-    found.took = [pair for pair in found.took if not OF_RANK.fullmatch(pair[0].name)]
+    kept, parts = provenance(before, after).kept, dict[Node, Node]()
+    found = Provenance(kept, list(dict.fromkeys(_took(kept))))
     old = {node.name: node for node in before.graph.nodes}
     for node in after.graph.nodes:
         named = OF_RANK.fullmatch(node.name)
@@ -34,6 +35,17 @@ def divided(before: Program, after: Program, ranks: int) -> tuple[Provenance, di
             parts[node] = was
             found.kept[node] = node
     return found, parts
+
+
+def _took(kept: dict[Node, Node]) -> Iterator[tuple[Node, Node]]:
+    """What took the place of another, where a kept node or the output reads it as the logits."""
+    for node, was in kept.items():
+        new, old = node.all_input_nodes, was.all_input_nodes
+        count = 1 if node.op == "output" else len(new)
+        for a, b in zip(new[:count], old[:count], strict=True):
+            same = kept.get(a) is b or type_of(a) != type_of(b) or OF_RANK.fullmatch(a.name)
+            if not same:
+                yield a, b
 
 
 def _part(node: Node, was: Node, ranks: int) -> tuple[int, int, int] | None:

@@ -24,10 +24,16 @@ from kvc8.tools.verifier.compare import FormRow, LeftOut, compare, compare_or_le
 from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled
 from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program, replay
 from kvc8.tools.verifier.pass_table import decibels
+from kvc8.tools.verifier.rank_forms import in_ranks
 
 F32, F64 = "reference f32", "reference f64"
 ONNX_F64 = "ONNX Runtime f64"
-EXACT = (ONNX_F64, *phases.EXACT)  # must agree with what they stand against, whatever the sums
+RANKS_F64 = "all ranks f64"
+EXACT = (
+    ONNX_F64,
+    RANKS_F64,
+    *phases.EXACT,
+)  # must agree with what they stand against, whatever the sums
 LOGITS = 1e-3
 STEPS = 4  # that are compared with transformers' own model
 
@@ -76,6 +82,16 @@ def single_rows(
 def _on_npu(program: Program, options: Options, checkpoint: Checkpoint, tokens: Tokens) -> Run:
     lowered, _ = pipeline.lower_for_npu(program, options)
     return replay(lowered, checkpoint, tokens)
+
+
+def rank_rows(
+    checkpoint: Checkpoint, reference: Program, tokens: Tokens, options: Options
+) -> list[FormRow]:
+    """A model divided among ranks against the whole one; sums in half may differ from it."""
+    base = one_program(widen(reference), checkpoint, tokens)
+    form = RANKS_F64 if options.sums == "int32" else "all ranks, sums in half"
+    made = in_ranks(reference, checkpoint, tokens, options)
+    return [compare(form, made, F64, base, tokens)]
 
 
 def double_rows(

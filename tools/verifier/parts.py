@@ -1,7 +1,7 @@
 """The parts of a verification, from Python: what kvc8.verify and kvc8-verify do."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from kvc8.tools.verifier.form_table import (
     broken_promises,
     double_rows,
     original_row,
+    rank_rows,
     single_rows,
 )
 from kvc8.tools.verifier.forms import Tokens, generate
@@ -76,14 +77,17 @@ def compare_forms(
 ) -> FormsResult:
     """Every form of a model, and what was compiled of it, beside the reference."""
     captured = capture(checkpoint, torch.float32)
-    reference = captured.copy()
-    quantize(reference, options)
+    reference, whole = captured.copy(), replace(options, ranks=1)
+    quantize(reference, whole)
     own = capture(checkpoint, config_dtype(checkpoint))
-    quantize(own, options)
+    quantize(own, whole)
     tokens = generate(reference, checkpoint, prompt, steps)
     first, problems = original_row(checkpoint, captured, tokens)
     rows = single_rows(checkpoint, captured, reference, own, tokens, compiled)
-    return _result(tokens, [first, *rows, *double_rows(checkpoint, reference, tokens)], problems)
+    rows += double_rows(checkpoint, reference, tokens)
+    if options.ranks > 1:
+        rows += rank_rows(checkpoint, reference, tokens, options)
+    return _result(tokens, [first, *rows], problems)
 
 
 def compare_phases(
@@ -91,7 +95,7 @@ def compare_phases(
 ) -> FormsResult:
     """A prompt taken whole, in chunks, and by tokens."""
     reference = capture(checkpoint, torch.float32)
-    quantize(reference, options)
+    quantize(reference, replace(options, ranks=1))
     tokens = generate(reference, checkpoint, prompt, steps)
     return _result(tokens, phase_rows(checkpoint, reference, tokens), [])
 
