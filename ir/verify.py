@@ -49,7 +49,7 @@ OPS: Mapping[Stage, frozenset[OpOverload]] = MappingProxyType(
         Stage.LOWERED: frozenset(),
     }
 )
-LINEARS = (ops.quant_linear, torch.ops.aten.linear.default, npu.npu_quant_matmul)
+SUMMED = (ops.quant_linear, torch.ops.aten.linear.default, npu.npu_quant_matmul)
 NPU_SPACES = ("npu", "atb", "_c10d_functional")
 NPU_STAGES = (Stage.LOWERING, Stage.LOWERED)
 
@@ -143,7 +143,7 @@ def _check_ranks(program: Program) -> None:
 
 def _has_some_outputs(node: Node) -> bool:
     """Whether a call is a linear of which each rank has some of the outputs."""
-    if not is_call(node, *LINEARS):
+    if not is_call(node, *SUMMED):
         return False
     expression: Arg = argument(node, 1).meta.get("expression")
     while isinstance(expression, Expression) and expression.op in ("cast", "transpose"):

@@ -13,9 +13,9 @@ from kvc8.passes.options import Options
 from kvc8.passes.rewrite import name_of
 from kvc8.tools import command, opt, verify
 from kvc8.tools.verifier import repro
-from kvc8.tools.verifier.bisection import Bisection
 from kvc8.tools.verifier.contracts import RecordedCall, check
 from kvc8.tools.verifier.recording import Parameters, empty, feed, record
+from kvc8.tools.verifier.repro import Bisection
 
 pytestmark = pytest.mark.slow
 

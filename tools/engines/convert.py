@@ -20,6 +20,7 @@ from kvc8.ir.checkpoint.msmodelslim import tied_head
 from kvc8.ir.checkpoint.new_directory import PartialDirectory, new_directory
 from kvc8.ir.checkpoint.reader import INDEX, Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
+from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.errors import ModelError
 from kvc8.ir.expression import STEPS
 from kvc8.tools.engines.mend import Mended, mend
@@ -33,7 +34,6 @@ from kvc8.tools.quantizer.engine_form import (
     description_for,
     entries_for,
 )
-from kvc8.tools.quantizer.stored import load
 from kvc8.tools.quantizer.writer import Entry, copy_small_files, write_json, write_tensors
 
 LABELS: Mapping[Activations, str] = {

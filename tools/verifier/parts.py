@@ -12,7 +12,6 @@ from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.passes.options import Options
 from kvc8.tools.driver.compiling import quantize
 from kvc8.tools.driver.tokenizer import read_tokenizer
-from kvc8.tools.verifier.bisection import Bisection
 from kvc8.tools.verifier.check_passes import check_passes, watch_values
 from kvc8.tools.verifier.compare import FormRow, LeftOut
 from kvc8.tools.verifier.contracts import Checked
@@ -25,6 +24,7 @@ from kvc8.tools.verifier.form_table import (
 )
 from kvc8.tools.verifier.forms import Tokens, generate
 from kvc8.tools.verifier.phases import phase_rows
+from kvc8.tools.verifier.repro import Bisection
 from kvc8.tools.verifier.values import PassValues
 from kvc8.tools.verifier.verdicts import Verdict
 

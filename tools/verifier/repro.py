@@ -44,6 +44,22 @@ class Region:
     values: dict[str, Value]  # of what it reads, by name, but for parameters
 
 
+@dataclass
+class Bisection:
+    """Watches passes being checked; writes the first breach to `folder`, where there is one."""
+
+    folder: Path | None
+    read: Read
+    found: str = ""  # the breach that was written
+
+    def see(self, checked: Checked) -> None:
+        """Look at one pass."""
+        if self.folder is None or self.found or not checked.verdict.sentence:
+            return
+        self.found = checked.verdict.sentence
+        write(checked, next(iter(checked.verdict.breaches), None), self.read, self.folder)
+
+
 def write(checked: Checked, site: ComparedValue | None, read: Read, folder: Path) -> None:
     """Write the repro of a breach; without a site, of what verify refused."""
     folder.mkdir(parents=True, exist_ok=True)
