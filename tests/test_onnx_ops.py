@@ -176,3 +176,48 @@ def test_paged_attention_reads_what_belongs_to_it_and_nothing_else(how, dtype, s
     rounding = 100 * UNIT if kind is torch.float32 else 2.0**-10
     assert (want.float() - got.float()).abs().max() <= rounding * 3
     assert (got[12:] == 0).all()
+
+
+ELEMENTS = {
+    "square": "y: f32[T, 3, 64] = aten.square(x)",
+    "floor": "y: f32[T, 3, 64] = aten.floor(x)",
+    "repeat a middle dimension": "y: f32[T, 6, 64] = aten.repeat_interleave.self_int(x, 2, 1)",
+    "repeat the last dimension": "y: f32[T, 3, 128] = aten.repeat_interleave.self_int(x, 2, -1)",
+    "repeat an unknown number": "y: f32[3*T, 3, 64] = aten.repeat_interleave.self_int(x, 3, 0)",
+}
+ROUNDED = {
+    "softplus": "y: f32[T, 3, 64] = aten.softplus(x)",
+    "softplus, sharper": "y: f32[T, 3, 64] = aten.softplus(x, 4.0, 20.0)",
+    "layer norm": "y: f32[T, 3, 64] = aten.layer_norm(x, [64], w, v, 1e-05)",
+    "layer norm without bias": "y: f32[T, 3, 64] = aten.layer_norm(x, [64], w)",
+    "layer norm of nothing": "y: f32[T, 3, 64] = aten.layer_norm(x, [64])",
+}
+
+
+def one_call(line, stored, out):
+    text = f"""
+    def quantized(x: f32[T, 3, 64], w: f32[64], v: f32[64]):
+        {line}
+        return [y]
+    """
+    random = torch.Generator().manual_seed(5)
+    given = {"x": torch.randn(7, 3, 64, generator=random) * 9}
+    given |= {name: torch.randn(64, generator=random) for name in "wv"}
+    [want], [got] = both(text, stored, out, given)
+    return want, got
+
+
+@pytest.mark.parametrize("line", ELEMENTS.values(), ids=ELEMENTS)
+def test_what_rounds_in_one_way_only_is_exact(line, stored, tmp_path):
+    want, got = one_call(line, stored, tmp_path / "out")
+    assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("line", ROUNDED.values(), ids=ROUNDED)
+def test_what_rounds_in_between_is_off_by_its_roundings(line, stored, tmp_path):
+    """Sums of 64 twice, and at most 16 steps more, by each of the two; of values of size 4 or less
+    before the last step, or of the result's size.
+    """
+    want, got = one_call(line, stored, tmp_path / "out")
+    most = 2 * (2 * 64 + 16) * UNIT * max(4.0, float(want.abs().max()))
+    assert float((want - got).abs().max()) <= most

@@ -182,6 +182,48 @@ def _gelu(b: Builder, node: Node, x: Value, approximate: str = "none") -> Value:
     return b.op("Mul", half, b.op("Add", curve, b.number(1, dtype)))
 
 
+def _softplus(b: Builder, node: Node, x: Value, beta: float = 1, threshold: float = 20) -> Value:
+    """Torch gives x itself past the threshold, where the sum with one would round to it or less."""
+    dtype = tensor_type(node).dtype
+    scaled = x if beta == 1 else b.op("Mul", x, b.number(beta, dtype))
+    curve = b.op("Softplus", scaled)
+    curve = curve if beta == 1 else b.op("Div", curve, b.number(beta, dtype))
+    return b.op("Where", b.op("Greater", scaled, b.number(threshold, dtype)), x, curve)
+
+
+def _layer_norm(
+    b: Builder,
+    node: Node,
+    x: Value,
+    shape: Sequence[int],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: float = 1e-5,
+    *_: object,
+) -> Value:
+    if weight is None:
+        weight = b.op("Expand", b.number(1, tensor_type(node).dtype), b.shape(shape))
+    given = (weight,) if bias is None else (weight, bias)
+    return b.op("LayerNormalization", x, *given, axis=-len(shape), epsilon=eps)
+
+
+def _square(b: Builder, node: Node, x: Value) -> Value:
+    return b.op("Mul", x, x)
+
+
+def _repeat_interleave(
+    b: Builder, node: Node, x: Value, count: int, dim: int | None = None, **_: object
+) -> Value:
+    """Each item of a dimension, `count` times."""
+    if dim is None:
+        raise TargetError(node.name, "onnx repeats along a dimension", "name one")
+    sizes = tensor_type(node).shape
+    at = dim % len(sizes) + 1
+    wide = [count if i == at else 1 for i in range(len(sizes) + 1)]
+    each = b.op("Expand", b.op("Unsqueeze", x, [at]), wide)
+    return b.op("Reshape", each, b.shape(sizes))
+
+
 def _softmax(b: Builder, node: Node, x: Value, dim: int, *_: object) -> Value:
     return b.op("Softmax", _cast(b, node, x), axis=dim)
 
@@ -209,8 +251,10 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.expand.default: _expand,
         aten.gelu.default: _gelu,
         aten.flatten.using_ints: _flatten,
+        aten.floor.default: _unary("Floor"),
         aten.index.Tensor: _index,
         aten.index_select.default: _index_select,
+        aten.layer_norm.default: _layer_norm,
         aten.linear.default: _linear,
         aten.matmul.default: _binary("MatMul"),
         aten.mean.dim: _mean,
@@ -219,6 +263,7 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.permute.default: _permute,
         aten.pow.Tensor_Scalar: _pow,
         aten.relu.default: _unary("Relu"),
+        aten.repeat_interleave.self_int: _repeat_interleave,
         aten.reshape.default: _reshape,
         aten.rsqrt.default: _rsqrt,
         aten.select.int: _select,
@@ -227,8 +272,10 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.sin.default: _unary("Sin"),
         aten.slice.Tensor: _slice,
         aten.softmax.int: _softmax,
+        aten.softplus.default: _softplus,
         aten.split.Tensor: _split,
         aten.split_with_sizes.default: _split,
+        aten.square.default: _square,
         aten.squeeze.dim: _squeeze,
         aten.sub.Tensor: _binary("Sub"),
         aten.tanh.default: _unary("Tanh"),
