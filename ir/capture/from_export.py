@@ -76,7 +76,7 @@ class Emitter:
 
     def __init__(self, checkpoint: Checkpoint, trace: Trace, model: torch.nn.Module) -> None:
         kind = str(getattr(trace.model.config, "model_type", ""))
-        self.known = names_of(kind, checkpoint.tensors)
+        self.known = names_of((kind, type(model).__name__), checkpoint.tensors)
         self.checkpoint, self.trace, self.model = checkpoint, trace, model
         self.program = Program(Graph(), Stage.CAPTURED)
         signature = trace.exported.graph_signature

@@ -49,9 +49,9 @@ class Names:
         return f"{first.removesuffix('0' + after)}*{after}"
 
 
-def names_of(model_type: str, tensors: Iterable[str]) -> Names:
-    """The names of a model of that type whose stored tensors are these."""
-    steps = get_checkpoint_conversion_mapping(model_type) or []
+def names_of(kinds: Iterable[str], tensors: Iterable[str]) -> Names:
+    """The names of a model, by its type and its class, whose stored tensors are these."""
+    steps = [step for kind in kinds for step in get_checkpoint_conversion_mapping(kind) or []]
     renamings = [step for step in steps if type(step) is WeightRenaming]
     renamed = {}
     for name in tensors if renamings else ():

@@ -34,6 +34,7 @@ from kvc8.ir.capture.accounts import account, add_norm_biases
 from kvc8.ir.capture.canonical import CHECKS
 from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
 from kvc8.ir.capture.from_export import PRESENT, Emitter, Trace, attention_site
+from kvc8.ir.capture.functional import functional
 from kvc8.ir.capture.mixtures import experts
 from kvc8.ir.capture.parameters import check_kv_scales
 from kvc8.ir.capture.stamp import Cut, alike, cut, fingerprint, kinds, layer_of, representatives
@@ -205,7 +206,7 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
     for node in exported.graph.find_nodes(op="call_function", target=CHECKS[0]):
         exported.graph.erase_node(node)  # a check of a mask alone would keep the mask alive
     exported.graph.eliminate_dead_code()
-    trace = Trace(exported, model, path)
+    trace = Trace(functional(exported), model, path)
     _check_attention(trace, len(_layers(model, path)))
     return trace
 
