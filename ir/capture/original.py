@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
-from kvc8.ir.capture.names import Names
-from kvc8.ir.capture.parameters import parameter_expression
+from kvc8.ir.capture.parameters import linear_expression
 from kvc8.ir.capture.trace import layers_path, model_config
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
@@ -103,9 +102,8 @@ def _dtype(checkpoint: Checkpoint) -> torch.dtype:
 def _floats(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The float tensors by their names, mapped, but for those that describe what is quantized."""
     taken = {name for linear in checkpoint.w8a8.values() for name in linear.tensors.values()}
-    taken |= {
-        n for pair in checkpoint.kv.values() for kv in pair for n in (kv.scale, kv.offset) if n
-    }
+    kv = [side for pair in checkpoint.kv.values() for side in pair]
+    taken |= {name for side in kv for name in (side.scale, side.offset) if name}
     return {
         name: checkpoint.read(name)
         for name, tensor in checkpoint.tensors.items()
@@ -115,13 +113,13 @@ def _floats(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _linears(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The float weights and biases that linears in W8A8 stand for."""
-    names = [f"{module}.weight" for module in checkpoint.w8a8]
-    names += [
-        f"{m}.bias" for m, linear in checkpoint.w8a8.items() if linear.quant_bias or linear.bias
-    ]
-    as_stored = Names({}, ())
-    made = {name: parameter_expression(checkpoint, as_stored, (name,), (), F64) for name in names}
-    return {name: make_exact(found, checkpoint.read) for name, found in made.items()}
+    found = {}
+    for module, linear in checkpoint.w8a8.items():
+        dynamic_only = linear.activations == "dynamic" and linear.bias is None
+        for part in ("weight",) if dynamic_only else ("weight", "bias"):
+            made = linear_expression(checkpoint, module, part)
+            found[f"{module}.{part}"] = make_exact(made, checkpoint.read)
+    return found
 
 
 def _loaded(

@@ -33,7 +33,7 @@ def parameter_expression(
     for name in map(known.stored, names):
         module, _, part = name.rpartition(".")
         if module in checkpoint.w8a8 and part in ("weight", "bias"):
-            return cast(_w8a8(checkpoint, module, part), dtype)
+            return cast(linear_expression(checkpoint, module, part), dtype)
         if name in checkpoint.tensors:
             _check_shape(checkpoint, name, shape)
             same = checkpoint.tensors[name].dtype is dtype
@@ -80,7 +80,8 @@ def _joined(patterns: Sequence[str], count: int) -> Expression:
     return parts[0] if len(parts) == 1 else Expression("concat", (parts, 1))
 
 
-def _w8a8(checkpoint: Checkpoint, module: str, part: str) -> Expression:
+def linear_expression(checkpoint: Checkpoint, module: str, part: str) -> Expression:
+    """The weight or the bias of a linear in W8A8, as the float that it stands for."""
     linear = checkpoint.w8a8[module]
     if part == "bias" and linear.bias is not None:
         return stored(linear.bias)
