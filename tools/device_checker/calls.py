@@ -142,6 +142,11 @@ def _lengths(call: SpelledCall, name: str, count: int) -> list[int]:
 
 
 def _context(count: int, call: SpelledCall) -> Tensor:
+    """One token, one into a second block, and all; all of each where the table says how many."""
+    table = TYPE.fullmatch(str(call.arguments.get("block_table")))
+    width = table[2].split(",")[-1].strip() if table else "M"
+    if width.isdecimal():
+        return torch.full((count,), int(width) * call.block_size)
     return torch.tensor([1, call.block_size + 1, SIZES["M"] * call.block_size])[:count]
 
 
@@ -150,8 +155,10 @@ def _slots(shape: tuple[int, ...], random: torch.Generator, call: SpelledCall) -
     return places[: prod(shape)].reshape(shape)
 
 
-def _blocks(shape: tuple[int, ...], random: torch.Generator, _: SpelledCall) -> Tensor:
-    return torch.randperm(SIZES["N"], generator=random)[: prod(shape)].reshape(shape)
+def _blocks(shape: tuple[int, ...], random: torch.Generator, call: SpelledCall) -> Tensor:
+    cache = TYPE.fullmatch(str(call.arguments.get("key", call.arguments.get("key_cache"))))
+    count = _size(cache[2].split(",")[0], call.block_size) if cache else SIZES["N"]
+    return torch.randperm(count, generator=random)[: prod(shape)].reshape(shape)
 
 
 Maker = Callable[[tuple[int, ...], torch.Generator, SpelledCall], Tensor]
