@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import Builder, Value
+from kvc8.backends.onnx.products import point, unsigned
 from kvc8.ir import mixture_ops, ops
 from kvc8.ir.program import argument, tensor_type
 from kvc8.ir.shapes import Op
@@ -46,12 +47,10 @@ def _dynamic_linear(
 
 
 def _products(b: Builder, x: Value, weight: Value) -> Value:
-    """x·weight^T of int8, exact, as float32; see quantization.py for the 128."""
-    point = b.constant(torch.tensor(128, dtype=torch.uint8))
-    moved = b.op("Add", b.cast(x, torch.int8, torch.int32), b.number(128, torch.int32))
-    moved = b.cast(moved, torch.int32, torch.uint8)
-    turned = b.op("Transpose", weight, perm=[1, 0])
-    return b.cast(b.op("MatMulInteger", moved, turned, point), torch.int32, F32)
+    """x·weight^T of int8, exact, as float32."""
+    turned = unsigned(b, b.op("Transpose", weight, perm=[1, 0]))
+    acc = b.op("MatMulInteger", unsigned(b, x), turned, point(b), point(b))
+    return b.cast(acc, torch.int32, F32)
 
 
 def _dynamic_grouped_linear(
