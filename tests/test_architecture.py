@@ -49,7 +49,7 @@ THIRD_PARTIES = {
 ONLY_INSIDE_FUNCTIONS = {"torch_npu"}  # importing it needs CANN
 TOP_LEVEL = {
     *MAY_IMPORT,
-    *("tests", "docs", "pyproject.toml", "README.md", "LICENSE", "__init__.py"),
+    *("tests", "docs", "pyproject.toml", "README.md", "README.zh-CN.md", "LICENSE", "__init__.py"),
 }
 LEFT_BY_BUILDS = ["build", "dist", "*.egg-info", "__pycache__"]
 NAMELESS = {"base", "common", "helpers", "misc", "util", "utils"}

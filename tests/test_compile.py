@@ -256,7 +256,7 @@ def test_a_killed_compile_leaves_nothing_or_all(model, tmp_path):
 
 @pytest.mark.slow
 def test_a_405b_model_of_headers_alone_compiles_in_little_memory(tmp_path):
-    """In 0.6 GB; it takes 15 s of a processor that has nothing else to do, most of it in passes."""
+    """In 0.6 GB."""
     wide = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}
     config = {**LLAMA_70B, **wide, "num_attention_heads": 128}
     directory, out = write_sparse(tmp_path / "llama405b", config), tmp_path / "out"

@@ -24,6 +24,7 @@ from kvc8.tools.driver.compiling import (
     DTYPES,
     Compiled,
     Target,
+    check_request,
     compile_model,
     open_calibrated,
 )
@@ -71,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Compile as the arguments say; gives the exit status."""
-    target = _target(args)
+    target, options = _target(args), options_of(args)
+    check_request(args.output, target, options)  # before a model is opened
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     steps, heats = PassSteps(), list[Heat]()
 
@@ -82,7 +84,7 @@ def work(args: argparse.Namespace) -> int:
         checkpoint,
         args.output,
         target,
-        options_of(args),
+        options,
         check=check if args.check else None,
         watchers=_watchers(args, steps),
     )

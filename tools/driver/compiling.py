@@ -88,7 +88,7 @@ def compile_model(
     `watchers` see each pass that ran. Raises TargetError where `out` exists or the target cannot
     run the program, ModelError or IRError where the model cannot be captured or rewritten.
     """
-    _check_place(out, target, options)
+    check_request(out, target, options)
     for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
         warnings.warn(warning, stacklevel=2)
     program = capture(checkpoint, target.computes_in)
@@ -134,7 +134,8 @@ def unsupported(checkpoint: Checkpoint) -> list[ModelWarning]:
     return [ModelWarning("config.json", what, do)]
 
 
-def _check_place(out: Path, target: Target, options: Options) -> None:
+def check_request(out: Path, target: Target, options: Options) -> None:
+    """Raise TargetError where `out` exists, or options do not go with the target."""
     if out.exists():
         raise TargetError(str(out), "exists already", "choose another directory or remove it")
     if options.kv_format == "nz" and target.kind != "npu":

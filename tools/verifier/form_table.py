@@ -64,13 +64,15 @@ def single_rows(
     """The forms as they run, and what was compiled of them, against the reference in float32."""
     base = one_program(reference, checkpoint, tokens)
     same = Options(prefill_kv="int8", fuse="off")
+    # As kvc8-compile makes it: in the model's dtype, and a prompt sees its own float K and V.
     dtype = dtype_name(config_dtype(checkpoint))
+    on_device = f"NPU emulated {dtype}" + (", float prompt" if dtype == "f32" else "")
     forms: dict[str, Callable[[], Run]] = {
         "float cache f32": lambda: one_program(captured, checkpoint, tokens),
         F64: lambda: one_program(widen(reference), checkpoint, tokens),
         "NPU emulated f32": lambda: _on_npu(reference, same, checkpoint, tokens),
         "ONNX Runtime f32": lambda: in_onnxruntime(reference, checkpoint, tokens),
-        f"NPU emulated {dtype}": lambda: _on_npu(own, Options(), checkpoint, tokens),
+        on_device: lambda: _on_npu(own, Options(), checkpoint, tokens),
     }
     if not has_offsets(reference):  # which GroupQueryAttention has not
         forms["ONNX Runtime gqa"] = lambda: in_gqa(reference, checkpoint, tokens)
