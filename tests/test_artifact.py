@@ -286,7 +286,7 @@ DAMAGED = {
         "{out}: has no manifest.json; name what kvc8-compile wrote for npu",
     ),
     "format": (
-        edited("manifest.json", '"format": 3', '"format": 2'),
+        edited("manifest.json", '"format": 4', '"format": 2'),
         "{out}/manifest.json: has format 2 and this kvc8 reads 3; compile the model again",
     ),
     "soc": (
@@ -396,7 +396,7 @@ REFUSED = {
     ),
     "tensor": (
         TEXT.replace("head", "heads").replace('transpose(stored("embed"', 'transpose(stored("e"'),
-        "heads: there is no tensor e; correct the name",
+        "heads: e: is no stored tensor; correct the name",
     ),
     "type": (
         TEXT.replace("k_quant_scale_0: f32[4]", "k_quant_scale_0: f32[1]"),

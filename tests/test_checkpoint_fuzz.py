@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.fuzz import SENTENCE, outcome, write
 
-FUZZ = Path(__file__).parent / "fuzz.py"
+FUZZ = Path(__file__).parent / "support" / "fuzz.py"
 EACH = 500
 
 

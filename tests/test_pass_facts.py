@@ -68,7 +68,7 @@ def test_layers_are_told_as_ranges_and_the_rest_by_name():
     found = ran(range(6), range(6))
     remarks = [Remark("a", f"model.layers.{n}.mlp", "why") for n in (0, 1, 2, 4)]
     remarks += [Remark("b", "lm_head", "why"), Remark("c", "", "its weight c is float")]
-    found = Ran("", 1, found.step, found.before, found.after, remarks)
+    found = Ran("", 1, found.step, found.spelled, found.before, found.after, remarks)
     assert summary(found) == [
         "0 sites in 0 of 6 layers",
         "layers 0-2, 4, lm_head: 5 sites left because why",

@@ -115,7 +115,7 @@ def test_a_pass_marks_what_it_made_took_away_and_changed():
         "k_new_0": "changed",
         "dequantize": "new",
     }
-    back = Ran(seen.path, 1, seen.step, seen.after, seen.before, [])
+    back = Ran(seen.path, 1, seen.step, seen.spelled, seen.after, seen.before, [])
     gone, _ = marks(back)
     assert {node.name for node, mark in gone.items() if mark == "gone"} == {
         "k_scale_0",
