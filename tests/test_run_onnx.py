@@ -63,7 +63,7 @@ def test_it_says_where_it_ran_and_what_a_token_costs(flavor, made, capsys):
 
 def test_an_onnx_model_on_an_npu_and_a_damaged_one_are_refused(made, capsys, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "_device", lambda name: torch.device("cpu"))
+        patch.setattr(run, "_device", lambda name: torch.device("meta"))
         assert run.main([str(made["gqa"]), "--prompt", "hey", "--device", "npu"]) == 1
     assert capsys.readouterr()[1] == (
         "error: --device: an ONNX model runs in ONNX Runtime on a CPU; leave it out, or compile "
