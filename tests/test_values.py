@@ -71,7 +71,13 @@ def test_everything_in_one_command_and_what_was_compiled(tmp_path, capsys):
     assert list(found) == ["forms", "passes", "sensitivity"]
     forms = {row.pop("form"): row for row in found["forms"]}
     assert list(forms) == [
-        *("float cache f32", "reference f64", "NPU emulated f32", "ONNX Runtime f32"),
+        *(
+            "transformers f64",
+            "float cache f32",
+            "reference f64",
+            "NPU emulated f32",
+            "ONNX Runtime f32",
+        ),
         *("NPU emulated f16", "ONNX Runtime gqa", str(out), "ONNX Runtime f64"),
     ]
     same = {form: row["codes"]["same_inputs"] for form, row in forms.items() if row["codes"]}
