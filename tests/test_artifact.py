@@ -287,7 +287,7 @@ DAMAGED = {
     ),
     "format": (
         edited("manifest.json", '"format": 4', '"format": 2'),
-        "{out}/manifest.json: has format 2 and this kvc8 reads 3; compile the model again",
+        "{out}/manifest.json: has format 2 and this kvc8 reads 4; compile the model again",
     ),
     "soc": (
         edited("manifest.json", '"ascend910b"', "[]"),

@@ -1,7 +1,8 @@
 """A damaged directory opens and reads, or is refused in one sentence; nothing else happens.
 
 Directories are damaged at random from fixed seeds: bytes of headers and of JSON, values in them,
-lengths of files. tests/fuzz.py does it, in processes that are held to 5 seconds and 1 GB each.
+lengths of files. tests/support/fuzz.py does it, in processes that are held to 5 seconds and 1 GB
+each.
 """
 
 import json

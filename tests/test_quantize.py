@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.notes import of_float32
 from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
@@ -265,7 +266,8 @@ def test_both_copies_of_a_tied_head_become_one(tiny_model, texts, tmp_path, caps
     found = open_checkpoint(tmp_path / "out")
     assert found.warnings == ()
     assert "lm_head.weight" not in found.tensors
-    assert capsys.readouterr().err == f"note: {source}: lm_head.weight is not copied\n"
+    notes = [f"note: {source}: lm_head.weight is not copied\n", f"{of_float32(source)}\n"]
+    assert capsys.readouterr().err == "".join(notes)
 
 
 def test_what_reads_one_value_stays_float_together(tiny_model, texts, tmp_path):
@@ -367,7 +369,8 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
     nan = {"model.layers.2.mlp.up_proj.weight": torch.full((128, 64), float("nan"))}
     in_dtype(tiny_model("llama"), bad, "float32", **nan)
     assert refusal(capsys, bad, tmp_path, texts) == (
-        "model.layers.2.mlp: gives a value that is not finite; check the model's weights"
+        f"{bad}: transformers' own LlamaForCausalLM gives logits that are not finite, first in "
+        "model.layers.2.mlp.up_proj; check the model's weights"
     )
     shutil.copytree(tiny_model("llama", vocab_size=70), small)
     assert refusal(capsys, small, tmp_path, texts) == (

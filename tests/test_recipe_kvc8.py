@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.notes import of_float32
 from support.steps import step, values
 
 from kvc8.ir import ops
@@ -153,13 +154,13 @@ def test_a_quantized_directory_is_whole(kind, tiny_model, texts, tmp_path, capsy
     assert (found.warnings, found.kv_calibrated, len(found.w8a8)) == ((), "post-rope", 24)
     if kind == "gemma3":
         what = "is not rotated (model_type gemma3_text is not known to allow it)"
-        assert notes == [f"note: {source}: {what}, so int8 costs it more"]
+        assert notes == [f"note: {source}: {what}, so int8 costs it more", of_float32(source)]
     elif kind == "llama":
         what = "its lm_head is rotated apart from the embedding, 0.0 MB more"
-        assert notes == [f"note: {source}: {what}"]
+        assert notes == [f"note: {source}: {what}", of_float32(source)]
         assert found.config["tie_word_embeddings"] is False
     else:
-        assert notes == []
+        assert notes == [of_float32(source)]
     program = capture(found, torch.float32)
     tokens = list(range(40, 60))
     given = step(tokens, [0], [20], [list(range(8))])
@@ -192,4 +193,4 @@ def test_the_cache_alone_leaves_the_stream_and_a_tied_head(tiny_model, texts, tm
     capsys.readouterr()
     assert quantize_(source, tmp_path / "off", texts, "--rotate", "off") == 0
     what = "is not rotated (--rotate off), so int8 costs it more"
-    assert capsys.readouterr().err == f"note: {source}: {what}\n"
+    assert capsys.readouterr().err.splitlines() == [f"note: {source}: {what}", of_float32(source)]

@@ -89,9 +89,9 @@ def test_a_node_of_a_layer_that_is_not_drawn_is_told_by_its_layer(page, report):
 
 
 def test_a_box_shows_its_text_by_keys(page, report):
-    page.open(f"{report.as_uri()}#pass-04")
-    box = "document.querySelector('#pass-04 .box.new')"
-    assert page.run("document.getElementById('pass-04').open") is True
+    page.open(f"{report.as_uri()}#pass-05")
+    box = "document.querySelector('#pass-05 .box.new')"
+    assert page.run("document.getElementById('pass-05').open") is True
     page.run(f"{box}.focus()")
     text = f"{box}.closest('figure').querySelector('.text')"
     assert page.run(f"{text}.hidden") is True

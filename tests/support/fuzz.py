@@ -161,7 +161,7 @@ def outcome(directory: Path) -> str:
             read = checkpoint.read(name)
             assert (tuple(read.shape), read.dtype) == (tensor.shape, tensor.dtype)
             assert torch.equal(read.view(torch.uint8), whole[name].view(torch.uint8))
-        assert all(SENTENCE.fullmatch(warning) for warning in checkpoint.warnings)
+        assert all(SENTENCE.fullmatch(str(warning)) for warning in checkpoint.warnings)
         said = "opened"
     except ModelError as error:
         said = str(error)

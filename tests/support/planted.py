@@ -40,8 +40,9 @@ def here(program: Program, *ops: object, within: str = "") -> list[Node]:
 
 def wrong_sign_of_an_offset(program: Program) -> None:
     [node] = [n for n in program.parameters() if n.name == "v_dequant_offset_1"]
-    assert expression_of(node).op == "neg"
-    node.meta["expression"] = expression_of(node).args[0]
+    cast, (negated, dtype) = expression_of(node).op, expression_of(node).args
+    assert (cast, negated.op) == ("cast", "neg")
+    node.meta["expression"] = Expression("cast", (negated.args[0], dtype))
 
 
 def scale_of_v_for_k(program: Program) -> None:

@@ -60,6 +60,11 @@ def hold(
     pair = _Pair(program, original, tokens, steps, checkpoint.tensors)
     theirs, _ = original.run(tokens)
     ours = pair.run()
+    name = type(original.model).__name__
+    if not theirs.isfinite().all():
+        what = f"transformers' own {name} gives logits that are not finite"
+        what = f"{what}, first in {pair.first_difference()}"
+        return Held(ours, theirs, ModelError(place(checkpoint.path), what, CHECK_WEIGHTS))
     bound = LIMIT * float(theirs.abs().max())
     off = (ours - theirs).abs().amax(-1)
     wrong = (~(off <= bound)).nonzero().flatten().tolist()  # what is not a number is wrong too
@@ -68,7 +73,7 @@ def hold(
     where = "a decode step" if wrong[0] >= pair.prompt else f"token {wrong[0]}"
     sizes = f"{float(off.max()):.2g} off of {float(theirs.abs().max()):.2g}"
     what = f"the captured program's logits are {sizes} from transformers' own"
-    what = f"{what} {type(original.model).__name__}, from {where} on"
+    what = f"{what} {name}, from {where} on"
     what = f"{what}, first in {pair.first_difference()}"
     return Held(ours, theirs, ModelError(place(checkpoint.path), what, DO))
 
@@ -85,6 +90,7 @@ def check_capture(checkpoint: Checkpoint, captured: Program) -> None:
 
 
 DO = "do not trust what is compiled of it, and report the model"
+CHECK_WEIGHTS = "check the model's weights"
 
 
 @dataclass(frozen=True)
