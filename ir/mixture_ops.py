@@ -8,6 +8,8 @@ router may choose otherwise where two experts are nearly equal, is right by itse
 import torch
 from torch import Tensor
 
+from kvc8.ir.ops import WIDEST
+
 
 @torch.library.custom_op("kvc8::route", mutates_args=())
 def _route(x: Tensor, experts: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +110,7 @@ def _(
 ) -> Tensor:
     torch._check(x.dtype == weight.dtype == torch.int8, lambda: "x and weight are not both int8")
     torch._check(x.shape[1] == weight.shape[2], lambda: "x and weight differ in width")
-    torch._check(weight.shape[2] <= 131072, lambda: "an int32 sum this wide can overflow")
+    torch._check(weight.shape[2] <= WIDEST, lambda: "an int32 sum this wide can overflow")
     torch._check(scale.shape == x.shape[:1], lambda: "scale is not one a row of x")
     torch._check(weight_scale.dtype == torch.float32, lambda: "weight_scale is not float32")
     torch._check(

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 16  # below it, making floats of the weights takes longer than the product
+# The most products of two int8 codes that an int32 holds whatever they are: one is at most
+# (-128)**2 = 2**14, so 2**17 of them may reach 2**31, one more than the largest int32.
+WIDEST = (2**31 - 1) // 2**14  # 131,071
 
 
 @torch.library.custom_op("kvc8::cache_write", mutates_args=())
@@ -171,7 +174,8 @@ def _quant_linear(
     """(x·weight^T + quant_bias)*deq_scale: exact in int32, then one float32 product, then cast.
 
     x int8 [..., K], weight int8 [O, K], deq_scale float32 [O], quant_bias int32 [O]; gives
-    dtype [..., O]. K at most 2**31 / 128**2 = 131,072, so that no sum can overflow.
+    dtype [..., O]. K at most 131,071 (WIDEST), so that no sum of products can overflow; that it
+    does not with quant_bias added is up to who makes that.
     """
     acc = _products(x.reshape(-1, x.shape[-1]), weight.t())
     if quant_bias is not None:
@@ -198,7 +202,7 @@ def _(
 ) -> Tensor:
     torch._check(x.dtype == weight.dtype == torch.int8, lambda: "x and weight are not both int8")
     torch._check(x.shape[-1] == weight.shape[1], lambda: "x and weight differ in width")
-    torch._check(weight.shape[1] <= 131072, lambda: "an int32 sum this wide can overflow")
+    torch._check(weight.shape[1] <= WIDEST, lambda: "an int32 sum this wide can overflow")
     torch._check(deq_scale.dtype == torch.float32, lambda: "deq_scale is not float32")
     torch._check(deq_scale.shape == weight.shape[:1], lambda: "deq_scale is not one an output")
     if quant_bias is not None:
@@ -255,7 +259,7 @@ def _(
 ) -> Tensor:
     torch._check(x.dtype == weight.dtype == torch.int8, lambda: "x and weight are not both int8")
     torch._check(x.shape[-1] == weight.shape[1], lambda: "x and weight differ in width")
-    torch._check(weight.shape[1] <= 131072, lambda: "an int32 sum this wide can overflow")
+    torch._check(weight.shape[1] <= WIDEST, lambda: "an int32 sum this wide can overflow")
     torch._check(scale.shape == x.shape[:-1], lambda: "scale is not one a row of x")
     for name, part in (("weight_scale", weight_scale), ("bias", bias)):
         if part is not None:

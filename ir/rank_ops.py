@@ -10,13 +10,15 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from kvc8.ir.ops import WIDEST
+
 
 @torch.library.custom_op("kvc8::int_linear", mutates_args=())
 def _int_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weight^T + bias, exact in int32: the sums of `quant_linear` before they are scaled.
 
     x int8 [..., K], weight int8 [O, K], bias int32 [O]; gives int32 [..., O]. The sums of all ranks
-    together fit where those of the whole weight do: K of all ranks at most 131,072.
+    together fit where those of the whole weight do: K of all ranks at most 131,071.
     """
     sums = torch._int_mm(x.reshape(-1, x.shape[-1]), weight.t())
     return (sums if bias is None else sums + bias).reshape(*x.shape[:-1], -1)
@@ -26,7 +28,7 @@ def _int_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     torch._check(x.dtype == weight.dtype == torch.int8, lambda: "x and weight are not both int8")
     torch._check(x.shape[-1] == weight.shape[1], lambda: "x and weight differ in width")
-    torch._check(weight.shape[1] <= 131072, lambda: "an int32 sum this wide can overflow")
+    torch._check(weight.shape[1] <= WIDEST, lambda: "an int32 sum this wide can overflow")
     if bias is not None:
         torch._check(bias.dtype == torch.int32, lambda: "bias is not int32")
     return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.int32)

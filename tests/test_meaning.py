@@ -10,9 +10,12 @@ from support.steps import step, values
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir import npu, ops
 from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.errors import IRError
 from kvc8.ir.expression import make
 from kvc8.ir.program import Program
 from kvc8.ir.run import run
+from kvc8.ir.text import parse
+from kvc8.ir.verify import verify
 from kvc8.passes.fold_kv_scales import fold_kv_scales
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
@@ -140,6 +143,30 @@ def test_repaired_scales_bound_every_rotated_key():
         assert torch.allclose(repaired, pairs, rtol=1e-6)
         rows.append((made[f"k_new_{layer}"].abs() > 127.5 * stored).sum().item())
     assert sum(rows) > 0, "the test would not notice a repair that does nothing"
+
+
+@pytest.mark.parametrize("rows", [1, ops.FEW_ROWS])  # multiplied as whole numbers, and as floats
+@pytest.mark.parametrize("code", [-128, 127])
+def test_the_widest_sums_of_products_are_exact(rows, code):
+    x, w = (torch.full((n, ops.WIDEST), q).to(torch.int8) for n, q in ((rows, -128), (2, code)))
+    got = ops.quant_linear(x, w, torch.ones(2), None, torch.float64)
+    assert got.eq(torch.tensor(-128 * code * ops.WIDEST).float()).all()
+
+
+def test_what_is_one_wider_is_refused_for_its_sum_may_reach_2_to_the_31():
+    width = ops.WIDEST + 1
+    assert width * (-128) ** 2 == 2**31
+    text = f"""
+    def quantized(x: i8[1, T, {width}], w: i8[2, {width}], scale: f32[2]):
+        linear: f32[1, T, 2] = kvc8.quant_linear(x, w, scale, None, f32)
+        return [linear]
+    """
+    with pytest.raises(IRError) as refused:
+        verify(parse(text))
+    assert str(refused.value) == (
+        f"linear: kvc8.quant_linear.default: does not take (i8[1, T, {width}], i8[2, {width}], "
+        "f32[2], None, torch.float32) (an int32 sum this wide can overflow); correct the call"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
