@@ -102,12 +102,13 @@ REFUSED = {
         {"keep_window_size": 4},
         f"a DogeForCausalLM computes with its attention mask; {OTHER}",
     ),
+    "falcon": ({}, f"a falcon takes its attention from a table of its own; {OTHER}"),
     "gemma3": ({"use_bidirectional_attention": True}, f"Gemma3Attention {BEYOND}; {OTHER}"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_models_whose_masks_are_their_own_are_refused(kind, tiny_model):
+def test_models_whose_masks_or_attention_are_their_own_are_refused(kind, tiny_model):
     config, what = REFUSED[kind]
     checkpoint = open_checkpoint(tiny_model(kind, **config))
     with pytest.raises(ModelError) as refused:

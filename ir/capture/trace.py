@@ -134,8 +134,11 @@ def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
                 dtype=dtype,
             )
     except FOREIGN as error:
-        why = first_line(error)
-        what = f"a {config.model_type} cannot be built ({why})"
+        name = f"a {config.model_type}"
+        if isinstance(error, KeyError) and error.args == (attention.NAME,):
+            what = f"{name} takes its attention from a table of its own"
+            raise ModelError("config.json", what, attention.OTHER) from error
+        what = f"{name} cannot be built ({first_line(error)})"
         do = "use a causal language model of transformers"
         raise ModelError("config.json", what, do) from error
     assert isinstance(model, torch.nn.Module)
