@@ -2,8 +2,8 @@
 
     kvc8-inspect DIR
 
-Reads headers and KV scales, no weights; with `--explain` it also compiles, and writes nothing. The
-exit status is 1 where a finding is an error.
+Reads headers and KV scales, no weights, and compiles without writing anything: with `--explain` it
+says what was chosen. The exit status is 1 where a finding is an error.
 """
 
 import argparse

@@ -68,7 +68,11 @@ VLLM = {
     "c8-off": "leaves the KV scales unused",
     "c8-off-vllm": "leaves the KV scales unused",
 }
-KVC8 = {"pre-rope": "widens the K scales", "no-data": "it runs once the weights are there"}
+KVC8 = {
+    "pre-rope": "widens the K scales",
+    "no-data": "it runs once the weights are there",
+    "no-c8": "compiles it once there are KV scales",
+}
 COMPRESSED = "reads no compressed-tensors KV scales"
 
 

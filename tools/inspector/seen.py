@@ -1,7 +1,8 @@
 """Look at a model directory without refusing what the compiler would refuse.
 
 Read are JSON files, headers, KV scales and the biases of norms; of the weights nothing. The model
-is captured as kvc8-compile does it, from its config, to see what lies between k_proj and the cache.
+is captured as kvc8-compile does it, from its config, to see what lies between k_proj and the cache,
+and lowered, to see whether the NPU half takes it.
 """
 
 import warnings
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu import legality
-from kvc8.ir import mixture_ops, ops
+from kvc8.ir import ops
 from kvc8.ir.capture.accounts import account
 from kvc8.ir.capture.parameters import check_kv_scales
 from kvc8.ir.capture.trace import capture
@@ -37,7 +38,7 @@ from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
 from kvc8.passes.remove_identities import remove_identities
-from kvc8.tools.driver.compiling import Target
+from kvc8.tools.driver.compiling import Target, quantize
 
 LARGEST_SCALE = 1 << 20  # numbers; what claims to hold more is no scale of a cache
 
@@ -66,7 +67,7 @@ class Seen:
     norm_biases: tuple[str, ...]  # that the checkpoint adds to the model
     captured_with: tuple[ModelWarning, ...]
     refusal: KVC8Error | None  # what kvc8-compile says; None where it compiles
-    npu_refusal: KVC8Error | None = None  # what it says of a mixture for the NPU
+    npu_refusal: KVC8Error | None = None  # what it says for the NPU alone
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -93,7 +94,10 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
     text = files.config.get("text_config")
     config = text if isinstance(text, dict) else files.config
     checkpoint, refusal = _understood(files)
-    program, warned, why = _captured(files, checkpoint)
+    program, warned, why = _captured(files, checkpoint, sound=not refusal)
+    why, for_npu = refusal or why, None
+    if program and not why:
+        why, for_npu = _refusals(program, scaled=bool(checkpoint and checkpoint.kv))
     reader, names = TensorFiles(), _kv_names(files)
     small = {k: n for k, n in names.items() if files.tensors[n].nbytes <= 4 * LARGEST_SCALE}
     return Seen(
@@ -108,8 +112,8 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
         k_layers=_k_layers(program) if program else {},
         norm_biases=tuple(_norm_biases(program)) if program else (),
         captured_with=warned,
-        refusal=refusal or why,
-        npu_refusal=_npu_refusal(program) if program else None,
+        refusal=why,
+        npu_refusal=for_npu,
     )
 
 
@@ -126,33 +130,46 @@ def _understood(files: Files) -> tuple[Checkpoint | None, KVC8Error | None]:
 
 
 def _captured(
-    files: Files, checkpoint: Checkpoint | None
+    files: Files, checkpoint: Checkpoint | None, sound: bool
 ) -> tuple[Program | None, tuple[ModelWarning, ...], KVC8Error | None]:
-    """Capture the model with a float cache; gives the program, warnings, and why there is none."""
+    """Capture the model; gives the program, warnings, and why there is none.
+
+    Where its KV scales are not sound it is captured as if there were none.
+    """
     plain = Checkpoint(files.path, files.config, "float", files.tensors, {}, {}, None, ())
+    given = checkpoint or plain
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it is told that nothing uses the KV scales
-            program = capture(replace(checkpoint or plain, kv={}, kv_calibrated=None))
+            warnings.simplefilter("ignore")  # what they say is found by other ways
+            program = capture(given if sound else replace(given, kv={}, kv_calibrated=None))
     except KVC8Error as error:
         return None, (), error
     return program, tuple(account(checkpoint, program)) if checkpoint else (), None
 
 
-def _npu_refusal(program: Program) -> KVC8Error | None:
-    """Why a mixture of experts is not compiled for the NPU, if so; other models are not tried."""
-    if not program.calls(mixture_ops.grouped_linear):
-        return None
+def _refusals(program: Program, scaled: bool) -> tuple[KVC8Error | None, KVC8Error | None]:
+    """Why a model is not compiled, and why not for the NPU, if so; it is lowered to find out."""
+    whole, target = program.copy(), Target("npu")
     try:
-        whole, target = program.copy(), Target("npu")
-        pipeline.run(whole, (remove_identities, insert_linear_quant, insert_dynamic_quant))
-        whole.stage = Stage.QUANTIZED  # its cache is float here, and for that no pass is needed
+        _quantize(whole, scaled)
+    except KVC8Error as error:
+        return error, None
+    try:
         lowered, _ = pipeline.lower_for_npu(whole)
         for phase in lowered.values():
             legality.check(phase, target.soc, target.block_size)
     except KVC8Error as error:
-        return error
-    return None
+        return None, error
+    return None, None
+
+
+def _quantize(program: Program, scaled: bool) -> None:
+    """Bring a program to QUANTIZED; without scales its cache stays float, which takes no pass."""
+    if scaled:
+        quantize(program)
+        return
+    pipeline.run(program, (remove_identities, insert_linear_quant, insert_dynamic_quant))
+    program.stage = Stage.QUANTIZED
 
 
 def _norm_biases(program: Program) -> Iterator[str]:
