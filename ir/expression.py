@@ -37,6 +37,7 @@ An expression is an expression; in a program's text it stands as the parameter's
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -60,6 +61,17 @@ class Expression:
 
     def __str__(self) -> str:
         return f"{self.op}({', '.join(map(_show, self.args))})"
+
+    @cached_property
+    def differs(self) -> bool:
+        """Whether ranks make different things of it."""
+        return self.op in EACH_RANK or any(map(_differs, self.args))
+
+
+def _differs(arg: Arg) -> bool:
+    if isinstance(arg, tuple):
+        return any(map(_differs, arg))
+    return isinstance(arg, Expression) and arg.differs
 
 
 def stored(name: str) -> Expression:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import is_
 
 import torch
 from torch._ops import OpOverload
@@ -47,6 +48,8 @@ class Program:
     stage: Stage
     shapes: Shapes = field(default_factory=Shapes)
     _last: Node | None = field(default=None, repr=False)  # the last placeholder, to add after it
+    # what calls were inferred from and the type that they gave, so that who asks again is told
+    _inferred: dict[Node, tuple[tuple[object, ...], Type]] = field(default_factory=dict, repr=False)
 
     def calls(self, *ops: Op) -> list[Node]:
         """Every call of one of `ops`, in order; the graph may be edited while going over them."""
@@ -132,7 +135,14 @@ class Program:
                 self.graph.erase_node(node)
 
     def infer(self, node: Node) -> Type:
-        """Work a node's type out again from its arguments'."""
+        """Work a node's type out from its arguments': again, where anything of them is another."""
+        given = _given(node)
+        known = self._inferred.get(node)
+        if known is None or not all(map(is_, known[0], given)):
+            known = self._inferred[node] = given, self._infer(node)
+        return known[1]
+
+    def _infer(self, node: Node) -> Type:
         assert callable(node.target)
         args = [substitute(arg, type_of) for arg in node.args]
         kwargs = {name: substitute(arg, type_of) for name, arg in node.kwargs.items()}
@@ -143,11 +153,19 @@ class Program:
 
     def copy(self) -> "Program":
         """Another program of the same nodes, which may be edited apart; it shares the types."""
-        graph, made = Graph(), dict[Node, Node]()
+        made, nodes = Program(Graph(), self.stage, self.shapes), dict[Node, Node]()
         for node in self.graph.nodes:
-            made[node] = graph.node_copy(node, made.__getitem__)
-            made[node].meta = copy(node.meta)
-        return Program(graph, self.stage, self.shapes)
+            twin = nodes[node] = made.graph.node_copy(node, nodes.__getitem__)
+            twin.meta = copy(node.meta)
+            given, type_ = self._inferred.get(node, ((), ()))
+            if given and all(map(is_, given, _given(node))):
+                made._inferred[twin] = _given(twin), type_
+        return made
+
+
+def _given(node: Node) -> tuple[object, ...]:
+    """All that a call's type is inferred from; equal where each item is the same object."""
+    return node.target, node.args, node.kwargs, *map(type_of, node.all_input_nodes)
 
 
 def _writes(target: object) -> bool:

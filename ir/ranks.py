@@ -13,7 +13,7 @@ from torch.fx.node import Argument
 
 from kvc8.ir import rank_ops
 from kvc8.ir.errors import IRError
-from kvc8.ir.expression import EACH_RANK, Arg, Expression
+from kvc8.ir.expression import Arg, Expression
 from kvc8.ir.program import (
     Program,
     argument,
@@ -64,21 +64,12 @@ def of_rank(program: Program, rank: int) -> Program:
     return made
 
 
-def differs(expression: Arg) -> bool:
-    """Whether ranks make different things of an expression."""
-    if isinstance(expression, tuple):
-        return any(map(differs, expression))
-    if not isinstance(expression, Expression):
-        return False
-    return expression.op in EACH_RANK or differs(expression.args)
-
-
 def each_ranks_own(program: Program) -> set[Node]:
     """The nodes whose value is not the same on all ranks.
 
     A cache is each rank's own where something that is goes into it, or is computed with it.
     """
-    found = {n for n in program.graph.nodes if is_parameter(n) and differs(expression_of(n))}
+    found = {n for n in program.graph.nodes if is_parameter(n) and expression_of(n).differs}
     if not found:
         return found
     count = -1

@@ -7,6 +7,7 @@ aten.new_empty made for them, before anything else reads that. Where ranks divid
 them, the logits are the same on all of them (ir/ranks.py).
 """
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -77,7 +78,7 @@ def _check_op(stage: Stage, node: Node) -> None:
     if not legal:
         what = f"{op} has no place in a {stage.value} program"
         raise IRError(node.name, what, "run the pass that replaces it")
-    for arg in _written(node):
+    for arg in [node.args[i] for i in _written(op) if i < len(node.args)]:
         if stage is not Stage.LOWERED or not _may_be_written(arg, node):
             raise IRError(node.name, f"{op} writes to {arg}", "use its functional form")
 
@@ -94,13 +95,12 @@ def _npu_or_aten(stage: Stage, op: OpOverload) -> bool:
     return op.namespace == "aten" or (op.namespace in NPU_SPACES and stage in NPU_STAGES)
 
 
-def _written(node: Node) -> list[Argument]:
-    """The arguments that a call writes to, said by its schema or not."""
-    assert isinstance(node.target, OpOverload)
-    specs = enumerate(node.target._schema.arguments)
+@functools.cache
+def _written(op: OpOverload) -> tuple[int, ...]:
+    """The places of the arguments that an op writes to, said by its schema or not."""
+    specs = enumerate(op._schema.arguments)
     said = [i for i, spec in specs if spec.alias_info is not None and spec.alias_info.is_write]
-    places = (*said, *npu.UNSAID_WRITES.get(node.target, ()))
-    return [node.args[i] for i in places if i < len(node.args)]
+    return (*said, *npu.UNSAID_WRITES.get(op, ()))
 
 
 def _check_type(program: Program, node: Node) -> None:

@@ -32,7 +32,7 @@ from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import IRError
 from kvc8.ir.expression import Arg, Expression, Read, make, stored_names
 from kvc8.ir.program import Program, Stage, expression_of, tensor_type
-from kvc8.ir.ranks import bound, differs
+from kvc8.ir.ranks import bound
 from kvc8.ir.text import show
 from kvc8.ir.types import TensorType, dtype_name
 
@@ -143,7 +143,7 @@ def _derive(
         expression, type_ = expression_of(node), tensor_type(node)
         if is_plain(expression) or _nbytes(type_) >= LARGEST_DERIVED:
             continue
-        name, own = made.setdefault(expression, node.name), differs(expression)
+        name, own = made.setdefault(expression, node.name), expression.differs
         if name not in derived:
             each = [make(bound(expression, rank), read) for rank in range(ranks if own else 1)]
             derived[name] = torch.cat(each) if own else each[0].contiguous().clone()
