@@ -2,6 +2,7 @@
 
     import kvc8
 
+    kvc8.quantize("model", calibration="texts.jsonl", out="model-w8a8c8")
     kvc8.compile("model-w8a8c8", target="npu", out="model-npu")
     model = kvc8.load("model-npu")  # emulated on a CPU
     print(model.generate(["Why is the sky blue?"])[0].text)
@@ -22,9 +23,38 @@ if TYPE_CHECKING:
     from kvc8.passes.options import Options
     from kvc8.tools.driver.compiling import Compiled
     from kvc8.tools.driver.loading import Loaded
+    from kvc8.tools.quantizer.quantizing import Quantized
+    from kvc8.tools.quantizer.settings import Settings
     from kvc8.tools.verifier.parts import FormsResult
 
-__all__ = ["compile", "load", "verify"]
+__all__ = ["compile", "load", "quantize", "verify"]
+
+
+def quantize(
+    directory: str | PathLike[str],
+    *,
+    out: str | PathLike[str],
+    calibration: str | PathLike[str],
+    settings: Settings | None = None,
+    resume: bool = False,
+) -> Quantized:
+    """Quantize a float model directory to W8A8 with scales for an int8 KV cache, in `out`.
+
+    `calibration` is a file of texts: JSON lines, or plain text. `settings` choose the recipe and
+    what is quantized (kvc8.tools.quantizer.settings.Settings). What is done of a run that is
+    interrupted stays beside `out`, and one with `resume` goes on with it. The result says what was
+    quantized, and in `notes` what was found of the model.
+
+    Raises kvc8.ir.errors.ModelError where the model, the texts or the settings are refused,
+    TargetError where `out` exists.
+    """
+    from pathlib import Path
+
+    from kvc8.tools.quantizer.quantizing import quantize_model
+    from kvc8.tools.quantizer.settings import Settings
+
+    given, made = settings or Settings(), Path(out)
+    return quantize_model(Path(directory), made, Path(calibration), given, resume=resume)
 
 
 def compile(

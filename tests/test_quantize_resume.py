@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.tools import command, quantize
+from kvc8.tools.quantizer import quantizing
 
 pytestmark = [
     pytest.mark.slow,
@@ -68,7 +69,7 @@ def test_killed_at_random_moments_and_resumed(options, tiny_model, texts, tmp_pa
     model = tiny_model("llama")
     dtype = torch.float32
     program = capture(open_checkpoint(model), dtype)
-    monkeypatch.setattr(quantize, "capture", lambda *_: program)
+    monkeypatch.setattr(quantizing, "capture", lambda *_: program)
     begun = time.monotonic()
     assert finished(start(arguments(model, tmp_path / "whole", texts, *options))) == 0
     takes = time.monotonic() - begun

@@ -5,8 +5,7 @@ transformers copies when it loads: nothing where tensors stay where they are sto
 where it puts them together. Where that does not fit it is left out, and it is said why.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,26 +24,27 @@ def check_float_model(
     cut: Sequence[LayerCalls],
     texts: Sequence[Sequence[int]],
     budget: float | None,
+    note: Callable[[str], None],
 ) -> None:
     """Hold a float model's program to transformers' own model on calibration tokens.
 
-    Raises ModelError where it computes something else.
+    Where that cannot be done `note` hears why. Raises ModelError where it computes something else.
     """
     tokens = list(islice(chain.from_iterable(texts), TOKENS))
     least = copied_bytes(checkpoint) + needed(cut, TOKENS)
     left = min(available(), float("inf") if budget is None else budget - resident())
     if least > left:
         what = f"which takes {least / 1e9:.2f} GB, and {left / 1e9:.2f} GB are left"
-        _leave_out(checkpoint, what)
+        note(_left_out(checkpoint, what))
     elif len(tokens) < 2:
-        _leave_out(checkpoint, "which takes two calibration tokens")
+        note(_left_out(checkpoint, "which takes two calibration tokens"))
     elif problem := hold(checkpoint, program, tokens).problem:
         raise problem
 
 
-def _leave_out(checkpoint: Checkpoint, why: str) -> None:
+def _left_out(checkpoint: Checkpoint, why: str) -> str:
     what = f"is not compared with transformers' own model, {why}"
-    print(f"note: {place(checkpoint.path)}: {what}", file=sys.stderr)
+    return f"note: {place(checkpoint.path)}: {what}"
 
 
 def available() -> float:

@@ -3,26 +3,16 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from kvc8.ir.capture.trace import config_dtype
-from kvc8.ir.checkpoint.model_files import place
-from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelError
-from kvc8.tools.quantizer.engine_form import DESCRIPTIONS, ENGINES, NAMES, Engine, check_dtype
+from kvc8.tools.quantizer.engine_form import ENGINES
 from kvc8.tools.quantizer.memory import amount
-from kvc8.tools.quantizer.recipes import kvc8, msmodelslim
+from kvc8.tools.quantizer.settings import MOST_TOKENS, SWEEPS, Settings
 
-SWEEPS: Mapping[str, int] = {
-    "kvc8": 1,
-    "minmax": 1,
-    "msmodelslim": 2,
-}  # the recipes: how often over a model
 ANTI_METHODS = ("none", "m1", "m2", "m3", "m4")
-MOST_TOKENS = 512
 
 
 def add_options(found: argparse.ArgumentParser) -> None:
@@ -86,8 +76,11 @@ def _add_vendor(found: argparse.ArgumentParser) -> None:
 def _add_choice(found: argparse.ArgumentParser) -> None:
     cache = found.add_mutually_exclusive_group()
     what = "scales for an int8 KV cache (the default)"
-    _option(cache, "use_kvcache_quant", type=_truth, nargs="?", const=True, default=True, help=what)
-    cache.add_argument("--no-use-kvcache-quant", dest="use_kvcache_quant", action="store_false")
+    spelled = ("--use-kvcache-quant", "--use_kvcache_quant")
+    cache.add_argument(
+        *spelled, dest="kv_cache", type=_truth, nargs="?", const=True, default=True, help=what
+    )
+    cache.add_argument("--no-use-kvcache-quant", dest="kv_cache", action="store_false")
     found.add_argument(
         *("--disable", "--disable_names", "--disable-names"),
         nargs="+",
@@ -157,90 +150,8 @@ def source_of(args: argparse.Namespace) -> Path:
     return source
 
 
-def recipe_of(args: argparse.Namespace) -> str:
-    """The recipe; the vendor's own options ask for the vendor's."""
-    own = {
-        "--act-method": args.act_method is not None,
-        "--anti-method": args.anti_method is not None,
-        "--disable-level": args.disable_level is not None,
-        "--dtype float32": args.dtype == "float32",
-        "--save-type safe_tensor": args.save_type != "ascendV1",
-        "--kv-asym": args.kv_asym,
-    }
-    given = [name for name, here in own.items() if here]
-    recipe: str = args.recipe or ("msmodelslim" if given else "kvc8")
-    if recipe != "msmodelslim" and given:
-        raise ModelError(
-            f"{given[0]}",
-            f"is not for --recipe {recipe}",
-            "leave it out or use --recipe msmodelslim",
-        )
-    tokens = ["--dynamic"] if args.dynamic else ["--act"] if args.act != "static" else []
-    if recipe == "msmodelslim" and tokens:
-        what = f"is not for --recipe {recipe}"
-        raise ModelError(tokens[0], what, "leave it out or use --recipe kvc8")
-    if recipe != "kvc8" and args.rollback is not None:
-        raise ModelError(
-            "--rollback", f"is not for --recipe {recipe}", "leave it out or use --recipe kvc8"
-        )
-    return recipe
-
-
-def engine_of(args: argparse.Namespace, recipe: str, dtype: torch.dtype) -> Engine | None:
-    """The engine whose form is written; None for the vendor's. `dtype` is config.json's.
-
-    Raises ModelError where the engine that is named would misread what is asked for.
-    """
-    engine: Engine | None = args.engine
-    if engine is None:
-        return None if recipe == "msmodelslim" else ENGINES[0]
-    name = NAMES[engine]
-    check_dtype(dtype, place(source_of(args), "config.json"), engine)
-    if args.kv_asym:
-        what = f"{name} does not take zero points off again"
-        raise ModelError("--kv-asym", what, "leave it out, or leave --for out for kvc8 alone")
-    if args.dtype == "float32":
-        what = f"{name} copies its tensors into parameters of {str(dtype).removeprefix('torch.')}"
-        raise ModelError("--dtype float32", what, "leave it out")
-    if args.save_type == "safe_tensor" and engine == "vllm-ascend":
-        what = f"{name} looks for {DESCRIPTIONS[engine]} only"
-        raise ModelError("--save-type safe_tensor", what, "leave it out")
-    return engine
-
-
-def run_dtype(args: argparse.Namespace, checkpoint: Checkpoint, recipe: str) -> torch.dtype:
-    """What the model runs in. Recipes of ours calibrate in float32."""
-    vendor = recipe == "msmodelslim" and args.dtype == "config"
-    return config_dtype(checkpoint) if vendor else torch.float32
-
-
-def vendor_options(args: argparse.Namespace, dtype: torch.dtype) -> msmodelslim.VendorOptions:
-    """What the recipe msmodelslim is told; where the script has a default, its default."""
-    return msmodelslim.VendorOptions(
-        act_method=args.act_method or 1,
-        m3=args.anti_method == "m3",
-        level=args.disable_level or 0,
-        disabled=args.disable,
-        down_proj=args.down_proj,
-        kv=args.use_kvcache_quant,
-        symmetric=not args.kv_asym,
-        dtype=dtype,
-        layout=args.save_type,
-    )
-
-
-def kvc8_options(args: argparse.Namespace) -> kvc8.RecipeOptions:
-    """What the recipe kvc8 is told."""
-    return kvc8.RecipeOptions(
-        args.use_kvcache_quant, args.rotate == "on", args.positions, args.seed
-    )
-
-
-def settings_of(args: argparse.Namespace, recipe: str) -> dict[str, object]:
-    """The options that change what is written, as --resume compares them."""
-    names = [
-        *("act_method", "anti_method", "disable_level", "dtype", "save_type", "kv_asym"),
-        *("engine", "use_kvcache_quant", "disable", "down_proj", "part_file_size"),
-        *("rotate", "positions", "seed", "rollback", "act", "dynamic"),
-    ]
-    return {"recipe": recipe, **{name: getattr(args, name) for name in names}}
+def settings_of(args: argparse.Namespace) -> Settings:
+    """What was typed, without the directories."""
+    given = {name: getattr(args, name) for name in (each.name for each in fields(Settings))}
+    made: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    return Settings(**made)
