@@ -6,12 +6,12 @@ from typing import Self
 class Sentence(Exception):
     """One sentence for the user, `where: what is wrong; what to do`, in its three parts."""
 
-    def __init__(self, where: str, what: str = "", do: str = "") -> None:
+    def __init__(self, where: str, what: str, do: str) -> None:
         super().__init__(where, what, do)
         self.where, self.what, self.do = where, what, do
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.do}" if self.do else self.where
+        return f"{self.where}: {self.what}; {self.do}"
 
     def within(self, where: str) -> Self:
         """The same error, of something that lies in another."""

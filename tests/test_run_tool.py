@@ -197,7 +197,7 @@ def raising(error: BaseException):
 
 def test_how_commands_end(capsys) -> None:
     assert ended(capsys, lambda _: 0) == (0, "", "")
-    wrong = ModelError("model: is wrong; mend it")
+    wrong = ModelError("model", "is wrong", "mend it")
     assert ended(capsys, raising(wrong)) == (1, "", "error: model: is wrong; mend it\n")
     lost = FileNotFoundError(2, "No such file or directory", "a.txt")
     said = "error: a.txt: No such file or directory; check the path\n"

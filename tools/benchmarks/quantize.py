@@ -61,5 +61,5 @@ def _quantize(args: argparse.Namespace, options: tuple[str, ...]) -> CommandRun:
         shutil.rmtree(scratch)
     if done.status:
         what = f"kvc8-quantize {' '.join(options)} ends with status {done.status}"
-        raise KVC8Error(f"{args.model}: {what}; run it by itself")
+        raise KVC8Error(args.model, what, "run it by itself")
     return done
