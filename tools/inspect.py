@@ -2,7 +2,7 @@
 
     kvc8-inspect DIR
 
-Reads headers and KV scales, no weights, and compiles without writing anything: with `--explain` it
+Reads headers and scales, no weights, and compiles without writing anything: with `--explain` it
 says what was chosen. The exit status is 1 where a finding is an error.
 """
 

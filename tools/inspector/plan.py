@@ -1,9 +1,8 @@
-"""How much memory the cache of a model takes, and who runs the model correctly."""
+"""How much memory the cache of a model takes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvc8.tools.inspector.finding import Finding
 from kvc8.tools.inspector.model_findings import PARALLEL, shares
 from kvc8.tools.inspector.seen import Seen, kv_heads
 
@@ -50,45 +49,3 @@ def _row(cache: str, cards: int, each: int, weights: int) -> CacheRow:
     free = {size: size * GB - -(-weights // cards) for size in CARDS}
     fit = {size: max(0, room // (each or 1) // BLOCK * BLOCK) for size, room in free.items()}
     return CacheRow(cache, cards, each, fit)
-
-
-# What a finding makes a runtime do; from their sources, not tried on a device.
-MINDIE = {
-    "pre-rope": "clips K",
-    "offset": "takes offsets by the wrong bits",
-    "bfloat16": "does not support C8 with bfloat16",
-    "c8-only": "does not support C8 without W8A8",
-    "c8-off": "leaves the KV scales unused",
-    "mixed-linears": "cannot pack linears of two kinds",
-    "float32-scale": "expects float16 scales",
-}
-VLLM = {
-    "pre-rope": "clips K",
-    "offset": "adds offsets and never takes them off",
-    "c8-off": "leaves the KV scales unused",
-    "c8-off-vllm": "leaves the KV scales unused",
-}
-KVC8 = {
-    "pre-rope": "widens the K scales",
-    "no-data": "it runs once the weights are there",
-    "no-c8": "compiles it once there are KV scales",
-}
-COMPRESSED = "reads no compressed-tensors KV scales"
-
-
-def runtimes(seen: Seen, findings: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
-    """What each runtime does with this directory that one should know; nothing where all is well.
-
-    Only what makes answers wrong or keeps the model from running counts, but for kvc8.
-    """
-    kinds = dict.fromkeys(finding.kind for finding in findings)
-    broken = any(finding.severity == "error" for finding in findings)
-    if broken or seen.refusal:
-        return {"kvc8": ("refuses it",), **dict.fromkeys(("MindIE", "vllm-ascend"), ("not asked",))}
-    told = {"kvc8": KVC8, "MindIE": MINDIE, "vllm-ascend": VLLM}
-    found = {name: tuple(says[k] for k in kinds if k in says) for name, says in told.items()}
-    if seen.npu_refusal:
-        found["kvc8"] += (f"compiles it for onnx, and not for npu: {seen.npu_refusal}",)
-    if seen.layout == "compressed-tensors":
-        found["MindIE"] = found["vllm-ascend"] = (COMPRESSED,)
-    return found

@@ -8,10 +8,17 @@ from dataclasses import asdict
 from kvc8.ir.checkpoint.layouts import fact
 from kvc8.tools.inspector.finding import Finding, in_layers, plural
 from kvc8.tools.inspector.kv_findings import k_ratios
-from kvc8.tools.inspector.plan import CARDS, MemoryPlan, runtimes
+from kvc8.tools.inspector.plan import CARDS, MemoryPlan
 from kvc8.tools.inspector.seen import Kinds, Seen, head_dim, kv_heads, linears
+from kvc8.tools.inspector.verdicts import Verdict, verdicts
 
 WIDTH = 80
+# What a finding makes kvc8 do.
+KVC8 = {
+    "pre-rope": "widens the K scales",
+    "no-data": "it runs once the weights are there",
+    "no-c8": "compiles it once there are KV scales",
+}
 
 
 def as_json(seen: Seen, findings: Sequence[Finding], plan: MemoryPlan) -> str:
@@ -34,7 +41,10 @@ def as_json(seen: Seen, findings: Sequence[Finding], plan: MemoryPlan) -> str:
         "kv_calibrated": seen.calibrated,
         "layers": layers,
         "memory": asdict(plan),
-        "runtimes": {name: list(told) for name, told in runtimes(seen, findings).items()},
+        "runtimes": {
+            "kvc8": {"outcome": "; ".join(_kvc8(seen, findings))},
+            **{name: _as_dict(told) for name, told in verdicts(seen, findings).items()},
+        },
         "findings": [asdict(finding) for finding in findings],
         "refusal": str(seen.refusal or ""),
     }
@@ -134,13 +144,44 @@ def _wrap(text: str, indent: int, head: str = "") -> list[str]:
 
 
 def _runtimes(seen: Seen, findings: Sequence[Finding]) -> list[str]:
-    told = runtimes(seen, findings)
-    well = {"kvc8": "compiles it as it is"}
-    rows = [
-        (name, "; ".join(said) or well.get(name, "nothing known against it"))
-        for name, said in told.items()
-    ]
-    return ["runtimes (by their sources; none was tried on a device)", *_table(rows)]
+    rows = [(name, _told(told)) for name, told in verdicts(seen, findings).items()]
+    head = "runtimes (by their sources; none was tried on a device)"
+    return [head, *_table([("kvc8", "; ".join(_kvc8(seen, findings)))]), *_rows(rows)]
+
+
+def _rows(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """A row each under names that are long, those that say the same in one."""
+    alike: dict[str, list[str]] = {}
+    for name, text in rows:
+        alike.setdefault(text, []).append(name)
+    return [line for text, names in alike.items() for line in _wrap(text, 14, _head_of(names))]
+
+
+def _head_of(names: list[str]) -> str:
+    return f"  {', '.join(names)}: "
+
+
+def _kvc8(seen: Seen, findings: Sequence[Finding]) -> list[str]:
+    """What kvc8-compile does with the directory."""
+    kinds = {finding.kind for finding in findings}
+    if seen.refusal or any(finding.severity == "error" for finding in findings):
+        return ["refuses it"]
+    said = [text for kind, text in KVC8.items() if kind in kinds]
+    if seen.npu_refusal:
+        said.append(f"compiles it for onnx, and not for npu: {seen.npu_refusal}")
+    return said or ["compiles it as it is"]
+
+
+def _told(verdict: Verdict) -> str:
+    """A verdict in words: what the engine does, why and where that was read, and what to mind."""
+    why = [f"{trap.why}{f' ({trap.source})' if trap.source else ''}" for trap in verdict.traps]
+    said = f"{verdict.outcome}: {'; '.join(why)}" if why else verdict.outcome
+    return ". ".join((said, *verdict.care))
+
+
+def _as_dict(verdict: Verdict) -> dict[str, object]:
+    why = [{"does": t.outcome, "why": t.why, "source": t.source} for t in verdict.traps]
+    return {"outcome": verdict.outcome, "why": why, "care": list(verdict.care)}
 
 
 def _findings(findings: Sequence[Finding]) -> list[str]:

@@ -1,8 +1,8 @@
 """Look at a model directory without refusing what the compiler would refuse.
 
-Read are JSON files, headers, KV scales and the biases of norms; of the weights nothing. The model
-is captured as kvc8-compile does it, from its config, to see what lies between k_proj and the cache,
-and lowered, to see whether the NPU half takes it.
+Read are JSON files, headers, scales of the cache and of inputs and the biases of norms; of the
+weights nothing. The model is captured as kvc8-compile does it, from its config, to see what lies
+between k_proj and the cache, and lowered, to see whether the NPU half takes it.
 """
 
 import warnings
@@ -64,6 +64,7 @@ class Seen:
     values: Mapping[KVName, Tensor]  # KV scales and offsets in their stored dtypes
     calibrated: Calibrated | None
     k_layers: Mapping[int, KLayer]  # empty where the model cannot be captured
+    inputs: Mapping[str, tuple[str, str]]  # of linears in W8A8: equal where scales are
     norm_biases: tuple[str, ...]  # that the checkpoint adds to the model
     captured_with: tuple[ModelWarning, ...]
     refusal: KVC8Error | None  # what kvc8-compile says; None where it compiles
@@ -110,6 +111,7 @@ def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
         values={key: reader.read(files.tensors[name]).flatten() for key, name in small.items()},
         calibrated=(calibrated or _calibrated(files, checkpoint)) if names else None,
         k_layers=_k_layers(program) if program else {},
+        inputs=checkpoint.inputs if checkpoint else {},
         norm_biases=tuple(_norm_biases(program)) if program else (),
         captured_with=warned,
         refusal=why,
