@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from kvc8.tools import small_model
 
@@ -18,6 +19,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # One thread, so that a sum is taken in the same order on every machine.
 torch.set_num_threads(1)
+# How long an example takes tells of what else the machine does.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 SIZES = {
     "vocab_size": 128,

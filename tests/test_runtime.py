@@ -47,7 +47,7 @@ def loaded(artifact: Artifact, blocks: int = 16) -> Model:
     return load(artifact.programs, artifact.make, blocks=blocks, block_size=BLOCK)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     count=st.integers(1, 12),
     block_size=st.integers(1, 5),

@@ -10,7 +10,7 @@ from kvc8.tools.inspector.finding import Finding, in_layers, plural
 from kvc8.tools.inspector.kv_findings import k_ratios
 from kvc8.tools.inspector.plan import CARDS, MemoryPlan
 from kvc8.tools.inspector.seen import Kinds, Seen, head_dim, kv_heads, linears
-from kvc8.tools.inspector.verdicts import Verdict, verdicts
+from kvc8.tools.inspector.verdicts import EngineVerdict, verdicts
 
 WIDTH = 80
 # What a finding makes kvc8 do.
@@ -172,14 +172,14 @@ def _kvc8(seen: Seen, findings: Sequence[Finding]) -> list[str]:
     return said or ["compiles it as it is"]
 
 
-def _told(verdict: Verdict) -> str:
+def _told(verdict: EngineVerdict) -> str:
     """A verdict in words: what the engine does, why and where that was read, and what to mind."""
     why = [f"{trap.why}{f' ({trap.source})' if trap.source else ''}" for trap in verdict.traps]
     said = f"{verdict.outcome}: {'; '.join(why)}" if why else verdict.outcome
     return ". ".join((said, *verdict.care))
 
 
-def _as_dict(verdict: Verdict) -> dict[str, object]:
+def _as_dict(verdict: EngineVerdict) -> dict[str, object]:
     why = [{"does": t.outcome, "why": t.why, "source": t.source} for t in verdict.traps]
     return {"outcome": verdict.outcome, "why": why, "care": list(verdict.care)}
 

@@ -40,7 +40,7 @@ class Trap:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EngineVerdict:
     """What an engine does, and why; `care` holds for any C8 directory in it."""
 
     outcome: Outcome | Literal["not asked"]
@@ -238,12 +238,12 @@ COMPRESSED = Trap(
 )
 
 
-def verdicts(seen: Seen, findings: Sequence[Finding]) -> dict[str, Verdict]:
+def verdicts(seen: Seen, findings: Sequence[Finding]) -> dict[str, EngineVerdict]:
     """What each engine does with this directory; none is asked about one that kvc8 refuses."""
     if seen.refusal or any(finding.severity == "error" for finding in findings):
-        return dict.fromkeys(ENGINES, Verdict("not asked"))
+        return dict.fromkeys(ENGINES, EngineVerdict("not asked"))
     if seen.layout == "compressed-tensors":
-        return dict.fromkeys(ENGINES, Verdict("leaves C8 off", (COMPRESSED,)))
+        return dict.fromkeys(ENGINES, EngineVerdict("leaves C8 off", (COMPRESSED,)))
     kinds = frozenset(finding.kind for finding in findings)
     found = {
         name: tuple(t for t in TRAPS if name in t.engines and t.here(seen, kinds))
@@ -252,9 +252,9 @@ def verdicts(seen: Seen, findings: Sequence[Finding]) -> dict[str, Verdict]:
     return {name: _verdict(seen, name, traps) for name, traps in found.items()}
 
 
-def _verdict(seen: Seen, name: str, traps: tuple[Trap, ...]) -> Verdict:
+def _verdict(seen: Seen, name: str, traps: tuple[Trap, ...]) -> EngineVerdict:
     outcomes = {trap.outcome for trap in traps}
     worst = [outcome for outcome in WORST if outcome in outcomes]
     outcome: Outcome = worst[0] if worst else "runs right"
     on = bool(seen.names) and outcome in ("runs right", "answers wrongly")
-    return Verdict(outcome, traps, CARE.get(name, ()) if on else ())
+    return EngineVerdict(outcome, traps, CARE.get(name, ()) if on else ())
