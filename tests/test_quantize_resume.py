@@ -66,7 +66,7 @@ def test_killed_at_random_moments_and_resumed(options, tiny_model, texts, tmp_pa
 
     The model is captured once, so that the moments fall into the work itself.
     """
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=2)
     dtype = torch.float32
     program = capture(open_checkpoint(model), dtype)
     monkeypatch.setattr(quantizing, "capture", lambda *_: program)
