@@ -149,7 +149,7 @@ def test_activations_beyond_the_budget_are_read_back(tiny_model, texts, tmp_path
     """A budget without room for any gives the same bytes as one with room for all."""
     model = tiny_model("llama")
     assert quantize_(*arguments(model, tmp_path / "all", texts, *VENDOR)) == 0
-    monkeypatch.setattr(quantize, "room", lambda *_: 0.0)
+    monkeypatch.setattr(quantizing, "room", lambda *_: 0.0)
     assert quantize_(*arguments(model, tmp_path / "none", texts, *VENDOR)) == 0
     assert (tmp_path / "all" / WEIGHTS).read_bytes() == (tmp_path / "none" / WEIGHTS).read_bytes()
 
