@@ -121,6 +121,7 @@ def test_the_command_prints_a_table(capsys):
     assert "against reference f32" in said
     assert "against reference f64" in said
     assert "they were not verified on a device" in said
+    assert max(len(line.rstrip()) for line in said.splitlines()) <= 80
 
 
 @pytest.mark.slow

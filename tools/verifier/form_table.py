@@ -35,6 +35,8 @@ EXACT = (
     *phases.EXACT,
 )  # must agree with what they stand against, whatever the sums
 LOGITS = 1e-3
+WIDTH, CODES = 80, 54  # characters of a line, and what a row of codes takes beside its name
+LEAST = 0.001  # of a share in percent
 STEPS = 4  # that are compared with transformers' own model
 
 
@@ -130,27 +132,39 @@ def print_rows(found: Sequence[FormRow | LeftOut], tokens: Tokens) -> None:
     print(f"{len(tokens.prompt)} tokens of prompt and {len(tokens.steps)} decode steps")
     rows = [row for row in found if isinstance(row, FormRow)]
     wide = max(len(row.form) for row in rows)  # a directory's name may be longer than any form's
+    console = Console(width=max(WIDTH, wide + CODES))
     for against in dict.fromkeys(row.against for row in rows):
-        Console(width=106 + max(18, wide)).print(
-            _table([row for row in rows if row.against == against], against)
-        )
+        group = [row for row in rows if row.against == against]
+        console.print(_logits_table(group, against))
+        if any(row.codes for row in group):
+            console.print(_codes_table(group))
     for left in found:
         if isinstance(left, LeftOut):
             print(f"{left.form} is left out: {left.left_out}")
     print("NPU rows are emulated as the ops are documented; they were not verified on a device")
 
 
-def _table(rows: list[FormRow], against: str) -> Table:
-    table = Table(title=f"against {against}", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    table.add_column(no_wrap=True, min_width=18)
-    for name in ("logits, max", "dB", "KL, mean", "greedy", "codes differ", "by 1, by 2, by more"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("at most", "at end", "first", "same inputs"):
-        table.add_column(name, justify="right", no_wrap=True)
+def _logits_table(rows: Sequence[FormRow], against: str) -> Table:
+    table = _empty(("logits, max", "dB", "KL, mean", "greedy"), f"against {against}")
     for row in rows:
         noise, greedy = decibels(row.logits.snr), f"{row.greedy}/{row.calls}"
-        figures = (f"{row.logits.largest:.2g}", noise, f"{row.kl:.2g}", greedy)
-        table.add_row(row.form, *figures, *_codes(row))
+        table.add_row(row.form, f"{row.logits.largest:.2g}", noise, f"{row.kl:.2g}", greedy)
+    return table
+
+
+def _codes_table(rows: Sequence[FormRow]) -> Table:
+    of_ends = ("at\nmost", "at\nend", "first\nin", "same\ninputs")
+    table = _empty(("codes\ndiffer", "by 1, by 2,\nby more", *of_ends), None)
+    for row in rows:
+        table.add_row(row.form, *_codes(row))
+    return table
+
+
+def _empty(names: Sequence[str], title: str | None) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column(no_wrap=True, min_width=18)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -161,9 +175,12 @@ def _codes(row: FormRow) -> tuple[str, ...]:
     first = "-" if codes.first is None else f"layer {codes.first}"
     by = " ".join(_share(count, codes.of) for count in codes.by) if codes.differ else ""
     same = "" if codes.same_inputs is None else str(codes.same_inputs)
-    ends = f"{codes.saturated:.2%}"
+    ends = f"{codes.saturated:.1%}"
     return (_share(codes.differ, codes.of), by, str(codes.most), ends, first, same)
 
 
 def _share(count: int, of: int) -> str:
-    return f"{count / of:.2%}" if count else "0"
+    """A share in percent; "0" is none, and what would be rounded to nothing says so."""
+    if not count:
+        return "0"
+    return f"{count / of:.1%}" if count / of >= LEAST else f"<{LEAST:.1%}"
