@@ -141,7 +141,7 @@ def print_rows(found: Sequence[FormRow | LeftOut], tokens: Tokens) -> None:
     for left in found:
         if isinstance(left, LeftOut):
             print(f"{left.form} is left out: {left.left_out}")
-    print("NPU rows are emulated as the ops are documented; they were not verified on a device")
+    print("NPU rows are emulated as documented; they were not verified on a device")
 
 
 def _logits_table(rows: Sequence[FormRow], against: str) -> Table:
