@@ -13,12 +13,14 @@ Engine = Callable[..., LLM]
 
 @pytest.fixture
 def engine(made) -> Engine:
-    """`engine(blocks, chunk)`: vLLM with so many blocks of cache and chunks of so many tokens."""
+    """`engine(blocks, chunk, longest)`: vLLM with so many blocks of cache, and such chunks and
+    requests, in tokens. It does not start where the cache cannot hold the longest request.
+    """
 
-    def engine(blocks: int, chunk: int) -> LLM:
+    def engine(blocks: int, chunk: int, longest: int) -> LLM:
         return LLM(
             model=str(made / "exact"),
-            max_model_len=1024,
+            max_model_len=longest,
             enforce_eager=True,
             num_gpu_blocks_override=blocks,
             kv_cache_memory_bytes=blocks * BLOCK * 11520,
@@ -48,7 +50,7 @@ def free_blocks(llm: LLM) -> tuple[int, int]:
 
 
 def test_in_chunks_and_with_a_prefix_cache_cold_and_warm(engine, prompts, generated) -> None:
-    llm, most = engine(160, 256), len(generated[0])
+    llm, most = engine(160, 256, 1024), len(generated[0])
     assert continued(llm, prompts, most) == generated
     found = metric(llm, "prefix_cache_hits")
     assert continued(llm, prompts, most) == generated
@@ -62,7 +64,7 @@ def test_when_sequences_are_preempted(engine, prompts, generated) -> None:
     most = len(generated[0])
     few = prompts[:6]
     blocks = sum(-(-len(prompt) // BLOCK) for prompt in few)
-    llm = engine(blocks + 2, 1024)
+    llm = engine(blocks + 2, 1024, 256)
     assert continued(llm, few, most) == generated[:6]
     assert metric(llm, "num_preemptions") >= 4
     free, count = free_blocks(llm)

@@ -4,6 +4,8 @@ python compile.py MODEL OUT
 
 OUT/c8, OUT/w8a8          MODEL with an int8 cache, its linears float or W8A8
 OUT/c8-npu, OUT/w8a8-npu  what kvc8-compile makes of them
+OUT/vllm-ascend/NAME      the vendor's directories of tests/golden, converted and mended
+OUT/mindie/NAME           one of them, in the form that MindIE wants
 OUT/exact                 the QUANTIZED program of OUT/c8 in float64, for plugin/kvc8_checks.py
 OUT/tokens.json           the prompts, and what kvc8's own loop says in float64
 """
@@ -25,7 +27,7 @@ from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program
 from kvc8.ir.text import show
 from kvc8.passes import pipeline
-from kvc8.tools import command, quantize
+from kvc8.tools import command, convert, quantize
 from kvc8.tools import compile as compiler
 from kvc8.tools.driver.tokenizer import read_tokenizer
 
@@ -44,8 +46,18 @@ def main(model: str, out: str) -> None:
         typed(quantize, [*arguments, *calibration])
         artifact = [str(folder / name), "-o", str(folder / f"{name}-npu"), "--target", "npu"]
         typed(compiler, [*artifact, "--prefill-kv", "int8"])
+    for golden in sorted((ROOT / "tests/golden/checkpoints").glob("*/quant")):
+        converted(golden, folder, "vllm-ascend")
+    converted(ROOT / "tests/golden/checkpoints/llama_fp16_m3/quant", folder, "mindie")
     program = exact(folder / "c8", folder / "exact")
     (folder / "tokens.json").write_text(json.dumps(expected(folder / "c8", program)))
+
+
+def converted(golden: Path, folder: Path, engine: str) -> None:
+    """Write a golden directory as an engine wants it."""
+    out = folder / engine / golden.parent.name
+    out.parent.mkdir(exist_ok=True)
+    typed(convert, [str(golden), "--for", engine, "-o", str(out)])
 
 
 def typed(tool, arguments: list[str]) -> None:
