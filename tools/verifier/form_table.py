@@ -175,12 +175,16 @@ def _codes(row: FormRow) -> tuple[str, ...]:
     first = "-" if codes.first is None else f"layer {codes.first}"
     by = " ".join(_share(count, codes.of) for count in codes.by) if codes.differ else ""
     same = "" if codes.same_inputs is None else str(codes.same_inputs)
-    ends = f"{codes.saturated:.1%}"
+    ends = _percent(codes.saturated)
     return (_share(codes.differ, codes.of), by, str(codes.most), ends, first, same)
 
 
 def _share(count: int, of: int) -> str:
-    """A share in percent; "0" is none, and what would be rounded to nothing says so."""
-    if not count:
+    return _percent(count / of) if count else "0"
+
+
+def _percent(share: float) -> str:
+    """A share with a digit; "0" is none, and what would be rounded to nothing says so."""
+    if not share:
         return "0"
-    return f"{count / of:.1%}" if count / of >= LEAST else f"<{LEAST:.1%}"
+    return f"{share:.1%}" if share >= LEAST else f"<{LEAST:.1%}"
