@@ -19,14 +19,18 @@ from kvc8.tools.benchmarks.measured import CODE
 from kvc8.tools.driver.tokenizer import read_tokenizer
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"```sh\n(.*?)```\n((?:\n(?:    [^\n]*\n)+)*)", re.DOTALL)
+BLOCK = re.compile(r"```(sh|python)\n(.*?)```\n((?:\n(?:    [^\n]*\n)+)*)", re.DOTALL)
 NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?%?")
 
 
 def blocks() -> list[tuple[str, list[str]]]:
-    """Each command of the README with the lines of output that follow it."""
+    """Each command of the README, Python as one too, with the lines of output that follow it."""
     found = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    return [(command, [x for x in said.splitlines() if x.strip(" .")]) for command, said in found]
+    typed = {"sh": "{}", "python": "python - <<'END'\n{}END\n"}
+    return [
+        (typed[kind].format(command), [x for x in said.splitlines() if x.strip(" .")])
+        for kind, command, said in found
+    ]
 
 
 def shape(line: str) -> str:
@@ -83,7 +87,7 @@ def test_the_readme(smollm2, tmp_path):
         said = {shape(line) for line in f"{done.stdout}{done.stderr}".splitlines()}
         assert [line for line in wanted if shape(line) not in said] == [], done.stdout
         ran, everything = ran + 1, everything + done.stdout + done.stderr
-    assert ran >= 5
+    assert ran >= 6
     assert "scattering" in everything.lower()  # why the sky is blue, as the compiled model has it
     assert "11,520 bytes, 50% of float16's 23,040" in everything
     # What the default recipe is held to, on a text that it has not seen; and half of what
