@@ -260,11 +260,12 @@ def check_parameters(
 
     A part that the last rank can take, each other rank can.
     """
-    made: dict[Expression, TensorType] = {}  # phases share most of theirs
+    made: dict[object, TensorType] = {}  # layers and phases share most of theirs
     for node in (node for program in programs.values() for node in program.parameters()):
         expression = bound(expression_of(node), ranks - 1)
         try:
-            found = made.get(expression) or _made(expression, tensors, derived)
+            kind = _kind(expression, tensors, derived)
+            found = made.get(kind) or _made(expression, tensors, derived)
         except IRError as error:
             raise error.within(node.name) from error
         except UNFIT as error:
@@ -272,10 +273,31 @@ def check_parameters(
             raise IRError(
                 node.name, f"{expression.op} does not fit ({why})", "correct it"
             ) from error
-        made[expression] = found
+        made[kind] = found
         if found != tensor_type(node):
             what = f"is declared {tensor_type(node)} and its expression makes {found}"
             raise IRError(node.name, what, "declare it so")
+
+
+def _kind(
+    arg: Arg, tensors: Mapping[str, StoredTensor], derived: Mapping[str, StoredTensor]
+) -> object:
+    """All that an expression's type follows from: it, with types in the place of stored names."""
+    if isinstance(arg, tuple):
+        return tuple(_kind(item, tensors, derived) for item in arg)
+    if not isinstance(arg, Expression):
+        return type(arg), arg
+    if arg.op in ("stored", "stacked"):
+        return arg.op, *(_stored_type(tensors, name) for name in stored_names(arg))
+    if arg.op == "derived":
+        return arg.op, _stored_type(derived, str(arg.args[0]))
+    return arg.op, _kind(arg.args, tensors, derived)
+
+
+def _stored_type(tensors: Mapping[str, StoredTensor], name: str) -> TensorType:
+    if name not in tensors:
+        raise IRError(shown(name), "is no stored tensor", "correct the name")
+    return TensorType(tensors[name].dtype, tensors[name].shape)
 
 
 def _made(
@@ -291,6 +313,4 @@ def _made(
 
 def _blank(tensors: Mapping[str, StoredTensor], name: str) -> torch.Tensor:
     """A tensor without data in place of a stored one."""
-    if name not in tensors:
-        raise IRError(shown(name), "is no stored tensor", "correct the name")
     return torch.empty(tensors[name].shape, dtype=tensors[name].dtype)
