@@ -1,164 +1,29 @@
 """Emulated NPU ops give what the vendor's golden functions give."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvc8.backends.npu.emulation import attention, matmul, quantization, scaled_attention
 from kvc8.ir import npu
+from kvc8.tools.device_checker import vectors
+from kvc8.tools.device_checker.vectors import ATB_OPERATIONS, GOLDEN, Case
 
-VECTORS = Path(__file__).parent / "golden" / "npu_ops"
-CASES = {case["id"]: case for case in json.loads((VECTORS / "index.json").read_text())["cases"]}
-PRIMARY = {name: case for name, case in CASES.items() if case["variant"] != "contradicts"}
+CASES, PRIMARY = vectors.cases(GOLDEN), vectors.primary(GOLDEN)
 
 # The one golden that its kernel contradicts: it multiplies by the scale and clamps at 10.
 CONTRADICTED = {"npu_rope_quant_kvcache__VARIANT_opplugin_multiply_clamp0_10"}
 
-# Integer outputs are held to be exact, whatever the tolerance of the index, but where the kernel
-# rounds to half precision before it rounds to an integer and the golden does not.
-ROUNDS_TWICE = ("_npu_quantize_per_tensor", "npu_rms_norm_quant", "atb_pre_rms_norm_quant")
-# Held to the vendor's own tolerance only: with a float16 result npu_quant_matmul cuts its scale to
-# 19 bits, up to 1/1024 below what this golden multiplies by, and the tolerance is 2/1000.
-CUTS_ITS_SCALE = ("atb_linear",)
 
-
-def decode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """An argument as index.json writes it."""
-    if isinstance(value, list):
-        return [decode(item, tensors) for item in value]
-    if isinstance(value, dict) and "$tensor" in value:
-        return tensors[value["$tensor"]]
-    if isinstance(value, dict) and "$dtype" in value:
-        return getattr(torch, value["$dtype"].removeprefix("torch."))
-    return value
-
-
-def load(case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    stored = load_file(VECTORS / case["file"])
-    inputs = {name[3:]: tensor for name, tensor in stored.items() if name.startswith("in.")}
-    return inputs, {name[4:]: tensor for name, tensor in stored.items() if name.startswith("out.")}
-
-
-def run(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Call the op of a case and name its outputs."""
-    args = [decode(arg, tensors) for arg in case["args"]]
-    kwargs = {name: decode(arg, tensors) for name, arg in case["kwargs"].items()}
-    if case["fn"] in ATB_OPERATIONS:
-        returned = ATB_OPERATIONS[case["fn"]](tensors, **kwargs)
-    else:
-        kwargs.pop("_nz", None)  # a mark for emulations that do not look at the caches' shapes
-        namespace = torch.ops.atb if case["fn"].startswith("_") else torch.ops.npu
-        returned = getattr(namespace, case["fn"])(*args, **kwargs)
-    if isinstance(returned, Tensor):
-        returned = (returned,)
-    return {
-        out["name"]: tensors[out["input"]] if out["from"] == "mutated" else returned[out["index"]]
-        for out in case["outputs"]
-    }
-
-
-# ATB operations that torch has no overload for, or one that gives them other arguments: each is
-# computed by the op that kvc8 offers in its place.
-
-
-def atb_paged_attention(given: dict[str, Tensor], **param: Any) -> Tensor:
-    """PagedAttentionOperation without offsets, as the torch op that builds it."""
-    query, table, lens = given["query"], given["block_table"], given["context_lens"]
-    acl = {torch.float16: 1, torch.bfloat16: 27}[query.dtype]
-    out = torch.empty_like(query)
-    sizes = param["kvHeadNum"], param["headNum"], param["qkScale"]
-    caches = given["key_cache"], given["value_cache"]
-    descales = given["k_descale"], given["v_descale"]
-    npu.atb_paged_attention_quant(query, *caches, *sizes, table, lens, 1, acl, *descales, out)
-    return out
-
-
-def atb_linear(given: dict[str, Tensor], **param: Any) -> Tensor:
-    """LinearOperation on int8: (x·w + bias)*deqScale."""
-    weight = given["weight"].T if param["transposeB"] else given["weight"]
-    bias = given["bias"].flatten() if param["hasBias"] else None
-    dtype = {"ACL_FLOAT16": torch.float16, "ACL_BF16": torch.bfloat16}[param["outDataType"]]
-    call = {"bias": bias, "output_dtype": dtype}
-    return npu.npu_quant_matmul(given["x"], weight, given["deqScale"], **call)
-
-
-def atb_rope(given: dict[str, Tensor], **param: Any) -> tuple[Tensor, ...]:
-    """RopeOperation with rotaryCoeff 2, rotation by halves."""
-    assert param == {"rotaryCoeff": 2}
-    cos, sin = given["cos"][:, None], given["sin"][:, None]
-    heads = (given[name].unflatten(1, (-1, cos.shape[-1])) for name in ("q", "k"))
-    return tuple(npu.npu_rotary_mul(x, cos, sin).flatten(1) for x in heads)
-
-
-def atb_dequant(given: dict[str, Tensor]) -> Tensor:
-    """Elewise dequantization; its offset is the zero point and not minus it."""
-    offset = -given["offset"].float()
-    return npu.npu_anti_quant(given["x"], given["scale"].float(), offset=offset, dst_dtype=5)
-
-
-def atb_pre_rms_norm_quant(given: dict[str, Tensor], **param: Any) -> tuple[Tensor, ...]:
-    """RmsNormOperation, PRE_NORM and quantizing: codes of the norm of x + resIn, and the sum."""
-    gamma, beta, scale, offset = (given[name] for name in ("gamma", "beta", "scale", "offset"))
-    *_, total = npu.npu_add_rms_norm(given["x"], given["resIn"], gamma[0], param["epsilon"])
-    codes = npu.npu_rms_norm_quant(total, gamma, beta, scale, offset, param["epsilon"])
-    return codes, total
-
-
-ATB_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "atb_paged_attention": atb_paged_attention,
-    "atb_linear": atb_linear,
-    "atb_rope": atb_rope,
-    "atb_elewise_dequant_per_channel": atb_dequant,
-    "atb_pre_rms_norm_quant": atb_pre_rms_norm_quant,
-}
-
-
-def accepts(got: Tensor, expected: Tensor, tol: dict[str, Any], *, exact: bool) -> bool:
-    """Whether got is expected within a tolerance of index.json."""
-    if got.dtype != expected.dtype or got.shape != expected.shape:
-        return False
-    a, b = got.double(), expected.double()
-    if exact or tol["kind"] == "exact" or tol.get("tight_ulp") == 0:
-        return torch.equal(a, b)
-    error = (a - b).abs()
-    error[(a == b) | (a.isnan() & b.isnan())] = 0  # infinities that agree
-    match tol["kind"]:
-        case "abs":
-            return bool((error <= tol["atol"]).all())
-        case "allclose":
-            return bool((error <= tol["atol"] + tol["rtol"] * b.abs()).all())
-        case "rel_max1":
-            return bool((error <= tol["err"] * b.abs().clamp(min=1)).all())
-        case "rtol_equal":  # a fraction of the values may miss it, in torch_npu's own tests
-            bound = tol["prec"] * torch.maximum(a.abs(), b.abs()).clamp(min=1)
-            allowed = 0 if expected.dtype == torch.bfloat16 else int(tol["prec"] * error.numel())
-            return int((~(error <= bound)).sum()) <= allowed
-    raise AssertionError(f"{tol['kind']} is not a tolerance that is known")
-
-
-def without_tight(tol: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in tol.items() if name != "tight_ulp"}
-
-
-def passes(case: dict[str, Any]) -> bool:
-    inputs, expected = load(case)
-    got = run(case, inputs)
-    return all(
-        accepts(
-            got[out["name"]],
-            expected[out["name"]],
-            without_tight(out["tol"]) if case["fn"] in CUTS_ITS_SCALE else out["tol"],
-            exact=not expected[out["name"]].is_floating_point() and case["fn"] not in ROUNDS_TWICE,
-        )
-        for out in case["outputs"]
-    )
+def passes(case: Case) -> bool:
+    """Whether the emulation gives what the vendor's golden function gave."""
+    stored, expected = vectors.load(case, GOLDEN)
+    inputs = {name: tensor.clone() for name, tensor in stored.items()}  # some ops write to theirs
+    return vectors.passes(case, vectors.run(case, inputs), expected)
 
 
 @pytest.mark.parametrize("name", sorted(PRIMARY))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu import artifact_reader
+from kvc8.backends.npu.artifact_reader import Artifact
 from kvc8.backends.npu.dumps import Difference, ValueDump, again
 from kvc8.backends.npu.graphs import Recorder
 from kvc8.backends.runtime.generate import generate
@@ -121,13 +122,7 @@ def called_ops(directory: Path) -> tuple[str, ...]:
 def compared(machine: Machine, directory: Path, *, graph: bool) -> dict[str, Any]:
     """Nodes that differ from what the emulation makes of the device's own inputs; and tokens."""
     artifact = artifact_reader.read(directory)
-    on_device = load(
-        artifact.programs,
-        artifact.make,
-        blocks=BLOCKS,
-        block_size=artifact.block_size,
-        device=machine.device,
-    )
+    on_device = _on(machine, artifact)
     if graph:
         return _graph_tokens(machine, artifact, on_device)
     dump = ValueDump(artifact.programs)
@@ -150,19 +145,24 @@ def compared(machine: Machine, directory: Path, *, graph: bool) -> dict[str, Any
     }
 
 
-def _graph_tokens(machine: Machine, artifact: Any, on_device: Model) -> dict[str, Any]:
+def _on(machine: Machine, artifact: Artifact) -> Model:
+    """A compiled form, loaded onto the device."""
+    return load(
+        artifact.programs,
+        artifact.make,
+        blocks=BLOCKS,
+        block_size=artifact.block_size,
+        device=machine.device,
+    )
+
+
+def _graph_tokens(machine: Machine, artifact: Artifact, on_device: Model) -> dict[str, Any]:
     """Whether recorded steps give the tokens of eager ones."""
     if machine.graphs is None:
         return {"outcome": "not tried"}
     with machine.running():
         eager = _tokens(on_device)
-        again_ = load(
-            artifact.programs,
-            artifact.make,
-            blocks=BLOCKS,
-            block_size=artifact.block_size,
-            device=machine.device,
-        )
+        again_ = _on(machine, artifact)
         again_.runner = Recorder(machine.graphs, blocks=BLOCKS)
         same = _tokens(again_) == eager
     return {"outcome": "equal" if same else "off by more", "differ": [], "same tokens": same}
