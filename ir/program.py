@@ -25,7 +25,7 @@ from torch.fx.node import Argument
 
 from kvc8.ir.errors import IRError
 from kvc8.ir.expression import Expression
-from kvc8.ir.shapes import Op, Shapes
+from kvc8.ir.shapes import Op, Shapes, frozen
 from kvc8.ir.types import TensorType, Type
 
 CACHES = ("cache", "cache_nz")  # expressions
@@ -57,15 +57,19 @@ class Program:
 
     def inputs(self) -> list[Node]:
         """The inputs of a step, without parameters and caches."""
-        return [n for n in self.graph.nodes if n.op == "placeholder" and "expression" not in n.meta]
+        return [n for n in self.placeholders() if "expression" not in n.meta]
 
     def parameters(self) -> list[Node]:
         """The placeholders made from the checkpoint."""
-        return [n for n in self.graph.nodes if is_parameter(n)]
+        return [n for n in self.placeholders() if is_parameter(n)]
 
     def caches(self) -> list[Node]:
         """The KV caches: of each layer K, then V."""
-        return [n for n in self.graph.nodes if is_cache(n)]
+        return [n for n in self.placeholders() if is_cache(n)]
+
+    def placeholders(self) -> list[Node]:
+        """The inputs, caches and parameters, in order."""
+        return self.graph.find_nodes(op="placeholder")
 
     def call(
         self,
@@ -108,8 +112,7 @@ class Program:
 
     def _last_placeholder(self) -> Node | None:
         if self._last is None or self._last._erased:
-            found = [node for node in self.graph.nodes if node.op == "placeholder"]
-            return found[-1] if found else None
+            return next(reversed(self.placeholders()), None)
         return self._last
 
     def drop_dead_calls(self) -> None:
@@ -124,8 +127,13 @@ class Program:
         fx numbers new names after all that it ever gave, and a text that is read back has no past.
         """
         names = _Namespace()
-        for node in self.graph.nodes:
-            names.create_name(node.name, None)
+        for node in self.graph.nodes:  # what create_name does for a name that is free, in less time
+            names._used_names.add(node.name)
+            base, _, number = node.name.rpartition("_")
+            if base and number.isdigit():
+                names._base_count[base] = int(number)
+            else:
+                names._base_count.setdefault(node.name, 0)
         self.graph._graph_namespace = names
 
     def drop_unused_parameters(self) -> None:
@@ -163,9 +171,17 @@ class Program:
         return made
 
 
+def kind_of(node: Node) -> object:
+    """Equal for two calls of one op with equal constants, and tensors of equal types."""
+    args = substitute(node.args, type_of)
+    kwargs = {name: substitute(arg, type_of) for name, arg in node.kwargs.items()}
+    return node.target, frozen(args), frozen(kwargs)
+
+
 def _given(node: Node) -> tuple[object, ...]:
     """All that a call's type is inferred from; equal where each item is the same object."""
-    return node.target, node.args, node.kwargs, *map(type_of, node.all_input_nodes)
+    types = [taken.meta.get("type") for taken in node.all_input_nodes]
+    return node.target, node.args, node.kwargs, *types
 
 
 def _writes(target: object) -> bool:

@@ -69,7 +69,7 @@ def each_ranks_own(program: Program) -> set[Node]:
 
     A cache is each rank's own where something that is goes into it, or is computed with it.
     """
-    found = {n for n in program.graph.nodes if is_parameter(n) and expression_of(n).differs}
+    found = {n for n in program.parameters() if expression_of(n).differs}
     if not found:
         return found
     count = -1

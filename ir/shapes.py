@@ -36,7 +36,7 @@ class Shapes:
 
     def infer(self, target: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
         """The type that target(*args, **kwargs) gives, where types stand in place of values."""
-        key = target, _frozen(args), _frozen(kwargs)
+        key = target, frozen(args), frozen(kwargs)
         if key not in self._seen:
             self._seen[key] = self._run(target, args, kwargs)
         return self._seen[key]
@@ -150,12 +150,12 @@ def _takes_plain(argument: torch.Argument) -> bool:
     return str(kind) == "int"
 
 
-def _frozen(value: object) -> object:
+def frozen(value: object) -> object:
     """A value that can be looked up in a table; 2, 2.0 and True are kept apart."""
     if isinstance(value, tuple | list):
-        return tuple(map(_frozen, value))
+        return tuple(map(frozen, value))
     if isinstance(value, dict):
-        return tuple((name, _frozen(item)) for name, item in value.items())
+        return tuple((name, frozen(item)) for name, item in value.items())
     return type(value), value
 
 

@@ -14,8 +14,9 @@ that the node came from. Types of inputs are believed, those of calls are checke
 
 import ast
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from textwrap import dedent
+from types import MappingProxyType
 
 import torch
 from torch._ops import OpOverload
@@ -29,13 +30,14 @@ from kvc8.ir.shapes import Shapes
 from kvc8.ir.types import DTYPE_NAMES, DTYPES, Dim, IntsType, TensorType, Type, dim, show_type, size
 
 WIDTH = 100
+NONE: Mapping[str, Expression] = MappingProxyType({})
 SPACES = ("aten", "kvc8", "npu", "atb", "_c10d_functional")
 
 
-def show(program: Program) -> str:
-    """Write a program out, one line a node."""
+def show(program: Program, expressions: Mapping[str, Expression] = NONE) -> str:
+    """Write a program out, one line a node; parameters of those names with other expressions."""
     nodes = list(program.graph.nodes)
-    head = [_show_input(node) for node in nodes if node.op == "placeholder"]
+    head = [_show_input(n, expressions.get(n.name)) for n in nodes if n.op == "placeholder"]
     body = [_show_line(node) for node in nodes if node.op != "placeholder"]
     line = f"def {program.stage.value}({', '.join(head)}):"
     if len(line) > WIDTH:
@@ -48,9 +50,10 @@ def show_node(node: Node) -> str:
     return _show_input(node) if node.op == "placeholder" else _show_line(node).strip()
 
 
-def _show_input(node: Node) -> str:
+def _show_input(node: Node, expression: Expression | None = None) -> str:
     text = f"{node.name}: {show_type(type_of(node))}"
-    return f"{text} = {node.meta['expression']}" if "expression" in node.meta else text
+    made = expression or node.meta.get("expression")
+    return f"{text} = {made}" if made else text
 
 
 def _show_line(node: Node) -> str:

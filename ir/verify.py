@@ -74,11 +74,11 @@ def _check_op(stage: Stage, node: Node) -> None:
     op = node.target
     if not isinstance(op, OpOverload):
         return  # arithmetic on the host, or an item of a tuple
-    legal = op in OPS[stage] if op.namespace == "kvc8" else _npu_or_aten(stage, op)
+    legal, written = _rule(stage, op)
     if not legal:
         what = f"{op} has no place in a {stage.value} program"
         raise IRError(node.name, what, "run the pass that replaces it")
-    for arg in [node.args[i] for i in _written(op) if i < len(node.args)]:
+    for arg in [node.args[i] for i in written if i < len(node.args)]:
         if stage is not Stage.LOWERED or not _may_be_written(arg, node):
             raise IRError(node.name, f"{op} writes to {arg}", "use its functional form")
 
@@ -91,11 +91,15 @@ def _may_be_written(arg: Argument, by: Node) -> bool:
     return is_cache(arg) or (new and not any(user < by for user in arg.users))
 
 
-def _npu_or_aten(stage: Stage, op: OpOverload) -> bool:
-    return op.namespace == "aten" or (op.namespace in NPU_SPACES and stage in NPU_STAGES)
-
-
 @functools.cache
+def _rule(stage: Stage, op: OpOverload) -> tuple[bool, tuple[int, ...]]:
+    """Whether a stage may have an op, and the places of the arguments that it writes to."""
+    if op.namespace == "kvc8":
+        return op in OPS[stage], _written(op)
+    npu_op = op.namespace in NPU_SPACES and stage in NPU_STAGES
+    return op.namespace == "aten" or npu_op, _written(op)
+
+
 def _written(op: OpOverload) -> tuple[int, ...]:
     """The places of the arguments that an op writes to, said by its schema or not."""
     specs = enumerate(op._schema.arguments)
@@ -104,9 +108,9 @@ def _written(op: OpOverload) -> tuple[int, ...]:
 
 
 def _check_type(program: Program, node: Node) -> None:
-    fresh = program.infer(node)
-    if fresh != type_of(node):
-        marked, is_ = show_type(type_of(node)), show_type(fresh)
+    fresh, marked_as = program.infer(node), type_of(node)
+    if fresh is not marked_as and fresh != marked_as:
+        marked, is_ = show_type(marked_as), show_type(fresh)
         why = "the pass that changed its arguments must set it again"
         raise IRError(node.name, f"marked {marked} but is {is_}", why)
 

@@ -195,7 +195,8 @@ def lower_for_npu(
     told += run(of_int8, shared, see, "int8", first)
     lowered = {}
     for phase, (before, passes) in plan.items():
-        lowered[phase] = (of_int8 if before else program).copy()
+        start = of_int8 if before else program
+        lowered[phase] = start if phase == "decode" else start.copy()  # decode is the last
         told += run(lowered[phase], passes, see, phase, first + len(before))
     return lowered, told
 

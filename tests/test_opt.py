@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.pass_docs import load
+from torch.fx.graph import _Namespace
 
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
@@ -157,3 +158,23 @@ def test_what_cannot_be_read_or_run_is_refused_in_one_sentence(before, tmp_path,
     assert capsys.readouterr().err == (
         "error: line 7: there is no op aten.no_op; correct its name\n"
     )
+
+
+def test_names_are_forgotten_so_that_new_ones_are_those_of_the_text_alone():
+    """Each name that fx itself gives next: after a pass, and after its text is read by fx."""
+    program = parse("""
+        def captured(x: f32[2], x_7: f32[2] = stored("a"), x_1_2: f32[2] = stored("b")):
+            add: f32[2] = aten.add.Tensor(x, x_7)
+            add_12: f32[2] = aten.add.Tensor(add, x_1_2)
+            add_3: f32[2] = aten.add.Tensor(add_12, x)
+            _1: f32[2] = aten.add.Tensor(add_3, x)
+            return [_1]
+        """)
+    program.forget_names()
+    given, by_fx = program.graph._graph_namespace, _Namespace()
+    for node in program.graph.nodes:
+        by_fx.create_name(node.name, None)
+    asked = ("x", "x_7", "x_1", "add", "add_12", "add_3", "_1", "_", "mul", "mul_2", "add")
+    assert [given.create_name(n, None) for n in asked] == [
+        by_fx.create_name(n, None) for n in asked
+    ]

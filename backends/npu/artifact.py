@@ -83,17 +83,15 @@ def write(
     """
     check_programs(programs)
     check_parameters(programs, checkpoint.tensors, {}, target.ranks)
-    derived: dict[str, torch.Tensor] = {}
-    made: dict[Expression, str] = {}
-    derive = partial(_derive, read=checkpoint.read, ranks=target.ranks, derived=derived, made=made)
-    ready = {phase: derive(programs[phase]) for phase in PHASES}
+    expressions, derived = _derive(programs, checkpoint.read, target.ranks)
     with new_directory(out) as part:
-        part.write(MANIFEST, _json(_manifest(checkpoint, ready, target)))
-        for phase, program in ready.items():
-            part.write(f"{phase}.py", (show(program) + "\n").encode())
+        manifest = _manifest(checkpoint, programs["decode"], expressions, target)
+        part.write(MANIFEST, _json(manifest))
+        for phase in PHASES:
+            part.write(f"{phase}.py", (show(programs[phase], expressions) + "\n").encode())
         part.write(DERIVED, save(derived, metadata={"format": "pt"}))
-        _link_weights(part, checkpoint, ready)
-        part.write(CONFIG, _json(_config(checkpoint, ready)))
+        _link_weights(part, checkpoint, expressions)
+        part.write(CONFIG, _json(_config(checkpoint, programs["decode"])))
         for name in COPIED:
             if source := model_file(checkpoint.path, name):
                 part.write(name, source.read_bytes())
@@ -127,21 +125,22 @@ def disk_use(out: Path) -> DiskUse:
 
 
 def _derive(
-    program: Program,
-    read: Read,
-    ranks: int,
-    derived: dict[str, torch.Tensor],
-    made: dict[Expression, str],
-) -> Program:
-    """A copy that takes small computed parameters from `derived`, where they are put.
+    programs: Mapping[str, Program], read: Read, ranks: int
+) -> tuple[dict[str, Expression], dict[str, torch.Tensor]]:
+    """The expression of each parameter in the artifact, and the tensors to put into `derived`.
 
-    `made` has the name of each expression that was computed, so that programs share the result.
-    What is another on each rank lies there for all of them, one after the other.
+    A small parameter that takes arithmetic is read from there; parameters of one expression share
+    the result. What is another on each rank lies there for all of them, one after the other.
     """
-    program = program.copy()
-    for node in program.parameters():
+    expressions: dict[str, Expression] = {}
+    derived: dict[str, torch.Tensor] = {}
+    made: dict[Expression, str] = {}
+    for node in (node for phase in PHASES for node in programs[phase].parameters()):
         expression, type_ = expression_of(node), tensor_type(node)
+        if node.name in expressions:
+            continue  # it is the same in each phase, which check_programs has seen
         if is_plain(expression) or _nbytes(type_) >= LARGEST_DERIVED:
+            expressions[node.name] = expression
             continue
         name, own = made.setdefault(expression, node.name), expression.differs
         if name not in derived:
@@ -149,8 +148,8 @@ def _derive(
             derived[name] = torch.cat(each) if own else each[0].contiguous().clone()
         found = Expression("derived", (name,))
         part = Expression("shard", (found, 0, int(type_.shape[0]))) if own else found
-        node.meta["expression"] = part
-    return program
+        expressions[node.name] = part
+    return expressions, derived
 
 
 def is_plain(expression: Arg) -> bool:
@@ -167,10 +166,9 @@ def _nbytes(type_: TensorType) -> int:
 
 
 def _link_weights(
-    part: PartialDirectory, checkpoint: Checkpoint, programs: Mapping[str, Program]
+    part: PartialDirectory, checkpoint: Checkpoint, expressions: Mapping[str, Expression]
 ) -> None:
-    expressions = [expression_of(node) for p in programs.values() for node in p.parameters()]
-    names = sorted({name for expression in expressions for name in stored_names(expression)})
+    names = sorted({name for made in expressions.values() for name in stored_names(made)})
     (part.path / WEIGHTS).mkdir()
     for shard in sorted({checkpoint.tensors[name].file for name in names}):
         part.link(f"{WEIGHTS}/{shard.name}", shard)
@@ -179,31 +177,34 @@ def _link_weights(
 
 
 def _manifest(
-    checkpoint: Checkpoint, programs: Mapping[str, Program], target: CompiledFor
+    checkpoint: Checkpoint,
+    decode: Program,
+    expressions: Mapping[str, Expression],
+    target: CompiledFor,
 ) -> dict[str, object]:
-    layout = kv_layout(programs["decode"])
+    layout = kv_layout(decode)
     return {
         "format": FORMAT,
         "kvc8": version("kvc8"),
         "model": checkpoint.path.resolve().name,
         "model_type": str(checkpoint.config.get("model_type", "")),
         "soc": target.soc,
-        "dtype": dtype_name(logits_type(programs["decode"]).dtype),
+        "dtype": dtype_name(logits_type(decode).dtype),
         "block_size": target.block_size,
         "ranks": target.ranks,
         "bytes_per_token": layout.bytes_per_token,
         "float16_bytes_per_token": layout.float16_bytes_per_token,
         "kv_cache": [cache.as_json() for cache in layout.caches],
         "notes": dict(target.notes),
-        "parameters": expressions_by_name(programs),
+        "parameters": {name: str(made) for name, made in expressions.items()},
     }
 
 
-def _config(checkpoint: Checkpoint, programs: Mapping[str, Program]) -> dict[str, object]:
+def _config(checkpoint: Checkpoint, decode: Program) -> dict[str, object]:
     """The model's config.json, of an architecture that is the compiled one."""
     kept = {k: v for k, v in checkpoint.config.items() if k not in OF_THE_CHECKPOINT}
     kept.pop("torch_dtype", None)  # the older word for dtype
-    dtype = str(logits_type(programs["decode"]).dtype).removeprefix("torch.")
+    dtype = str(logits_type(decode).dtype).removeprefix("torch.")
     return {**kept, "architectures": [ARCHITECTURE], "dtype": dtype}
 
 

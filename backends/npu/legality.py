@@ -26,7 +26,7 @@ from torch.fx import Node
 from kvc8.backends.npu.facts import Fact, Facts, facts
 from kvc8.ir import npu
 from kvc8.ir.errors import TargetError
-from kvc8.ir.program import Program, op_name
+from kvc8.ir.program import Program, kind_of, op_name
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,17 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
 def check(program: Program, soc: str, block_size: int) -> None:
     """Raise TargetError at the first call that breaks a limit, with its source and a cure."""
     table = limits(soc)
+    legal = set[object]()  # a layer's calls are those of the layer before it
     for node in program.graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, OpOverload):
-            for broken in broken_by(table, op_name(node.target), node, block_size):
-                where = node.meta.get("origin") or node.name
-                raise TargetError(where, f"{broken.reason(soc)}", f"{broken.cure}")
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        name = op_name(node.target)
+        if name not in table or (kind := kind_of(node)) in legal:
+            continue
+        for broken in broken_by(table, name, node, block_size):
+            where = node.meta.get("origin") or node.name
+            raise TargetError(where, f"{broken.reason(soc)}", f"{broken.cure}")
+        legal.add(kind)
 
 
 def broken_by(
