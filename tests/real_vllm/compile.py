@@ -7,7 +7,8 @@ OUT/c8-npu, OUT/w8a8-npu  what kvc8-compile makes of them
 OUT/vllm-ascend/NAME      the vendor's directories of tests/golden, converted and mended
 OUT/mindie/NAME           one of them, in the form that MindIE wants
 OUT/exact                 the QUANTIZED program of OUT/c8 in float64, for plugin/kvc8_checks.py
-OUT/tokens.json           the prompts, and what kvc8's own loop says in float64
+OUT/tokens.json           the prompts, what kvc8's own loop continues them with in float64, and how
+                          likely the tokens of the first one are
 """
 
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from kvc8.backends.runtime.generate import generate
-from kvc8.backends.runtime.model import load
+from kvc8.backends.runtime.model import Model, load
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.expression import make
@@ -93,7 +94,19 @@ def expected(model: Path, program: Program) -> dict[str, object]:
     read = partial(make, read=open_checkpoint(model).read)
     own = load(phases, read, blocks=blocks, block_size=BLOCK)
     found = generate(own, prompts, most=NEW)
-    return {"prompts": prompts, "generated": [s.generated for s in found.sequences]}
+    known = {"prompts": prompts, "generated": [s.generated for s in found.sequences]}
+    return known | {"first_prompt": likelihood(own, prompts[0])}
+
+
+def likelihood(own: Model, prompt: list[int]) -> dict[str, object]:
+    """The log-probability of each token of a prompt but the first, and the size of the logits."""
+    logits = own.prefill([prompt], [range(-(-len(prompt) // BLOCK))], every=True)
+    rows = logits.log_softmax(-1)[:-1]
+    return {
+        "log_probabilities": rows.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist(),
+        "greatest": logits.abs().max().item(),
+        "vocabulary": logits.shape[-1],
+    }
 
 
 if __name__ == "__main__":
