@@ -9,10 +9,12 @@ from support.ties import on_one_of
 
 from kvc8.ir.capture.parameters import constant_expression
 from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
 from kvc8.passes import pipeline
 from kvc8.tools import bench
 from kvc8.tools.benchmarks import plain as bench_plain
+from kvc8.tools.benchmarks import serving
 from kvc8.tools.benchmarks.decode import TOKEN, step_inputs
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3"
@@ -28,6 +30,24 @@ def test_turns_are_taken_in_order_and_the_first_does_not_count():
 
 def test_a_ratio_is_of_turns_taken_together():
     assert bench.ratio([1.0, 10.0, 2.0], [3.0, 20.0, 6.0]) == 3.0
+
+
+def test_what_is_timed_is_called_and_counted():
+    timed = serving.Timed(divmod)
+    assert [timed(7, 2), timed(9, 4)] == [(3, 1), (2, 1)]
+    assert timed.calls == 2
+    assert timed.seconds > 0
+    assert timed.__name__ == "divmod"
+
+
+def test_vllm_is_measured_in_this_process_or_not_at_all(monkeypatch):
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    with pytest.raises(TargetError) as caught:
+        bench.work(bench.parser().parse_args(["serve", "artifact"]))
+    assert str(caught.value) == (
+        "VLLM_ENABLE_V1_MULTIPROCESSING: is not 0, so the steps of vLLM would be another "
+        "process's; set it to 0"
+    )
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
     python -m kvc8.tools.bench decode C8_DIR FLOAT_DIR
     python -m kvc8.tools.bench quantize FLOAT_DIR --calib-file TEXTS
+    python -m kvc8.tools.bench serve ARTIFACT
 
 Candidates take turns, so that whatever else the machine does meets all of them alike; a figure is
 the median over all turns, a ratio the median of the turns' own ratios. Threads are always explicit.
@@ -11,11 +12,12 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from kvc8.tools.benchmarks import decode as bench_decode
 from kvc8.tools.benchmarks import quantize as bench_quantize
+from kvc8.tools.benchmarks import serving as bench_serving
 from kvc8.tools.command import entry
 
 Clock = Callable[[], float]
@@ -48,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     bench_decode.arguments(decode)
     quantize = each.add_parser("quantize", help=bench_quantize.__doc__)
     bench_quantize.arguments(quantize)
-    for sub in (decode, quantize):
+    serve = each.add_parser("serve", help=bench_serving.__doc__)
+    bench_serving.arguments(serve)
+    for sub in (decode, quantize, serve):
         sub.add_argument("--threads", type=int, default=2, help="of each candidate; default: 2")
         sub.add_argument("--turns", type=int, default=15, help="default: 15")
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -60,8 +64,20 @@ def work(args: argparse.Namespace) -> int:
     if args.what == "quantize":
         _print_cost(bench_quantize.rows(args), args.json)
         return 0
-    rows = []
-    for title, candidates in bench_decode.cases(args):
+    if args.what == "serve":
+        serving = bench_serving.Serving(args)
+        _print([*_timed(serving.cases(), args), *serving.steps()], args.json)
+        return 0
+    _print(_timed(bench_decode.cases(args), args), args.json)
+    return 0
+
+
+def _timed(
+    cases: Iterable[tuple[str, Mapping[str, Callable[[], object]]]], args: argparse.Namespace
+) -> list[dict[str, object]]:
+    """A row for each candidate of each case, with the ratio to the case's first."""
+    rows: list[dict[str, object]] = []
+    for title, candidates in cases:
         taken = interleave(candidates, args.turns)
         ours = next(iter(taken.values()))
         for name, seconds in taken.items():
@@ -69,8 +85,7 @@ def work(args: argparse.Namespace) -> int:
             times = round(ratio(ours, seconds), 3)
             row = {"case": title, "candidate": name, "ms": milliseconds, "ratio": times}
             rows.append(row | {"threads": args.threads, "turns": args.turns})
-    _print(rows, args.json)
-    return 0
+    return rows
 
 
 def _print(rows: list[dict[str, object]], as_json: bool) -> None:

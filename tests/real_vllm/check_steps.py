@@ -86,9 +86,12 @@ def llm(made) -> LLM:
 
 def test_a_token_costs_in_vllm_what_it_costs_in_kvc8(llm) -> None:
     """SmolLM2: 30 layers, K and V of 3 heads of 64 int8 values."""
+    own = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.layout
+    assert own.bytes_per_token == 30 * 2 * 3 * 64
     config = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
-    tokens = config.num_blocks * 128
-    assert sum(t.size for t in config.kv_cache_tensors) == tokens * 30 * 2 * 3 * 64
+    [group] = config.kv_cache_groups
+    assert len(group.layer_names) * group.kv_cache_spec.page_size_bytes == 128 * own.bytes_per_token
+    assert sum(t.size for t in config.kv_cache_tensors) == BLOCKS * 128 * own.bytes_per_token
 
 
 def test_every_step_is_what_the_runtime_gives(llm, made, prompts) -> None:
