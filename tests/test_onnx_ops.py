@@ -181,11 +181,20 @@ def test_paged_attention_reads_what_belongs_to_it_and_nothing_else(how, dtype, s
 ELEMENTS = {
     "square": "y: f32[T, 3, 64] = aten.square(x)",
     "floor": "y: f32[T, 3, 64] = aten.floor(x)",
+    "stacked last": "y: f32[T, 3, 64, 2] = aten.stack([x, x], -1)",
+    "stacked in the middle": "y: f32[T, 2, 3, 64] = aten.stack([x, x], 1)",
+    "lesser": "y: f32[T, 3, 64] = aten.minimum(x, w)",
+    "one or the other": """k: b8[T, 3, 64] = aten.gt.Scalar(x, 0.5)
+        y: f32[T, 3, 64] = aten.where.self(k, x, w)""",
     "repeat a middle dimension": "y: f32[T, 6, 64] = aten.repeat_interleave.self_int(x, 2, 1)",
     "repeat the last dimension": "y: f32[T, 3, 128] = aten.repeat_interleave.self_int(x, 2, -1)",
     "repeat an unknown number": "y: f32[3*T, 3, 64] = aten.repeat_interleave.self_int(x, 3, 0)",
 }
 ROUNDED = {
+    "expm1": "y: f32[T, 3, 64] = aten.expm1(x)",
+    "expm1 near zero": """s: f32[T, 3, 64] = aten.mul.Tensor(x, 1e-08)
+        e: f32[T, 3, 64] = aten.expm1(s)
+        y: f32[T, 3, 64] = aten.div.Tensor(e, 1e-08)""",
     "softplus": "y: f32[T, 3, 64] = aten.softplus(x)",
     "softplus, sharper": "y: f32[T, 3, 64] = aten.softplus(x, 4.0, 20.0)",
     "layer norm": "y: f32[T, 3, 64] = aten.layer_norm(x, [64], w, v, 1e-05)",

@@ -207,6 +207,25 @@ def _layer_norm(
     return b.op("LayerNormalization", x, *given, axis=-len(shape), epsilon=eps)
 
 
+def _expm1(b: Builder, node: Node, x: Value) -> Value:
+    """By e^x - 1 = tanh(x/2) (e^x + 1), which loses no digits near zero."""
+    one, half = (b.number(value, tensor_type(node).dtype) for value in (1, 0.5))
+    return b.op("Mul", b.op("Tanh", b.op("Mul", x, half)), b.op("Add", b.op("Exp", x), one))
+
+
+def _greater(b: Builder, node: Node, x: Value, limit: float) -> Value:
+    return b.op("Greater", x, b.number(limit, tensor_type(argument(node, 0)).dtype))
+
+
+def _where(b: Builder, node: Node, condition: Value, x: object, y: object) -> Value:
+    return b.op("Where", condition, _operand(b, node, 1, x), _operand(b, node, 2, y))
+
+
+def _stack(b: Builder, node: Node, values: Sequence[Value], dim: int = 0) -> Value:
+    at = dim % len(tensor_type(node).shape)
+    return b.op("Concat", *(b.op("Unsqueeze", value, [at]) for value in values), axis=at)
+
+
 def _square(b: Builder, node: Node, x: Value) -> Value:
     return b.op("Mul", x, x)
 
@@ -249,7 +268,9 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.div.Tensor: _binary("Div"),
         aten.embedding.default: _embedding,
         aten.expand.default: _expand,
+        aten.expm1.default: _expm1,
         aten.gelu.default: _gelu,
+        aten.gt.Scalar: _greater,
         aten.flatten.using_ints: _flatten,
         aten.floor.default: _unary("Floor"),
         aten.index.Tensor: _index,
@@ -258,6 +279,8 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.linear.default: _linear,
         aten.matmul.default: _binary("MatMul"),
         aten.mean.dim: _mean,
+        aten.min.other: _binary("Min"),
+        aten.minimum.default: _binary("Min"),
         aten.mul.Tensor: _binary("Mul"),
         aten.neg.default: _unary("Neg"),
         aten.permute.default: _permute,
@@ -276,6 +299,7 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.split.Tensor: _split,
         aten.split_with_sizes.default: _split,
         aten.square.default: _square,
+        aten.stack.default: _stack,
         aten.squeeze.dim: _squeeze,
         aten.sub.Tensor: _binary("Sub"),
         aten.tanh.default: _unary("Tanh"),
@@ -286,5 +310,6 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.unflatten.int: _unflatten,
         aten.unsqueeze.default: _unsqueeze,
         aten.view.default: _reshape,
+        aten.where.self: _where,
     }
 )
