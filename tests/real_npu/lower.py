@@ -9,15 +9,16 @@ own environment, and only their text goes over: OUT/MODEL-DTYPE-PHASE.py.
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import conftest
 from support import c8
 from support.sparse import LLAMA_70B, write_sparse
+from support.tiny_models import write_model, write_tokenizer
 
 from kvc8.backends.npu import legality
 from kvc8.ir.capture.trace import capture
@@ -30,6 +31,8 @@ from kvc8.passes.options import Options
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 # Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
 KINDS = ("llama", "qwen2", "qwen3", "mistral")
+MIXTURES = ("qwen3_moe", "glm4_moe")
+SHARDED, RANKS = ("tiny-llama", "tiny-qwen2-offsets"), 2  # with biases of what is summed, without
 # Of heads that it takes with NZ pages: both ways to write to them.
 NZ_KINDS = ("llama", "qwen3")
 NZ = {
@@ -61,7 +64,7 @@ def models(scratch: Path) -> Iterator[tuple[str, Path]]:
     yield "smollm2-shape", write_sparse(scratch / "smollm2", SMOLLM2)
     for name in VENDOR:
         yield name, CHECKPOINTS / name / "quant"
-    for kind in KINDS:
+    for kind in (*KINDS, *MIXTURES):
         yield from tiny(scratch, f"tiny-{kind}", kind, TINY)
 
 
@@ -69,8 +72,8 @@ def tiny(scratch: Path, name: str, kind: str, sizes: dict[str, Any]) -> Iterator
     """A model with a symmetric cache, and with one of zero points to both ends."""
     model, symmetric, offsets = (scratch / f"{name}-{part}" for part in ("float", "sym", "asym"))
     model.mkdir()
-    conftest._write_model(model, kind, 0, sizes)
-    conftest._write_tokenizer(model)
+    write_model(model, kind, 0, sizes)
+    write_tokenizer(model)
     c8.quantize_model(model, symmetric, "all")
     yield name, symmetric
     c8.with_offsets(symmetric, offsets)
@@ -87,19 +90,23 @@ def main(out: str) -> None:
                 if dtype is torch.bfloat16 and name not in BFLOAT16:
                     continue  # the same calls again
                 program = capture(open_checkpoint(directory), dtype)
+                if name in SHARDED:
+                    whole, divided = program.copy(), Options(ranks=RANKS)
+                    pipeline.run(whole, pipeline.quantize_passes(divided))
+                    write(folder, f"{name}-{RANKS}-ranks-{dtype_name}", whole, divided)
                 pipeline.run(program, pipeline.QUANTIZE)
-                write(folder, f"{name}-{dtype_name}", program, "nd")
+                write(folder, f"{name}-{dtype_name}", program, Options())
         for kind in NZ_KINDS:
             *_, (name, directory) = tiny(Path(scratch), f"nz-{kind}", kind, NZ)
             program = capture(open_checkpoint(directory), torch.bfloat16)
             pipeline.run(program, pipeline.QUANTIZE)
-            write(folder, f"{name}-bfloat16", program, "nz")
+            write(folder, f"{name}-bfloat16", program, Options(kv_format="nz"))
 
 
-def write(folder: Path, name: str, program: Program, kv_format: str) -> None:
+def write(folder: Path, name: str, program: Program, options: Options) -> None:
     """Write the fused and the unfused program of each phase."""
     for fuse, mark in (("on", ""), ("off", "-unfused")):
-        phases, _ = pipeline.lower_for_npu(program, Options(fuse=fuse, kv_format=kv_format))
+        phases, _ = pipeline.lower_for_npu(program, replace(options, fuse=fuse))
         for phase, lowered in phases.items():
             legality.check(lowered, SOC, BLOCK_SIZE)
             (folder / f"{name}{mark}-{phase}.py").write_text(show(lowered) + "\n")

@@ -57,10 +57,19 @@ def is_npu(node: Node) -> bool:
     return getattr(node.target, "namespace", "") in ("npu", "atb")
 
 
+def is_collective(node: Node) -> bool:
+    """Whether a node speaks with the other ranks."""
+    return getattr(node.target, "namespace", "") == "_c10d_functional"
+
+
 def propagate(program: Program) -> Iterator[tuple[Node, str]]:
-    """Every call, with how what it gives differs from its type ("" where it does not)."""
+    """Every call, with how what it gives differs from its type ("" where it does not).
+
+    Below autograd, for which npu_moe_token_unpermute has a kernel that asks the driver for the
+    device; so is `export`.
+    """
     values: dict[Node, Any] = {}
-    with FakeTensorMode():
+    with FakeTensorMode(), torch._C._AutoDispatchBelowAutograd():
         for node in program.graph.nodes:
             if node.op == "placeholder":
                 values[node] = example(type_of(node), "npu")
@@ -113,7 +122,8 @@ def export(program: Program) -> str:
         {i: d for i, d in enumerate(tensor_type(n).shape) if not isinstance(d, int)} for n in inputs
     ]
     dynamic = tuple(dict.fromkeys(each, torch.export.Dim.AUTO) for each in sizes)
-    exported = torch.export.export(graph_module, args, dynamic_shapes=dynamic, strict=False)
+    with torch._C._AutoDispatchBelowAutograd():
+        exported = torch.export.export(graph_module, args, dynamic_shapes=dynamic, strict=False)
     made = [n.meta["val"] for n in exported.graph.nodes if n.op == "placeholder"]
     fixed = [
         f"{d} of {node.name}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch_npu
 from converters import Exporter, alone, answer_for_cann, convert, has_converter
-from propagate import export, is_npu, module, plain_sizes, propagate
+from propagate import export, is_collective, is_npu, module, plain_sizes, propagate
 from torch.fx import Node
 
 from kvc8.ir.program import Program, substitute, type_of
@@ -36,6 +36,8 @@ class Tally:
         gaps = {
             str(n.target) for n in program.graph.nodes if is_npu(n) and not has_converter(n.target)
         }
+        # torchair asks for the process group of a collective, of which this process has none.
+        gaps |= {str(n.target) for n in program.graph.nodes if is_collective(n)}
         made = (
             "no whole graph" if gaps else f"{convert(*module(program), exporter).total():,} GE ops"
         )
