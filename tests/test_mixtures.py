@@ -21,6 +21,7 @@ from kvc8.ir.text import parse, show
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
 from kvc8.tools import command, quantize
+from kvc8.tools.quantizer.sites import sites
 from kvc8.tools.verifier.check_passes import check_passes
 from kvc8.tools.verifier.form_table import double_rows
 from kvc8.tools.verifier.forms import Tokens
@@ -205,3 +206,14 @@ def test_the_launches_of_a_layers_experts(quantized):
     inside = [n for n in decode.graph.nodes if "layers.1.mlp" in n.meta.get("origin", "")]
     names = [str(n.target).split(".")[1] for n in inside if str(n.target).startswith("npu.")]
     assert tuple(names) == LAUNCHES
+
+
+@slow
+def test_a_router_stays_float_wherever_it_lies(tiny_model):
+    """Hunyuan's is a module inside of one, and computes in float32."""
+    of_its_own = {"num_experts": 4, "moe_topk": 2, "head_dim": 16, "num_hidden_layers": 1}
+    program = capture(open_checkpoint(tiny_model("hunyuan_v1_moe", **of_its_own)))
+    modules = [site.module for site in sites(program)]
+    assert [name for name in modules if ".mlp." in name] == [
+        f"model.layers.0.mlp.shared_mlp.{part}_proj" for part in ("gate", "up", "down")
+    ]

@@ -191,6 +191,8 @@ ELEMENTS = {
     "repeat an unknown number": "y: f32[3*T, 3, 64] = aten.repeat_interleave.self_int(x, 3, 0)",
 }
 ROUNDED = {
+    "log": """p: f32[T, 3, 64] = aten.square(x)
+        y: f32[T, 3, 64] = aten.log(p)""",
     "expm1": "y: f32[T, 3, 64] = aten.expm1(x)",
     "expm1 near zero": """s: f32[T, 3, 64] = aten.mul.Tensor(x, 1e-08)
         e: f32[T, 3, 64] = aten.expm1(s)

@@ -63,6 +63,10 @@ def _linear(b: Builder, node: Node, x: Value, weight: Value, bias: Value | None 
     return y if bias is None else b.op("Add", y, bias)
 
 
+def _addmm(b: Builder, node: Node, bias: Value, x: Value, weight: Value) -> Value:
+    return b.op("Add", b.op("MatMul", x, weight), bias)
+
+
 def _embedding(b: Builder, node: Node, weight: Value, rows: Value, *_: object) -> Value:
     return b.op("Gather", weight, rows, axis=0)
 
@@ -258,6 +262,7 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         ops.paged_attention: paged_attention,
         operator.getitem: _item,
         aten.add.Tensor: _binary("Add"),
+        aten.addmm.default: _addmm,
         aten.alias.default: _same,
         aten.cat.default: _cat,
         aten.chunk.default: _split,
@@ -277,6 +282,7 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.index_select.default: _index_select,
         aten.layer_norm.default: _layer_norm,
         aten.linear.default: _linear,
+        aten.log.default: _unary("Log"),
         aten.matmul.default: _binary("MatMul"),
         aten.mean.dim: _mean,
         aten.min.other: _binary("Min"),

@@ -28,6 +28,7 @@ def captured(head: int) -> dict[str, Config]:
     """
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * head}
     gpt = {"n_layer": 2, "n_embd": 4 * head, "n_head": 4, "n_inner": 6 * head, "n_positions": 64}
+    gpt |= {"num_key_value_heads": 4}
     return {
         "afmoe": {
             **{**ALTERNATE, **experts, "num_dense_layers": 1, "num_shared_experts": 1},
@@ -49,7 +50,7 @@ def captured(head: int) -> dict[str, Config]:
         "glm": {"head_dim": head},
         "glm4": {"head_dim": head},
         "gpt2": gpt,
-        "gpt_bigcode": gpt,
+        "gpt_bigcode": {**gpt, "num_key_value_heads": 1},
         "gptj": {**gpt, "rotary_dim": head // 2},
         "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0},
         "granite_swa": ALTERNATE,
@@ -103,14 +104,16 @@ def others(head: int) -> dict[str, Config]:
         **{"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     }
     local = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    counted = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * head}
     latent = {
         **{"kv_lora_rank": 2 * head, "q_lora_rank": 2 * head, "qk_rope_head_dim": head // 2},
-        **{"qk_nope_head_dim": head, "v_head_dim": head},
+        **{"qk_nope_head_dim": head, "v_head_dim": head, "num_key_value_heads": 4},
     }
     return {
         "bloom": {"n_layer": 2, "n_head": 4},
-        "codegen": {"n_layer": 2, "n_embd": 4 * head, "n_head": 4, "rotary_dim": head // 2},
+        "codegen": {
+            **{"n_layer": 2, "n_embd": 4 * head, "n_head": 4, "rotary_dim": head // 2},
+            "num_key_value_heads": 4,
+        },
         "deepseek_v2": {**routed, **latent, "topk_method": "greedy"},
         "deepseek_v3": {**routed, **latent},
         "doge": {},
@@ -125,7 +128,7 @@ def others(head: int) -> dict[str, Config]:
             **{"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
             "window_size": WINDOW,
         },
-        "gpt_neox": {},
+        "gpt_neox": {"num_key_value_heads": 4},
         "gpt_oss": {**local, "head_dim": head, "sliding_window": WINDOW},
         "granitemoe": local,
         "granitemoeshared": {**local, "shared_intermediate_size": 2 * head},
@@ -141,8 +144,13 @@ def others(head: int) -> dict[str, Config]:
         "minicpm3": latent,
         "minimax_m2": {**local, "head_dim": head, "rotary_dim": head},
         "mixtral": local,
-        "persimmon": {},
+        "persimmon": {"num_key_value_heads": 4},
         "phimoe": local,
-        "qwen3_next": {**counted, "head_dim": head},
-        "xglm": {"d_model": 4 * head, "ffn_dim": 6 * head, "num_layers": 2, "attention_heads": 4},
+        "xglm": {
+            "d_model": 4 * head,
+            "ffn_dim": 6 * head,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "num_key_value_heads": 4,
+        },
     }

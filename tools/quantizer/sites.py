@@ -7,13 +7,20 @@ from fnmatch import fnmatch
 import torch
 from torch.fx import Node
 
-from kvc8.ir import ops
+from kvc8.ir import mixture_ops, ops
 from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import Checkpoint, kv_widths
 from kvc8.ir.errors import ModelError
 from kvc8.ir.expression import stored_names
-from kvc8.ir.program import Program, argument, expression_of, is_parameter, tensor_type
+from kvc8.ir.program import (
+    Program,
+    argument,
+    expression_of,
+    is_call,
+    is_parameter,
+    tensor_type,
+)
 from kvc8.tools.quantizer.recipes.mixtures import Experts, experts
 
 LINEAR = torch.ops.aten.linear.default
@@ -53,17 +60,25 @@ def sites(program: Program) -> list[LinearSite]:
     """
     found = []
     routers = {kind.modules[0][0].rpartition(".experts.")[0] for kind in experts(program)}
+    routed = {_made_of(argument(call, 1)) for call in program.calls(mixture_ops.route)}
     for linear in program.calls(LINEAR):
         weight = argument(linear, 1)
         names = list(stored_names(expression_of(weight))) if is_parameter(weight) else []
         module, _, part = names[0].rpartition(".") if len(names) == 1 else ("", "", "")
         inside = layer_index(module.split(".")) is not None
-        if module.rpartition(".")[0] in routers:
+        if module.rpartition(".")[0] in routers or linear in routed:
             continue  # it chooses the experts, and stays float
         if inside and part == "weight" and len(weight.users) == 1:
             bias = argument(linear, 2) if len(linear.args) > 2 and linear.args[2] else None
             found.append(LinearSite(module, linear, argument(linear, 0), weight, bias))
     return found
+
+
+def _made_of(value: Node) -> Node:
+    """The linear that a choice of experts is made of; the first node that is of several values."""
+    while not is_call(value, LINEAR) and len(value.all_input_nodes) == 1:
+        [value] = value.all_input_nodes
+    return value
 
 
 def disabled_by_name(
