@@ -44,9 +44,10 @@ THIRD_PARTIES = {
     "onnxruntime": ["backends/onnx/*", "tools/benchmarks/plain.py"],
     "google": ["backends/onnx/runner.py"],  # protobuf: what reading a damaged model raises
     "torch_npu": ["backends/npu/*"],
+    "torchair": ["backends/npu/device.py"],  # a part of torch_npu's wheel
     "vllm": ["backends/vllm/*", "tools/benchmarks/serving.py"],  # which measures it
 }
-ONLY_INSIDE_FUNCTIONS = {"torch_npu"}  # importing it needs CANN
+ONLY_INSIDE_FUNCTIONS = {"torch_npu", "torchair"}  # importing it needs CANN
 TOP_LEVEL = {
     *MAY_IMPORT,
     *("tests", "docs", "pyproject.toml", "README.md", "README.zh-CN.md", "LICENSE", "__init__.py"),

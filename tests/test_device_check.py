@@ -14,7 +14,7 @@ from support.stand_in import FAULTS, open_stand_in
 
 from kvc8.backends.npu.legality import limits
 from kvc8.tools import command, device_check
-from kvc8.tools.device_checker import apply, check
+from kvc8.tools.device_checker import apply, check, models
 from kvc8.tools.device_checker.assumptions import NUMBERED, table
 from kvc8.tools.device_checker.calls import facts_of, tensors
 from kvc8.tools.device_checker.comparison import BY_MORE, BY_ONE, EQUAL, apart
@@ -200,3 +200,16 @@ def test_the_commands_errors(given, said, tmp_path, capsys):
     arguments = [each.format(tmp_path) for each in given]
     assert command.entry(device_check.parser(), device_check.work, arguments) == 1
     assert capsys.readouterr().err == f"error: {said.format(tmp_path)}\n"
+
+
+@pytest.mark.slow
+def test_the_tiny_model_runs_by_steps_and_by_graphs_and_a_fault_in_it_is_named(tmp_path):
+    form = models.compile_form(tmp_path, SOC, "unfused")
+    ways = models.ways("unfused")
+    assert ways == (models.EAGER, models.NPU_GRAPH, models.GE_GRAPH)
+    for way in ways:
+        told = models.compared(open_stand_in(), form, way)
+        assert (told["outcome"], told["differ"], told["same tokens"]) == ("equal", [], True)
+    told = models.compared(open_stand_in(("10 bits",)), form, models.EAGER)
+    assert {phase for phase, *_ in told["differ"]} == {"prefill", "chunk", "decode"}
+    assert {op for _, _, op, *_ in told["differ"]} == {"npu_quant_matmul"}

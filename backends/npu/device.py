@@ -3,6 +3,7 @@
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -39,6 +40,11 @@ def load_torch_npu(index: int = 0, cure: str = INSTALL) -> torch.device:
         raise TargetError("torch_npu", what, "start as many ranks as there are")
     torch.get_device_module("npu").set_device(index)
     return torch.device("npu", index)
+
+
+def graph_engine() -> Any:
+    """The backend of torch.compile that torchair has, which comes with torch_npu."""
+    return import_module("torchair").get_npu_backend()
 
 
 def declare_ops() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from support.fake_npu import FakeNpu
+from support.real_meta import Meta, described
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,9 +33,11 @@ Kernel = Callable[..., Any]
 class Running(TorchDispatchMode):
     """What is called inside runs on the stand-in."""
 
-    def __init__(self, faults: Mapping[str, Kernel], missing: set[str]) -> None:
+    def __init__(
+        self, faults: Mapping[str, Kernel], missing: set[str], meta: Meta | None = None
+    ) -> None:
         super().__init__()
-        self.faults, self.missing = faults, missing
+        self.faults, self.missing, self.meta = faults, missing, meta
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -47,8 +50,13 @@ class Running(TorchDispatchMode):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         if breaks_a_row(op, tuple((name, repr(_spelled(name, x))) for name, x in given.items())):
             raise RuntimeError("call aclnn failed, error code is 161002")
+        wanted = self.meta.expected(func, args, kwargs) if self.meta else None
         fault = self.faults.get(op)
-        return fault(func, *args, **kwargs) if fault else func(*args, **kwargs)
+        found = fault(func, *args, **kwargs) if fault else func(*args, **kwargs)
+        if wanted is not None and wanted != described(found):
+            what = f"gives {described(found)}, and torch_npu's meta function {wanted}"
+            raise RuntimeError(f"{op} {what}")
+        return found
 
 
 @functools.cache
@@ -122,15 +130,15 @@ FAULTS: Mapping[str, tuple[str, Kernel | None]] = MappingProxyType(
 )
 
 
-def open_stand_in(planted: tuple[str, ...] = ()) -> Machine:
-    """The machine, with the faults of those names."""
+def open_stand_in(planted: tuple[str, ...] = (), meta: Meta | None = None) -> Machine:
+    """The machine, with the faults of those names; held to meta functions where they are given."""
     faults = {op: kernel for op, kernel in (FAULTS[name] for name in planted) if kernel}
     missing = {op for op, kernel in (FAULTS[name] for name in planted) if kernel is None}
     schemas = {schema.partition("(")[0]: schema for schema in SCHEMAS}
 
     @contextmanager
     def running() -> Iterator[None]:
-        with Running(faults, missing):
+        with Running(faults, missing, meta):
             yield
 
     return Machine(
@@ -140,5 +148,6 @@ def open_stand_in(planted: tuple[str, ...] = ()) -> Machine:
         lambda: None,
         running,
         graphs=FakeNpu(),
+        engine=lambda: lambda graph, _: graph,
         small=True,
     )

@@ -70,7 +70,7 @@ def _probes(
         found.append(Probe(name, "limits", "call", (call.call, call.legal), (call.call.op,)))
     for name, directory in forms.items():
         ops = models.called_ops(directory)
-        for way in ("eager", "graph"):
+        for way in models.ways(name):
             title = f"{name}, {way}"
             found.append(Probe(title, "model", "model", (str(directory), way), ops, SLOW))
     for name, one in timed.items():

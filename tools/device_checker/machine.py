@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_map_only
 
 from kvc8.tools.device_checker.calls import SpelledCall, placed
 
 CPU = torch.device("cpu")
+# Makes of a graph and its inputs what is called in its place, as a backend of torch.compile does.
+Engine = Callable[[GraphModule, list[Any]], Callable[..., Any]]
 # Caches that an op writes although its schema does not say so (ir/npu.py).
 WRITES = {
     "npu_rope_quant_kvcache": ("k_cache", "v_cache"),
@@ -29,6 +32,7 @@ class Machine:
     synchronize: Callable[[], None]
     running: Callable[[], AbstractContextManager[object]] = nullcontext
     graphs: Any = None  # torch.npu, or what records graphs in its place; None: not to be tried
+    engine: Callable[[], Engine] | None = None  # torchair's, or what stands for it
     small: bool = False  # a stand-in: sizes that a CPU computes in a moment
     cards: int = 1
     notes: tuple[str, ...] = field(default=())

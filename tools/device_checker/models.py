@@ -21,6 +21,7 @@ from kvc8.backends.runtime.model import Model, load, make_parameters
 from kvc8.ir.checkpoint.w8a8 import Range, quantize_linear
 from kvc8.passes.options import Options
 from kvc8.tools.device_checker.comparison import UNITS
+from kvc8.tools.device_checker.engine_graphs import GraphEngine
 from kvc8.tools.device_checker.machine import CPU, Machine
 from kvc8.tools.driver.compiling import Target, compile_model, open_calibrated
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
@@ -28,6 +29,8 @@ from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
 HIDDEN, WIDTH, HEADS, DIM, VOCABULARY, LAYERS = 80, 96, 10, 128, 128, 2
 BLOCK, BLOCKS, STEPS = 128, 8, 4
 PROMPTS = [[5, 6, 7, 11, 13], [9, 8] * 20]
+CHUNK = 32  # the second prompt takes two, so that all three phases run
+EAGER, NPU_GRAPH, GE_GRAPH = "eager", "graph", "GE graph"
 FORMS: Mapping[str, tuple[str, Options]] = {
     "fused": ("float16", Options()),
     "unfused": ("float16", Options(fuse="off")),
@@ -96,16 +99,18 @@ def _tensors(dtype: torch.dtype) -> dict[str, Tensor]:
 
 def compile_forms(folder: Path, soc: str) -> dict[str, Path]:
     """Compile every form; gives their directories by name."""
-    found: dict[str, Path] = {}
-    for name, (dtype, options) in FORMS.items():
-        source = folder / f"model-{dtype}"
-        if not source.exists():
-            write_model(source, dtype)
-        out = folder / f"compiled-{len(found)}"
-        checkpoint = open_calibrated(source)
-        compile_model(checkpoint, out, Target("npu", soc, BLOCK), options)
-        found[name] = out
-    return found
+    return {name: compile_form(folder, soc, name) for name in FORMS}
+
+
+def compile_form(folder: Path, soc: str, name: str) -> Path:
+    """Compile one form, of a model that forms of its dtype share; gives the directory."""
+    dtype, options = FORMS[name]
+    source = folder / f"model-{dtype}"
+    if not source.exists():
+        write_model(source, dtype)
+    out = folder / f"compiled-{list(FORMS).index(name)}"
+    compile_model(open_calibrated(source), out, Target("npu", soc, BLOCK), options)
+    return out
 
 
 def called_ops(directory: Path) -> tuple[str, ...]:
@@ -119,12 +124,17 @@ def called_ops(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def compared(machine: Machine, directory: Path, *, graph: bool) -> dict[str, Any]:
+def ways(form: str) -> tuple[str, ...]:
+    """How a form is run. torchair has no converter for some fused ops (docs/device.md)."""
+    return (EAGER, NPU_GRAPH, GE_GRAPH) if "unfused" in form else (EAGER, NPU_GRAPH)
+
+
+def compared(machine: Machine, directory: Path, way: str) -> dict[str, Any]:
     """Nodes that differ from what the emulation makes of the device's own inputs; and tokens."""
     artifact = artifact_reader.read(directory)
     on_device = _on(machine, artifact)
-    if graph:
-        return _graph_tokens(machine, artifact, on_device)
+    if way != EAGER:
+        return _graph_tokens(machine, artifact, on_device, way)
     dump = ValueDump(artifact.programs)
     on_device.runner = dump
     with machine.running():
@@ -156,20 +166,25 @@ def _on(machine: Machine, artifact: Artifact) -> Model:
     )
 
 
-def _graph_tokens(machine: Machine, artifact: Artifact, on_device: Model) -> dict[str, Any]:
-    """Whether recorded steps give the tokens of eager ones."""
-    if machine.graphs is None:
+def _graph_tokens(
+    machine: Machine, artifact: Artifact, on_device: Model, way: str
+) -> dict[str, Any]:
+    """Whether steps by graphs give the tokens of eager ones."""
+    by_graph = _on(machine, artifact)
+    if way == NPU_GRAPH and machine.graphs is not None:
+        by_graph.runner = Recorder(machine.graphs, blocks=BLOCKS)
+    elif way == GE_GRAPH and machine.engine is not None:
+        by_graph.runner = GraphEngine(machine.engine())
+    else:
         return {"outcome": "not tried"}
     with machine.running():
-        eager = _tokens(on_device)
-        again_ = _on(machine, artifact)
-        again_.runner = Recorder(machine.graphs, blocks=BLOCKS)
-        same = _tokens(again_) == eager
+        same = _tokens(by_graph) == _tokens(on_device)
+        machine.synchronize()
     return {"outcome": "equal" if same else "off by more", "differ": [], "same tokens": same}
 
 
 def _tokens(model: Model) -> list[list[int]]:
-    found = generate(model, PROMPTS, most=STEPS, stops=frozenset())
+    found = generate(model, PROMPTS, most=STEPS, stops=frozenset(), chunk=CHUNK)
     return [sequence.generated for sequence in found.sequences]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kvc8.backends.npu.device import load_torch_npu
+from kvc8.backends.npu.device import graph_engine, load_torch_npu
 from kvc8.ir.errors import TargetError
 from kvc8.tools.device_checker.machine import Machine
 
@@ -23,7 +23,7 @@ def open_npu(name: str) -> Machine:
     module = torch.get_device_module("npu")
     return Machine(
         device, _facts(module.get_device_name(device)), _schema, module.synchronize,
-        graphs=module, cards=module.device_count(),
+        graphs=module, engine=graph_engine, cards=module.device_count(),
     )  # fmt: skip
 
 

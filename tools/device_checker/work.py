@@ -91,7 +91,7 @@ def call(machine: Machine, given: tuple[SpelledCall, bool]) -> Told:
 
 def model(machine: Machine, given: tuple[str, str]) -> Told:
     """A compiled form of the tiny model, node by node."""
-    return models.compared(machine, Path(given[0]), graph=given[1] == "graph")
+    return models.compared(machine, Path(given[0]), given[1])
 
 
 def timed(machine: Machine, given: SpelledCall) -> Told:
