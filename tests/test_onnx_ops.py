@@ -183,6 +183,13 @@ ELEMENTS = {
     "floor": "y: f32[T, 3, 64] = aten.floor(x)",
     "stacked last": "y: f32[T, 3, 64, 2] = aten.stack([x, x], -1)",
     "stacked in the middle": "y: f32[T, 2, 3, 64] = aten.stack([x, x], 1)",
+    "squeezed": """o: f32[T, 1, 64] = aten.slice.Tensor(x, 1, 0, 1)
+        y: f32[T, 64] = aten.squeeze(o)""",
+    "numbers in steps": """n: f32[64] = aten.arange.start_step(1, 129, 2, dtype=f32)
+        y: f32[T, 3, 64] = aten.add.Tensor(x, n)""",
+    "one over": "y: f32[T, 3, 64] = aten.reciprocal(x)",
+    "clamped": "y: f32[T, 3, 64] = aten.clamp(x, -2.5, 3.0)",
+    "clamped below": "y: f32[T, 3, 64] = aten.clamp(x, -2.5)",
     "lesser": "y: f32[T, 3, 64] = aten.minimum(x, w)",
     "one or the other": """k: b8[T, 3, 64] = aten.gt.Scalar(x, 0.5)
         y: f32[T, 3, 64] = aten.where.self(k, x, w)""",
@@ -191,6 +198,13 @@ ELEMENTS = {
     "repeat an unknown number": "y: f32[3*T, 3, 64] = aten.repeat_interleave.self_int(x, 3, 0)",
 }
 ROUNDED = {
+    "a number to powers": """s: f32[T, 3, 64] = aten.mul.Tensor(x, 0.01)
+        y: f32[T, 3, 64] = aten.pow.Scalar(10000.0, s)""",
+    "a bias and a product": """r: f32[T, 3, 64] = aten.mul.Tensor(x, 0.1)
+        a: f32[T, 64] = aten.select.int(r, 1, 0)
+        m: f32[64, 1] = aten.reshape(w, [64, 1])
+        e: f32[64, 64] = aten.mul.Tensor(m, v)
+        y: f32[T, 64] = aten.addmm(v, a, e)""",
     "log": """p: f32[T, 3, 64] = aten.square(x)
         y: f32[T, 3, 64] = aten.log(p)""",
     "expm1": "y: f32[T, 3, 64] = aten.expm1(x)",

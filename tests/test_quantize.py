@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.architectures import others
 from support.notes import of_float32
 from support.steps import step, values
 from transformers import AutoModelForCausalLM
@@ -376,6 +377,11 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
     assert refusal(capsys, small, tmp_path, texts) == (
         f"{texts}: line 1: gives token {max(tokens_of(small)[0])} and the model has 70; "
         "copy the tokenizer that belongs to it"
+    )
+    latent = tiny_model("minicpm3", **others(16)["minicpm3"], num_hidden_layers=2)
+    assert refusal(capsys, latent, tmp_path, texts) == (
+        f"{latent}/config.json: asks for multi-head latent attention, whose cache kvc8 cannot "
+        "quantize; use a model that caches K and V"
     )
     assert refusal(capsys, tiny_model("llama"), tmp_path, texts, "--disable", "q") == (
         "--disable q: names no linear of this model; "

@@ -107,6 +107,23 @@ def _squeeze(b: Builder, node: Node, x: Value, dim: int) -> Value:
     return b.op("Squeeze", x, [dim]) if one else x
 
 
+def _clamp(
+    b: Builder, node: Node, x: Value, low: float | None = None, high: float | None = None
+) -> Value:
+    dtype = tensor_type(node).dtype
+    x = x if low is None else b.op("Max", x, b.number(low, dtype))
+    return x if high is None else b.op("Min", x, b.number(high, dtype))
+
+
+def _squeeze_all(b: Builder, node: Node, x: Value) -> Value:
+    return b.op("Reshape", x, b.shape(tensor_type(node).shape))
+
+
+def _arange(b: Builder, node: Node, *ends: float, **_: object) -> Value:
+    """From a start to an end, by a step."""
+    return b.op("Range", *(b.number(end, tensor_type(node).dtype) for end in ends))
+
+
 def _slice(
     b: Builder,
     node: Node,
@@ -264,8 +281,10 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.add.Tensor: _binary("Add"),
         aten.addmm.default: _addmm,
         aten.alias.default: _same,
+        aten.arange.start_step: _arange,
         aten.cat.default: _cat,
         aten.chunk.default: _split,
+        aten.clamp.default: _clamp,
         aten.clone.default: _same,
         aten.contiguous.default: _same,
         aten.cos.default: _unary("Cos"),
@@ -290,7 +309,9 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.mul.Tensor: _binary("Mul"),
         aten.neg.default: _unary("Neg"),
         aten.permute.default: _permute,
+        aten.pow.Scalar: lambda b, node, base, x: b.op("Pow", _operand(b, node, 0, base), x),
         aten.pow.Tensor_Scalar: _pow,
+        aten.reciprocal.default: _unary("Reciprocal"),
         aten.relu.default: _unary("Relu"),
         aten.repeat_interleave.self_int: _repeat_interleave,
         aten.reshape.default: _reshape,
@@ -306,6 +327,7 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.split_with_sizes.default: _split,
         aten.square.default: _square,
         aten.stack.default: _stack,
+        aten.squeeze.default: _squeeze_all,
         aten.squeeze.dim: _squeeze,
         aten.sub.Tensor: _binary("Sub"),
         aten.tanh.default: _unary("Tanh"),

@@ -76,7 +76,10 @@ def captured(head: int) -> dict[str, Config]:
         "olmo2": {},
         "olmo3": ALTERNATE,
         "olmoe": experts,
-        "opt": {"ffn_dim": 6 * head, "word_embed_proj_dim": 4 * head},
+        "opt": {
+            **{"ffn_dim": 6 * head, "word_embed_proj_dim": 4 * head},
+            "num_key_value_heads": 4,
+        },
         "phi": {},
         "phi3": {"sliding_window": WINDOW},
         "qwen2": {

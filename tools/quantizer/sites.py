@@ -147,8 +147,12 @@ def is_down(site: LinearSite) -> bool:
 
 
 def cached(program: Program, checkpoint: Checkpoint) -> list[Cached]:
-    """What each layer caches. Raises ModelError where config.json says another width."""
-    widths = kv_widths(checkpoint.config, place(checkpoint.path, "config.json"))
+    """What each layer caches. Raises ModelError where that is no K and V of config.json's width."""
+    where = place(checkpoint.path, "config.json")
+    if checkpoint.config.get("kv_lora_rank"):
+        what = "asks for multi-head latent attention, whose cache kvc8 cannot quantize"
+        raise ModelError(where, what, "use a model that caches K and V")
+    widths = kv_widths(checkpoint.config, where)
     found = []
     for write in program.calls(ops.cache_write):
         side, _, layer = argument(write, 0).name.partition("_cache_")
@@ -157,11 +161,8 @@ def cached(program: Program, checkpoint: Checkpoint) -> list[Cached]:
         width = int(heads) * int(dim)
         if width != widths[int(layer)]:
             what = f"says {widths[int(layer)]} KV channels in layer {layer} and the model"
-            raise ModelError(
-                place(checkpoint.path, "config.json"),
-                f"{what} caches {width}",
-                "correct num_key_value_heads and head_dim",
-            )
+            do = "correct num_key_value_heads and head_dim"
+            raise ModelError(where, f"{what} caches {width}", do)
         found.append(Cached(f"{write.meta['origin']}.{side}_proj", side, rows, width))
     return found
 
