@@ -38,3 +38,8 @@ def test_its_counts_are_those_of_its_rows():
     assert f"{said}{npu} reach the NPU, {onnx} ONNX Runtime." in TEXT
     assert len(EXACT) >= 45
     assert npu >= 40
+
+
+def test_the_readmes_say_how_many_there_are():
+    for name in ("README.md", "README.zh-CN.md"):
+        assert f" {len(SHOWN)} " in (DOC.parent.parent / name).read_text(encoding="utf-8")
