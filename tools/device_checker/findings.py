@@ -1,7 +1,8 @@
 """From answers to findings: what does not hold, named by its assumption or row, and each once.
 
 An op that is missing, lost (a hang, a crash) or of which an assumption does not hold explains the
-vectors, calls and nodes of that op that differ; only what nothing explains is a finding by itself.
+vectors, calls and nodes of that op that differ, and in a model that calls it the nodes of ATen, for
+they may read what it wrote; only what nothing explains is a finding by itself.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ def findings(
     causes = [*_ops(answers), *_lost(answers), *_assumptions(answers)]
     causes += _rows(answers, tried, rows, {each.op for each in causes})
     blamed = {each.op for each in causes}
-    return causes + [each for each in _different(answers) if each.op not in blamed]
+    return causes + [each for each in _different(answers, blamed) if each.op not in blamed]
 
 
 def _ops(answers: Sequence[Answer]) -> Iterator[DeviceFinding]:
@@ -132,7 +133,7 @@ def _most_likely(each: TriedCall, rows: Sequence[Limit]) -> tuple[int, ...]:
     return next((tuple(found[:1]) for found in by if found), ())
 
 
-def _different(answers: Sequence[Answer]) -> Iterator[DeviceFinding]:
+def _different(answers: Sequence[Answer], blamed: set[str]) -> Iterator[DeviceFinding]:
     """Vectors that are missed, legal calls that are far off, and nodes of the model."""
     for answer in answers:
         op = answer.probe.ops[0] if answer.probe.ops else ""
@@ -144,7 +145,10 @@ def _different(answers: Sequence[Answer]) -> Iterator[DeviceFinding]:
         elif answer.probe.work == "model":
             if answer.outcome == REFUSED:
                 yield DeviceFinding(DIFFERS, "", name, _words(answer))
+            called = set(answer.probe.ops)
             for phase, node, op, differ, values, most in told.get("differ", ()):
+                if op not in called and called & blamed:
+                    continue
                 what = f"{phase}, {node}: {differ} of {values} values, {most} at most"
                 yield DeviceFinding(DIFFERS, op, f"{name}: {op}", what)
 
