@@ -115,6 +115,11 @@ def _clamp(
     return x if high is None else b.op("Min", x, b.number(high, dtype))
 
 
+def _reciprocal(b: Builder, node: Node, x: Value) -> Value:
+    """By a division, which every CPU rounds alike; a reciprocal may be an approximation."""
+    return b.op("Div", b.number(1, tensor_type(node).dtype), x)
+
+
 def _squeeze_all(b: Builder, node: Node, x: Value) -> Value:
     return b.op("Reshape", x, b.shape(tensor_type(node).shape))
 
@@ -311,7 +316,7 @@ LOWERINGS: Mapping[Op, Lowering] = MappingProxyType(
         aten.permute.default: _permute,
         aten.pow.Scalar: lambda b, node, base, x: b.op("Pow", _operand(b, node, 0, base), x),
         aten.pow.Tensor_Scalar: _pow,
-        aten.reciprocal.default: _unary("Reciprocal"),
+        aten.reciprocal.default: _reciprocal,
         aten.relu.default: _unary("Relu"),
         aten.repeat_interleave.self_int: _repeat_interleave,
         aten.reshape.default: _reshape,
