@@ -5,21 +5,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny_models
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES: dict[str, object] = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "attention_dropout": 0.0,
+    **tiny_models.SIZES,
+    **{"intermediate_size": 96, "num_hidden_layers": 2, "attention_dropout": 0.0},
 }
 TOKENS = 200
 

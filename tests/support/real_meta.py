@@ -1,7 +1,7 @@
 """What the real torch_npu's meta functions say of a call, where torch_npu loads.
 
-with_meta = real_meta_functions()      before anything of kvc8 declares the ops
-Meta(with_meta, log).check(...)        for each call, beside what the emulation gave
+names = real_meta_functions()        before anything of kvc8 declares the ops
+Meta(names, log).expected(...)       of each call, to compare with what the emulation gave
 """
 
 from collections import Counter
