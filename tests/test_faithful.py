@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.capture_faults import FAULTS
+from support.tiny_models import write_model
 
 from kvc8.ir.capture import attention
 from kvc8.ir.capture.trace import capture
@@ -52,6 +53,14 @@ def test_a_fault_is_found_and_named(name, captured):
     found = hold(open_checkpoint(directory), broken, TOKENS, steps=2)
     check(found.problem, f"{kind.capitalize()}ForCausalLM", first)
     assert hold(open_checkpoint(directory), sound, TOKENS, steps=2).problem is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_code_makes_is_rounded_as_the_program_computes(dtype, tmp_path):
+    """Gemma's scale of its embedding, sqrt(48), whatever dtype the files have."""
+    write_model(tmp_path, "gemma3", 0, {"hidden_size": 48}, torch.float16)
+    checkpoint = open_checkpoint(tmp_path)
+    assert hold(checkpoint, capture(checkpoint, dtype), TOKENS).problem is None
 
 
 def test_a_dropped_mask_is_found_and_named(tiny_model, monkeypatch):

@@ -19,7 +19,7 @@ TOKENS = [5, 17, 42, 99, 3, 64, 80, 23, 11, 71, 9, 100]
 
 def test_no_weights_are_held_while_nothing_runs(tiny_model):
     checkpoint = open_checkpoint(tiny_model("llama", num_hidden_layers=2))
-    original = open_original(checkpoint)
+    original = open_original(checkpoint, torch.float32)
     before, _ = original.run(TOKENS)
     assert {parameter.device.type for parameter in original.model.parameters()} == {"meta"}
     after, _ = original.run(TOKENS)

@@ -66,13 +66,14 @@ class Original:
         return logits, seen
 
 
-def open_original(checkpoint: Checkpoint) -> Original:
-    """Load a directory as transformers does.
+def open_original(checkpoint: Checkpoint, dtype: torch.dtype) -> Original:
+    """Load a directory as transformers does for a model that is to compute in `dtype`.
 
     Raises ModelError where transformers knows no such model, or misses a weight.
     """
     config, stored = model_config(checkpoint), _floats(checkpoint)
     model = _loaded(checkpoint, config, {**stored, **_linears(checkpoint)})
+    _make_constants(model, config, dtype)
     path = layers_path(model, config)
     by_place = {t.data_ptr(): checkpoint.tensors[name] for name, t in stored.items()}
     _let_go(model, path, by_place)
@@ -147,6 +148,22 @@ def _loaded(
         raise ModelError(where, what, "check that config.json belongs to these weights")
     assert isinstance(model, nn.Module)
     return model
+
+
+def _make_constants(model: nn.Module, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Round what a model's code makes in the model's dtype, as Gemma's scale of its embedding.
+
+    The dtype that weights are loaded in is that of the files, and need not be the one meant.
+    """
+    with torch.device("meta"), quiet():
+        wide = AutoModelForCausalLM.from_config(config, dtype=F64)
+    for name, buffer in wide.named_buffers():
+        where, _, last = name.rpartition(".")
+        module = model.get_submodule(where)
+        if buffer.dtype is F64 and last in module._non_persistent_buffers_set:
+            module._buffers[last] = torch.empty(buffer.shape, dtype=dtype)
+            # Which leaves alone what was loaded, and makes the rest.
+            model._init_weights(module)  # type: ignore[operator]
 
 
 Room = dict[tuple[int, torch.Size], Tensor]

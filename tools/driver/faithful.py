@@ -56,7 +56,7 @@ def hold(
 
     Raises ModelError where transformers cannot run the model.
     """
-    original = open_original(checkpoint)
+    original = open_original(checkpoint, _dtype(program))
     pair = _Pair(program, original, tokens, steps, checkpoint.tensors)
     theirs, _ = original.run(tokens)
     ours = pair.run()
@@ -91,6 +91,11 @@ def check_capture(checkpoint: Checkpoint, captured: Program) -> None:
 
 DO = "do not trust what is compiled of it, and report the model"
 CHECK_WEIGHTS = "check the model's weights"
+
+
+def _dtype(program: Program) -> torch.dtype:
+    """What a program computes in: the dtype of its residual stream."""
+    return tensor_type(program.calls(ATEN.embedding.default)[0]).dtype
 
 
 @dataclass(frozen=True)
