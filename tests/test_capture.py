@@ -9,6 +9,7 @@ import torch
 from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
+from kvc8.ir.capture import trace
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program
@@ -70,6 +71,17 @@ def test_prefill_and_decode_agree_with_transformers(kind, tied, captured, model)
 def test_stamped_and_unstamped_programs_are_equal(kind, captured, model):
     whole = capture(open_checkpoint(model(kind)), stamped=False)
     assert show(captured(kind)) == show(whole)
+
+
+def test_layers_that_code_tells_apart_by_number_are_stamped(tiny_model, monkeypatch):
+    """Two of three dense layers and two of four with experts are traced, which a model of four
+    layers would not have.
+    """
+    sizes = {"num_hidden_layers": 7, "first_k_dense_replace": 3}
+    checkpoint = open_checkpoint(tiny_model("glm4_moe", **sizes))
+    whole = show(capture(checkpoint, stamped=False))
+    monkeypatch.delattr(trace, "_trace_whole")
+    assert show(capture(checkpoint)) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

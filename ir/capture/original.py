@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from kvc8.ir.capture.build import layers_path, model_config
 from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
 from kvc8.ir.capture.parameters import linear_expression
-from kvc8.ir.capture.trace import layers_path, model_config
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.checkpoint.unmapped import load

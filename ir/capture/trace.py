@@ -16,30 +16,32 @@ decode and any mixture:
 and k_cache_i, v_cache_i [N, S, H, D] of each layer; it gives logits [R, vocabulary] and the caches.
 """
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import transformers
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.fx import Node
-from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvc8.ir.capture import attention
 from kvc8.ir.capture.accounts import account, add_norm_biases
+from kvc8.ir.capture.build import (
+    build,
+    config_dtype,
+    layers,
+    layers_path,
+    model_config,
+    of_each_layer,
+    reduced,
+)
 from kvc8.ir.capture.canonical import CHECKS
 from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
 from kvc8.ir.capture.from_export import PRESENT, Emitter, Trace, attention_site
 from kvc8.ir.capture.functional import functional
-from kvc8.ir.capture.mixtures import experts
 from kvc8.ir.capture.parameters import check_kv_scales
-from kvc8.ir.capture.stamp import Cut, alike, cut, fingerprint, kinds, layer_of, representatives
+from kvc8.ir.capture.stamp import Cut, alike, cut, kinds, layer_of, representatives
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program, is_call
@@ -81,11 +83,12 @@ def capture(
     for warning in check_kv_scales(checkpoint):
         warnings.warn(warning, stacklevel=2)
     config = model_config(checkpoint)
-    model = _build(config, dtype or config_dtype(checkpoint))
+    model = build(config, dtype or config_dtype(checkpoint))
     path = layers_path(model, config)
-    kind_of = kinds(_layers(model, path), _of_each_layer(config))
+    kind_of = kinds(layers(model, path), of_each_layer(config))
     chosen = representatives(kind_of)
-    small = _reduced(config, chosen) if stamped and len(chosen) < len(kind_of) else None
+    fewer = stamped and len(chosen) < len(kind_of)
+    small = reduced(model, config, path, chosen) if fewer else None
     found = _stamp(checkpoint, model, path, kind_of, chosen, small) if small else None
     program = found or _trace_whole(checkpoint, model, path)
     add_norm_biases(checkpoint, program)
@@ -93,95 +96,6 @@ def capture(
         warnings.warn(warning, stacklevel=2)
     verify(program)
     return program
-
-
-def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that config.json says a model computes in; float32 where it says none."""
-    name = checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype")) or "float32"
-    dtype = getattr(torch, str(name).removeprefix("torch."), None)
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ModelError("config.json", f"dtype is {name}", "write float16, bfloat16 or float32")
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
-def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
-    """The config as transformers reads it, without what describes quantization."""
-    kind = str(checkpoint.config.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        what = f"transformers {transformers.__version__} knows no model_type {kind!r}"
-        do = "correct it, or install a transformers that does"
-        raise ModelError("config.json", what, do)
-    ours = ("quantization_config", "quantize", "auto_map")
-    plain = {k: v for k, v in checkpoint.config.items() if k not in ours}
-    try:
-        found: PretrainedConfig = CONFIG_MAPPING[kind].from_dict(plain)
-        return found
-    except FOREIGN as error:
-        raise ModelError(
-            "config.json", f"not one of a {kind} ({first_line(error)})", "correct it"
-        ) from error
-
-
-def _build(config: PretrainedConfig, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of a config, on a CPU that holds no data."""
-    attention.register()
-    ALL_EXPERTS_FUNCTIONS.register(attention.NAME, experts)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), quiet():
-            model = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=attention.NAME,
-                experts_implementation=attention.NAME,
-                dtype=dtype,
-            )
-    except FOREIGN as error:
-        name = f"a {config.model_type}"
-        if isinstance(error, KeyError) and error.args == (attention.NAME,):
-            what = f"{name} takes its attention from a table of its own"
-            raise ModelError("config.json", what, attention.OTHER) from error
-        what = f"{name} cannot be built ({first_line(error)})"
-        do = "use a causal language model of transformers"
-        raise ModelError("config.json", what, do) from error
-    assert isinstance(model, torch.nn.Module)
-    return model.eval()
-
-
-def layers_path(model: torch.nn.Module, config: PretrainedConfig) -> str:
-    """Where the list of the layers stands, as "model.layers"; raises ModelError if nowhere."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == config.num_hidden_layers:
-            return str(name)
-    what = f"has no list of {config.num_hidden_layers} layers"
-    raise ModelError("config.json", f"a {config.model_type} {what}", "its code is not supported")
-
-
-def _layers(model: torch.nn.Module, path: str) -> list[torch.nn.Module]:
-    return list(model.get_submodule(path).children())
-
-
-def _lists(config: PretrainedConfig) -> dict[str, list[object]]:
-    """What a config says of each layer by itself, by name."""
-    count, every = config.num_hidden_layers, vars(config).items()
-    return {k: found for k, found in every if isinstance(found, list) and len(found) == count}
-
-
-def _of_each_layer(config: PretrainedConfig) -> list[tuple[str, ...]]:
-    """For each layer what tells it from others, whether its modules know or only its model's code.
-
-    The kind of its attention is of the second sort: the model chooses its mask by it.
-    """
-    lists = _lists(config).values()
-    return [tuple(repr(found[i]) for found in lists) for i in range(config.num_hidden_layers)]
-
-
-def _reduced(config: PretrainedConfig, chosen: list[int]) -> PretrainedConfig:
-    """The config of a model of the chosen layers only."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = len(chosen)
-    for name, found in _lists(config).items():
-        setattr(small, name, [found[i] for i in chosen])
-    return small
 
 
 @contextmanager
@@ -226,7 +140,7 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
         exported.graph.erase_node(node)  # a check of a mask alone would keep the mask alive
     exported.graph.eliminate_dead_code()
     trace = Trace(functional(exported), model, path)
-    _check_attention(trace, len(_layers(model, path)))
+    _check_attention(trace, len(layers(model, path)))
     return trace
 
 
@@ -263,15 +177,9 @@ def _stamp(
     path: str,
     kind_of: list[int],
     chosen: list[int],
-    config: PretrainedConfig,
+    small: torch.nn.Module,
 ) -> Program | None:
     """The program stamped out of a trace of the chosen layers; None where that is not proved."""
-    small = _build(config, model.dtype)  # type: ignore[arg-type]
-    full = _layers(model, path)
-    if [fingerprint(layer) for layer in _layers(small, path)] != [
-        fingerprint(full[i]) for i in chosen
-    ]:
-        return None
     trace = _export(small, path)
     made = cut(trace.calls(), f"m.{path}", len(chosen))
     templates = _templates(made, kind_of, chosen) if made else None

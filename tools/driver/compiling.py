@@ -10,7 +10,8 @@ import torch
 
 from kvc8.backends.npu import artifact, legality
 from kvc8.backends.runtime.kv_layout import KVLayout, kv_layout
-from kvc8.ir.capture.trace import capture, config_dtype
+from kvc8.ir.capture.build import config_dtype
+from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError, ModelWarning, TargetError
 from kvc8.ir.expression import Read

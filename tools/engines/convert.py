@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.checkpoint.layouts import Activations
 from kvc8.ir.checkpoint.model_files import file_names, place
 from kvc8.ir.checkpoint.msmodelslim import tied_head

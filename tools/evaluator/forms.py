@@ -22,7 +22,8 @@ from torch import Tensor
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.runtime import model as runtime
 from kvc8.backends.runtime.inputs import Rows
-from kvc8.ir.capture.trace import capture, config_dtype
+from kvc8.ir.capture.build import config_dtype
+from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.model_files import file_names, model_file, place, read_json
 from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError

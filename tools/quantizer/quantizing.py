@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from kvc8.ir.capture.trace import capture, config_dtype
+from kvc8.ir.capture.build import config_dtype
+from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.model_files import listed, place
 from kvc8.ir.checkpoint.new_directory import kept_directory, refuse_existing
 from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelError

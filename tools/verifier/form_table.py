@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import KVC8Error
 from kvc8.ir.precision.widen import widen

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from kvc8.ir.capture.trace import capture, config_dtype
+from kvc8.ir.capture.build import config_dtype
+from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.new_directory import refuse_existing
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.passes.options import Options

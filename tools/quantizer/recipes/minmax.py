@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.checkpoint.w8a8 import (
     Range,
     dynamic_part_types,

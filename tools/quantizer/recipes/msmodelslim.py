@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir.capture.trace import config_dtype
+from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.w8a8 import part_types
 from kvc8.ir.errors import ModelError
