@@ -153,7 +153,8 @@ def test_a_quantized_directory_is_whole(kind, tiny_model, texts, tmp_path, capsy
     found = open_checkpoint(tmp_path / "out")
     assert (found.warnings, found.kv_calibrated, len(found.w8a8)) == ((), "post-rope", 24)
     if kind == "gemma3":
-        what = "is not rotated (model_type gemma3_text is not known to allow it)"
+        what = "has a residual stream that is not rotated (model.layers.0.post_attention_layernorm"
+        what = f"{what} scales the channels of what is added to the residual stream)"
         assert notes == [f"note: {source}: {what}, so int8 costs it more", of_float32(source)]
     elif kind == "llama":
         what = "its lm_head is rotated apart from the embedding, 0.0 MB more"

@@ -167,11 +167,10 @@ def _rotated(
 ) -> tuple[Checkpoint, Program]:
     """The model that the recipe kvc8 quantizes, and its program; says what that is."""
     linears = choose(sites(program), settings.disable, settings.down_proj)
-    found = kvc8.rotated(checkpoint, bool(linears), kvc8_options(settings), state / "rotated")
-    if isinstance(found, str):
-        what = f"is not rotated ({found}), so int8 costs it more"
-        note(f"note: {place(checkpoint.path)}: {what}")
-        return checkpoint, program
+    options = kvc8_options(settings)
+    found, left = kvc8.rotated(checkpoint, program, bool(linears), options, state / "rotated")
+    if left:
+        note(f"note: {place(checkpoint.path)}: {left}, so int8 costs it more")
     if more := untied_bytes(checkpoint, found):
         what = f"its lm_head is rotated apart from the embedding, {more / 1e6:.1f} MB more"
         note(f"note: {place(checkpoint.path)}: {what}")

@@ -37,7 +37,7 @@ from kvc8.ir.checkpoint.w8a8 import (
     quantize_linear,
 )
 from kvc8.ir.errors import ModelError
-from kvc8.ir.program import argument, is_call
+from kvc8.ir.program import Program, argument, is_call
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer.choices import Reach, Sample, clipped
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
@@ -71,16 +71,23 @@ class RecipeOptions:
 
 
 def rotated(
-    checkpoint: Checkpoint, linears: bool, options: RecipeOptions, directory: Path
-) -> Checkpoint | str:
-    """The model, rotated and written to a directory, or why it is not rotated.
+    checkpoint: Checkpoint,
+    program: Program,
+    linears: bool,
+    options: RecipeOptions,
+    directory: Path,
+) -> tuple[Checkpoint, str | None]:
+    """The model, rotated and written to a directory, and what is not rotated of it, and why.
 
     Where no linear is to be quantized only V is turned, which leaves a tied lm_head tied.
     """
     if not options.rotate:
-        return "--rotate off"
-    found = find_rotation(checkpoint, linears, options.seed)
-    return found if isinstance(found, str) else rotate(checkpoint, found, directory)
+        return checkpoint, "is not rotated (--rotate off)"
+    found = find_rotation(program, linears, options.seed)
+    if isinstance(found, str):
+        return checkpoint, f"is not rotated ({found})"
+    left = f"has a residual stream that is not rotated ({found.why})" if found.why else None
+    return rotate(checkpoint, found, directory), left
 
 
 def quantize(

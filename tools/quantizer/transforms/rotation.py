@@ -8,21 +8,21 @@ per-tensor int8 scale then loses little (QuaRot, Ashkboos et al. 2024; SpinQuant
 In the same way V is turned within each head between v_proj and o_proj, which serves V's cache and
 o_proj's input.
 
-    embed_tokens, lm_head                   W R, lm_head with the last norm's weight folded in
+    an embedding, lm_head                   W R, lm_head with the last norm's weight folded in
     q_proj k_proj gate_proj up_proj         W diag(norm) R
     v_proj                                  Rhᵀ W diag(norm) R       Rh in each head
     a router, and experts' likewise         W diag(norm) R
     o_proj                                  Rᵀ W Rh
     down_proj, experts' too                 Rᵀ W
     biases of v_proj; o_proj, down_proj     Rhᵀ b; Rᵀ b
-    norms                                   1
+    norms, by w or by 1 + w                 1; 0
 
 A tied lm_head has to be untied, for only it takes the last norm's weight: the model grows by one
-embedding. Only what is known to be built so is rotated: pre-norm decoders whose RMSNorm multiplies
-by its weight as stored, without scaling of the stream, and of whose tensors none is unknown.
+embedding. What is turned is found in the captured program (stream.py, heads.py), so an architecture
+is rotated whose structure allows it, whatever it is called. Where the stream does not allow it, V
+is turned all the same.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,38 +30,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvc8.ir.checkpoint.model_files import listed
 from kvc8.ir.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
 from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.errors import ModelError
+from kvc8.ir.program import Program
+from kvc8.tools.quantizer.transforms.heads import find_heads
 from kvc8.tools.quantizer.transforms.orthogonal import Orthogonal, random_orthogonal
+from kvc8.tools.quantizer.transforms.roles import NotTurned, Roles, Turn
+from kvc8.tools.quantizer.transforms.stream import find_stream, width
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
 
-MODELS = ("llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "glm4_moe")
-EMBEDDING, HEAD, LAST_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-LAYER = re.compile(r"(model\.layers\.\d+\.)(.+)")
-NORM_OF: Mapping[str, str] = {
-    **{f"self_attn.{x}_proj.weight": "input_layernorm.weight" for x in "qkv"},
-    **{
-        f"{mlp}.{x}_proj.weight": "post_attention_layernorm.weight"
-        for mlp in ("mlp", "mlp.experts.*", "mlp.shared_experts", "mlp.shared_expert")
-        for x in ("gate", "up")
-    },
-    "mlp.gate.weight": "post_attention_layernorm.weight",  # a router
-    "mlp.shared_expert_gate.weight": "post_attention_layernorm.weight",
-}
-EXPERT = re.compile(r"mlp\.experts\.\d+\.")
-WRITERS = (  # to the residual stream
-    *("self_attn.o_proj", "mlp.down_proj", "mlp.experts.*.down_proj"),
-    *("mlp.shared_experts.down_proj", "mlp.shared_expert.down_proj"),
-)
-UNTOUCHED = (
-    *(f"self_attn.{x}_proj.bias" for x in "qk"),
-    *(f"mlp.{x}_proj.bias" for x in ("gate", "up")),
-    *(f"self_attn.{x}_norm.weight" for x in "qk"),  # these norm heads, after q_proj and k_proj
-    "self_attn.rotary_emb.inv_freq",
-    "mlp.gate.e_score_correction_bias",
-)
 Read = Callable[[str], Tensor]  # a stored tensor by name
 
 
@@ -69,77 +47,68 @@ Read = Callable[[str], Tensor]  # a stored tensor by name
 class Rotation:
     """What is turned: the residual stream, if it is, and V within each head."""
 
+    roles: Roles
     residual: Orthogonal | None
-    head: Orthogonal
+    heads: Mapping[int, Orthogonal]  # by a head's channels
+    why: str | None = None  # the stream is not turned, where it was asked for
 
 
-def find_rotation(checkpoint: Checkpoint, residual: bool, seed: int) -> Rotation | str:
-    """The rotation of a model, or why it cannot be rotated."""
-    config = checkpoint.config
-    kind = config.get("model_type")
-    if kind not in MODELS:
-        return f"model_type {kind} is not known to allow it"
-    strange = [name for name in checkpoint.tensors if not _known(name)]
-    if strange:
-        return f"the model holds {listed(strange)}"
-    hidden, heads = (config.get(x) for x in ("hidden_size", "num_attention_heads"))
-    assert isinstance(hidden, int)
-    assert isinstance(heads, int)
-    dim = config.get("head_dim") or hidden // heads
-    assert isinstance(dim, int)
-    stream = random_orthogonal(hidden, seed) if residual else None
-    return Rotation(stream, random_orthogonal(dim, seed + 1))
+def find_rotation(program: Program, residual: bool, seed: int) -> Rotation | str:
+    """The rotation of a float model, by its captured program, or why nothing of it is rotated."""
+    found, why = Roles(program), None
+    if residual:
+        found, why = _of_stream(program)
+    in_heads = find_heads(program, found)
+    if not found.turns:
+        return why or in_heads or "it has nothing to turn"
+    sizes = {turn.head for turns in found.turns.values() for turn in turns if turn.head}
+    heads = {size: random_orthogonal(size, seed + 1) for size in sizes}
+    turned = residual and why is None
+    stream = random_orthogonal(width(program), seed) if turned else None
+    return Rotation(found, stream, heads, why)
 
 
-def _known(name: str) -> bool:
-    _, part = _place(name)
-    writers = [f"{writer}.{end}" for writer in WRITERS for end in ("weight", "bias")]
-    norms = NORM_OF.values()
-    return part in (
-        *(EMBEDDING, HEAD, LAST_NORM),
-        *(*NORM_OF, *writers, *norms, *UNTOUCHED),
-        "self_attn.v_proj.bias",
-    )
-
-
-def _place(name: str) -> tuple[str, str]:
-    """The layer that a tensor belongs to, "" where none, and its name there, `*` for an expert."""
-    layer = LAYER.fullmatch(name)
-    prefix, part = (layer[1], layer[2]) if layer else ("", name)
-    return prefix, EXPERT.sub("mlp.experts.*.", part)
+def _of_stream(program: Program) -> tuple[Roles, str | None]:
+    """What turns the stream; nothing, and why, where it cannot be turned."""
+    found = Roles(program)
+    try:
+        find_stream(program, found)
+        found.check()
+    except NotTurned as stuck:
+        return Roles(program), str(stuck)
+    return found, None
 
 
 def turned(name: str, read: Read, rotation: Rotation) -> Tensor:
     """A tensor of the rotated model, in the dtype of the stored one, rounded once."""
-    prefix, part = _place(name)
-    stored = read(name)
-    # Two turns may meet in a layer's linear; an embedding has one, and is too large for float32.
-    wide = prefix and stored.dtype is not torch.float64
+    roles = rotation.roles
+    stored = read(roles.untied.get(name, name))
+    if name in roles.norms:
+        return torch.full_like(stored, roles.norms[name])
+    turns = roles.turns.get(name, [])
+    # Several turns may meet in a linear; an embedding has one, and is too large for float32.
+    wide = len(turns) > 1 and stored.dtype is not torch.float64
     value = stored.float() if wide else stored
-    if rotation.residual is not None:
-        value = _in_stream(prefix, part, value, read, rotation.residual)
-    return _in_heads(part, value, rotation.head).to(stored.dtype)
+    for turn in turns:
+        value = _turned(value, turn, read, rotation)
+    return value.to(stored.dtype)
 
 
-def _in_stream(prefix: str, part: str, value: Tensor, read: Read, stream: Orthogonal) -> Tensor:
-    if part in NORM_OF or part == HEAD:
-        return stream.turn(value, read(prefix + NORM_OF.get(part, LAST_NORM)))
-    if part in NORM_OF.values() or part == LAST_NORM:
-        return torch.ones_like(value)
-    if part == EMBEDDING:
-        return stream.turn(value)
-    if part.startswith(WRITERS):  # a bias is a row, and a weight has outputs by row
-        return stream.turn(value.t()).t().contiguous()
-    return value
-
-
-def _in_heads(part: str, value: Tensor, head: Orthogonal) -> Tensor:
-    if part == "self_attn.v_proj.weight":
-        heads = value.unflatten(0, (-1, head.size)).transpose(1, 2)
-        return head.turn(heads).transpose(1, 2).reshape(value.shape)
-    if part in ("self_attn.v_proj.bias", "self_attn.o_proj.weight"):
-        return head.turn(value.unflatten(-1, (-1, head.size))).reshape(value.shape)
-    return value
+def _turned(value: Tensor, turn: Turn, read: Read, rotation: Rotation) -> Tensor:
+    if turn.axis == -2:
+        across = replace(turn, axis=-1)
+        return _turned(value.transpose(-1, -2), across, read, rotation).transpose(-1, -2)
+    if turn.span is not None:
+        start, size = turn.span
+        parts = value.split([start, size, value.shape[-1] - start - size], -1)
+        inner = _turned(parts[1], replace(turn, span=None), read, rotation)
+        return torch.cat([parts[0], inner, parts[2]], -1)
+    if turn.head is not None:
+        by_head = value.unflatten(-1, (-1, turn.head))
+        return rotation.heads[turn.head].turn(by_head).flatten(-2)
+    assert rotation.residual is not None
+    scale = None if turn.norm is None else read(turn.norm.name) + turn.norm.plus
+    return rotation.residual.turn(value, scale)
 
 
 def rotate(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> Checkpoint:
@@ -157,16 +126,15 @@ def rotate(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> Check
 def _write(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> None:
     new = directory.with_name(f"{directory.name}.new")
     new.mkdir(exist_ok=True)
-    tied = bool(checkpoint.config.get("tie_word_embeddings")) and rotation.residual is not None
     sources = dict(checkpoint.tensors)
-    if tied:
-        sources[HEAD] = replace(sources[EMBEDDING], name=HEAD)
+    for head, table in rotation.roles.untied.items():
+        sources[head] = replace(sources[table], name=head)
     floats = {name: t for name, t in sources.items() if t.dtype.is_floating_point}
     entries = [Entry(name, t.dtype, t.shape, "FLOAT") for name, t in floats.items()]
     tensors = ((name, _sound(name, floats, rotation)) for name in floats)
     write_tensors(new / "model.safetensors", entries, tensors)
-    config = dict(checkpoint.config)
-    write_json(new / "config.json", config | ({"tie_word_embeddings": False} if tied else {}))
+    untied = {"tie_word_embeddings": False} if rotation.roles.untied else {}
+    write_json(new / "config.json", {**checkpoint.config, **untied})
     new.rename(directory)
 
 
