@@ -1,4 +1,4 @@
-"""What may be chosen of the passes that a compile runs."""
+"""What may be chosen of the passes that a compile runs, and of the limits it keeps to."""
 
 from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
@@ -10,7 +10,7 @@ MOST_RANKS = 1024  # heads of no model yet; a larger number is a mistake
 
 @dataclass(frozen=True)
 class Options:
-    """The choices that decide which passes run. Raises TargetError where one is not of its list."""
+    """The choices of a compile. Raises TargetError where one is not of its list."""
 
     # K scales that were measured before RoPE: widened to bounds after it, or used as they are.
     kv_scales: Literal["repair", "as-is"] = "repair"
@@ -22,6 +22,8 @@ class Options:
     fuse: Literal["on", "off"] = "on"
     # How int8 caches lie in memory (ir/nz.py).
     kv_format: Literal["nd", "nz"] = "nd"
+    # The heads that NZ caches are documented for, or any: what engines ship goes beyond them.
+    nz_heads: Literal["documented", "any"] = "documented"
     # How what ranks have of a W8A8 linear is added up: exactly, or as engines do, in half the bytes.
     sums: Literal["int32", "half"] = "int32"
     ranks: int = 1  # devices that the model is divided among

@@ -238,6 +238,13 @@ def c8_only(m: Model) -> None:
     m.take(*(f"_proj.{part}" for part in LINEAR))
 
 
+def heads_of_a_rank(m: Model) -> None:
+    """MiniMax-M2.7's on each of 8 devices."""
+    m.config |= {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 128}
+    for name in [name for name in m.tensors if "kv_cache" in name]:
+        m.put(name, m.tensors[name][:1].repeat(128), "C8")
+
+
 def mixed(m: Model) -> None:
     m.take(*(f"{V1}.{part}" for part in LINEAR))
     m.put(f"{V1}.weight", torch.zeros(4, 8).half(), "FLOAT")
@@ -423,6 +430,15 @@ CASES: dict[Change, tuple[str, str]] = {
         "c8-only",
         "warning: the directory: there is C8 and no W8A8, so the vendor's runtimes do not support "
         "it; kvc8 does; add W8A8 with kvc8-quantize for those",
+    ),
+    heads_of_a_rank: (
+        "nz-heads",
+        "note: config.json: npu_fused_infer_attention_score on ascend910b takes heads and kv heads "
+        "10 and 1 or 64 and 8 or 80 and 8 or 128 and 16 with cache format NZ, and this is 6 and 1 "
+        "(op-plugin docs/zh/custom_APIs/torch_npu/npu_fused_infer_attention_score.md, NZ caches; "
+        "ops-transformer incre_flash_attention_tiling_check.cpp:1868), though vllm-ascend serves "
+        "16 and 2 (pull request 9721) and 6 and 1 (pull request 10461), so kvc8-compile refuses "
+        "--kv-format nz; compile with --kv-format nd, or with --nz-heads any",
     ),
     mixed: (
         "mixed-linears",

@@ -69,6 +69,19 @@ def test_a_call_that_breaks_a_row_is_refused(case: dict[str, Any]) -> None:
     assert str(refused.value) == case["says"]
 
 
+def test_a_limit_that_another_source_contradicts_may_be_left_and_no_other() -> None:
+    for case in REFUSED:
+        made, rows = call(case["call"], **case["changes"]), TABLE[LEGAL[case["call"]]["op"]]
+        contradicted = [row for row in rows if row.get("contradicted_by", "!") in case["says"]]
+        if contradicted:
+            assert [row["fact"] for row in contradicted] == ["heads and kv heads"]
+            legality.check(made, SOC, case["block_size"], beyond_documents=True)
+            continue
+        with pytest.raises(TargetError) as refused:
+            legality.check(made, SOC, case["block_size"], beyond_documents=True)
+        assert str(refused.value) == case["says"]
+
+
 def test_every_op_that_programs_may_call_has_rows_and_every_row_a_source_and_a_cure() -> None:
     assert set(TABLE) == {schema.partition("(")[0].split("::")[1] for schema in npu.SCHEMAS}
     assert all(row["source"] and row["cure"] for rows in TABLE.values() for row in rows)

@@ -391,3 +391,11 @@ def test_nz_is_of_npu_alone(tmp_path, capsys):
     assert capsys.readouterr().err == (
         "error: --kv-format: nz is of --target npu; leave it out, or compile for npu\n"
     )
+
+
+def test_nz_heads_is_of_nz_alone(tmp_path, capsys):
+    arguments = [str(tmp_path), "--target", "npu", "-o", "out", "--nz-heads", "any"]
+    assert command.entry(compile.parser(), compile.work, arguments) == 1
+    assert capsys.readouterr().err == (
+        "error: --nz-heads: any is of --kv-format nz; leave it out, or ask for nz\n"
+    )

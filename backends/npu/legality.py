@@ -6,6 +6,9 @@ The limits are data, legality.json: by soc and op a list of rows, each one limit
     {"fact": "head_dim", "when": {"pages": ["i8"]}, "multiple": 32, "max": 512,
      "source": "...", "cure": "compile for onnx instead"}
 
+Where `contradicted_by` names something that is served beyond a limit, both sources are in the
+sentence, and whoever compiles may take the other side (`beyond_documents`).
+
 A limit is `one_of` a list, or `min`, `max` and `multiple` of a number, or `same_as` another fact,
 or `multiple_of` one. A number that passes keep to as well stands by its name in kvc8.ir.npu. A
 limit holds `when` the facts named there are one of those values. `{nearest}` in a cure is the
@@ -43,6 +46,7 @@ class Limit:
     multiple: int | None = None
     same_as: str | None = None
     multiple_of: str | None = None
+    contradicted_by: str = ""
 
     def applies(self, found: Facts) -> bool:
         """Whether the facts are such that the row speaks of them."""
@@ -108,7 +112,9 @@ class Broken:
         what = self.row.limit(self.found)
         when = " and ".join(f"{name} {self.found[name]}" for name in self.row.when)
         what += f" with {when}" * bool(when)
-        return f"{what}, and this is {self.found[self.row.fact]} ({self.row.source})"
+        what = f"{what}, and this is {self.found[self.row.fact]} ({self.row.source})"
+        other = self.row.contradicted_by
+        return f"{what}, though {other}" if other else what
 
     def reason(self, soc: str) -> str:
         """The same as a sentence."""
@@ -135,8 +141,11 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "max": getattr(npu, named)} if isinstance(named, str) else dict(row)
 
 
-def check(program: Program, soc: str, block_size: int) -> None:
-    """Raise TargetError at the first call that breaks a limit, with its source and a cure."""
+def check(program: Program, soc: str, block_size: int, beyond_documents: bool = False) -> None:
+    """Raise TargetError at the first call that breaks a limit, with its source and a cure.
+
+    With `beyond_documents` what another source contradicts is no limit.
+    """
     table = limits(soc)
     legal = set[object]()  # a layer's calls are those of the layer before it
     for node in program.graph.nodes:
@@ -146,6 +155,8 @@ def check(program: Program, soc: str, block_size: int) -> None:
         if name not in table or (kind := kind_of(node)) in legal:
             continue
         for broken in broken_by(table, name, node, block_size):
+            if beyond_documents and broken.row.contradicted_by:
+                continue
             where = node.meta.get("origin") or node.name
             raise TargetError(where, f"{broken.reason(soc)}", f"{broken.cure}")
         legal.add(kind)

@@ -12,6 +12,7 @@ HELP = {
     "fold": "drop the cache's offsets where that is exact (default), or fold its scales as well",
     "fuse": "do by one launch what one op does that takes several (default), or leave them apart",
     "kv_format": "how int8 caches lie in memory; nz fits few models (docs/phases.md)",
+    "nz_heads": "heads that nz takes: those of the op's document (default), or any, as some serve",
     "sums": "how --tp adds up W8A8 linears: exactly (default), or in half the bytes, as engines do",
 }
 

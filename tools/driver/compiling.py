@@ -143,6 +143,8 @@ def check_request(out: Path, target: Target, options: Options) -> None:
         raise TargetError(
             "--kv-format", "nz is of --target npu", "leave it out, or compile for npu"
         )
+    if options.nz_heads == "any" and options.kv_format != "nz":
+        raise TargetError("--nz-heads", "any is of --kv-format nz", "leave it out, or ask for nz")
     if options.ranks > 1 and target.kind != "npu":
         raise TargetError("--tp", "is of --target npu", "leave it out, or compile for npu")
 
@@ -164,8 +166,9 @@ def _write(
     phases: Mapping[str, Program],
 ) -> None:
     if target.kind == "npu":
+        beyond = options.nz_heads == "any"
         for phase in phases.values():
-            legality.check(phase, target.soc, target.block_size)
+            legality.check(phase, target.soc, target.block_size, beyond)
         notes = {name: str(getattr(options, name)) for name in NAMES}
         compiled_for = artifact.CompiledFor(target.soc, target.block_size, notes, options.ranks)
         artifact.write(out, checkpoint, phases, compiled_for)

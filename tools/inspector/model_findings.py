@@ -4,11 +4,14 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from kvc8.backends.npu.facts import Facts
+from kvc8.backends.npu.legality import breaks, limits
 from kvc8.ir.checkpoint.layouts import FLOATS
 from kvc8.ir.checkpoint.model_files import listed, shown
 from kvc8.ir.checkpoint.msmodelslim import LABELS, SETTINGS, tied_head
 from kvc8.ir.errors import ModelError
 from kvc8.ir.kv_params import heads_of_rank
+from kvc8.tools.driver.compiling import Target
 from kvc8.tools.inspector.finding import (
     CONFIG,
     DIRECTORY,
@@ -20,9 +23,11 @@ from kvc8.tools.inspector.finding import (
     numbers,
     plural,
 )
-from kvc8.tools.inspector.seen import Seen, kv_heads, linears
+from kvc8.tools.inspector.seen import Seen, head_dim, kv_heads, linears
 
 PARALLEL = (2, 4, 8)  # the tensor-parallel sizes of one server of 8 cards
+ATTENTION, NZ_HEADS = "npu_fused_infer_attention_score", "heads and kv heads"
+NZ_HEAD_DIM = 128  # the only one of NZ pages
 BELONG = "copy the description and the weights that belong together"
 
 
@@ -246,6 +251,17 @@ def _wide_weights(seen: Seen) -> Iterator[Finding]:
         yield Finding("float32-weight", "warning", DIRECTORY, what, so, do)
 
 
+def _nz_heads(seen: Seen) -> Iterator[Finding]:
+    """Numbers of heads that NZ pages are served with and not documented for."""
+    heads = seen.config.get("num_attention_heads")
+    if not seen.names or head_dim(seen) != NZ_HEAD_DIM or not isinstance(heads, int):
+        return
+    asked: Facts = {"cache format": "NZ", NZ_HEADS: f"{heads} and {kv_heads(seen)}"}
+    for broken in breaks(ATTENTION, limits(Target("npu").soc)[ATTENTION], asked):
+        what, so = broken.reason(Target("npu").soc), "kvc8-compile refuses --kv-format nz"
+        yield Finding("nz-heads", "note", CONFIG, what, so, broken.cure)
+
+
 MODEL_CHECKS: tuple[Check, ...] = (
     _labels,
     _config,
@@ -257,5 +273,6 @@ MODEL_CHECKS: tuple[Check, ...] = (
     _norm_biases,
     _unused,
     _parallel,
+    _nz_heads,
     _unread,
 )
