@@ -6,11 +6,14 @@ Bytes are what a kernel that reads each operand once and writes each result once
     cache        pages read: of each sequence its context; rows written: of each token one
     activations  everything else, read once by each launch that takes it and written once
 
+    sent         with several cards: what a collective sends from each card to the others
+
 A step of decode takes one token of each of `batch` sequences, whose caches then hold `context`
 tokens. A step of prefill takes `batch` prompts of `context` tokens, a chunk the last `chunk` tokens
-of each. The time of a launch is the
-longer of its bytes at the bandwidth and its operations at the rate: a bound from below. Nothing of
-it was measured: caches of the chip, the overhead of launches and how kernels tile are left out.
+of each. A program of several ranks is what one card does, so all of this is of each card. The time
+of a launch is the longest of its bytes at the bandwidth, its operations at the rate, and what it
+sends at the rate of the links: a bound from below. Nothing of it was measured: caches of the chip,
+the overhead of launches, the latency of collectives and how kernels tile are left out.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +28,7 @@ from kvc8.ir import npu
 from kvc8.ir.program import Program, is_call, is_parameter, op_name, type_of
 from kvc8.ir.types import Dim, TensorType, Type, size
 
-ATEN = torch.ops.aten
+ATEN, C10D = torch.ops.aten, torch.ops._c10d_functional
 # Each gives rows or a part of its first operand, or a copy, and reads no more than it gives.
 LOOKUPS = (ATEN.embedding.default, ATEN.index.Tensor, ATEN.index_select.default)
 PARTS = (ATEN.slice.Tensor, ATEN.select.int, ATEN.transpose.int, ATEN.split_with_sizes.default)
@@ -45,6 +48,13 @@ class Device:
         "Atlas A2 with 64 GB: 1.6 TB/s (cann/ops-cv cross_platform_migration_guide); 24 cube cores "
         "at 1.8 GHz (CANN platform_config/Ascend910B2C.ini)"
     )
+    link: float = 56e9  # bytes/s from a card to each other one
+    # No document of the vendor's was found that has the rate; if 56 is of both ways, links are
+    # half as fast and the bound still is one. HIXL measured 19.4 GB/s for a copy over one link.
+    link_source: str = (
+        "a link of 56 GB/s between any two of 8 cards, 392 GB/s a card: third parties have it so "
+        "(arthurchiao.art, GPU notes 2, 2023)"
+    )
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class Workload:
     context: int = 8192
     block_size: int = 128
     chunk: int = 512
+    cards: int = 1
 
     def new(self, phase: str) -> int:
         """The tokens that a step takes of each sequence."""
@@ -82,6 +93,7 @@ class OpCost:
     written: int = 0
     int8_ops: int = 0
     half_ops: int = 0
+    sent: int = 0  # bytes from a card to the others
     seconds: float = 0.0
 
     def __add__(self, other: "OpCost") -> "OpCost":
@@ -89,13 +101,14 @@ class OpCost:
 
     @property
     def bytes(self) -> int:
-        """All bytes moved."""
+        """All bytes moved between a card and its memory."""
         return self.weights + self.cache_read + self.cache_written + self.read + self.written
 
-    def at(self, device: Device) -> "OpCost":
-        """The same with the time that one launch takes at least."""
+    def at(self, device: Device, cards: int = 1) -> "OpCost":
+        """The same with the time that one launch takes at least; cards send on all their links."""
         compute = self.int8_ops / device.int8 + self.half_ops / device.half
-        return self + OpCost(seconds=max(self.bytes / device.bandwidth, compute))
+        links = self.sent / device.link / max(cards - 1, 1)
+        return self + OpCost(seconds=max(self.bytes / device.bandwidth, compute, links))
 
 
 @dataclass(frozen=True)
@@ -140,7 +153,7 @@ def costs(
     sizes = StepSizes(phase, workload)
     for node in program.graph.nodes:
         if is_launch(node):
-            yield node, _launch(node, sizes).at(device)
+            yield node, _launch(node, sizes).at(device, workload.cards)
 
 
 def by_op(program: Program, phase: str, workload: Workload, device: Device) -> Mapping[str, OpCost]:
@@ -171,7 +184,20 @@ def _launch(node: Node, sizes: StepSizes) -> OpCost:
         return cost + _attention(node, caches, sizes)
     tokens = sizes.number(TOKENS)
     rows = sum(tokens * sizes.row(type_) for type_ in caches)
-    return cost + OpCost(cache_written=rows) + _matmul(node, sizes)
+    sent = _sent(node, read, sizes.workload.cards)
+    return cost + OpCost(cache_written=rows, sent=sent) + _matmul(node, sizes)
+
+
+def _sent(node: Node, held: int, cards: int) -> int:
+    """The bytes that a card must send in a collective of which it holds so many.
+
+    A sum: 2*(n - 1)/n of them (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for
+    clusters of workstations, 2009). A gather: all of them, to each other card.
+    """
+    others = cards - 1
+    if node.target is C10D.all_reduce.default:
+        return -(-2 * others * held // cards)
+    return others * held if node.target is C10D.all_gather_into_tensor.default else 0
 
 
 def _is_weight(x: Node) -> bool:

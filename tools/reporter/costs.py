@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--bandwidth", device.bandwidth / 1e12, "TB/S", "of the device's memory"),
         ("--int8-rate", device.int8 / 1e12, "TOPS", "its int8 operations"),
         ("--half-rate", device.half / 1e12, "TFLOPS", "its float16 operations"),
+        ("--link-rate", device.link / 1e9, "GB/S", "with --tp: from a card to each other one"),
     ):
         kind = _count if isinstance(value, int) else _rate
         add(name, type=kind, default=value, metavar=unit, help=f"{what}; default: {value:g}")
@@ -74,12 +75,20 @@ def device(args: argparse.Namespace) -> Device:
     public = Device()
     given = rates != [public.bandwidth, public.int8, public.half]
     bandwidth, int8, half = rates
-    return Device(bandwidth, int8, half, "as given" if given else public.source)
+    link = args.link_rate * 1e9
+    return Device(
+        bandwidth,
+        int8,
+        half,
+        "as given" if given else public.source,
+        link,
+        "as given" if link != public.link else public.link_source,
+    )
 
 
 def workload(args: argparse.Namespace) -> Workload:
     """The step that the arguments describe."""
-    return Workload(args.batch, args.context, args.block_size)
+    return Workload(args.batch, args.context, args.block_size, cards=args.tp)
 
 
 @dataclass(frozen=True)
@@ -109,6 +118,7 @@ class PhaseReport:
     ops: Mapping[str, Figures]
     total: Figures
     bytes_a_token: float
+    link_seconds: float  # of the total, what collectives take
     with_float16_cache: WithFloat16Cache
     unfused: Unfused
 
@@ -173,6 +183,7 @@ def _phase(
         ops={name: _figures(cost, whole) for name, cost in each.items()},
         total=_figures(whole, whole),
         bytes_a_token=whole.bytes / tokens,
+        link_seconds=sum(cost.seconds for cost in each.values() if cost.sent),
         with_float16_cache=WithFloat16Cache(
             (whole.bytes + more) / tokens, whole.seconds + more / on.bandwidth
         ),
@@ -211,6 +222,7 @@ def explain_lines(found: Explained) -> Iterator[str]:
 
 
 COLUMNS = "{:<40}{:>9}{:>12}{:>11}{:>13}{:>8}{:>10}"
+LINKS = "{:>10}"  # a column more, with several cards
 
 
 def report_lines(found: Report) -> Iterator[str]:
@@ -219,12 +231,17 @@ def report_lines(found: Report) -> Iterator[str]:
     for phase, each in found.phases.items():
         what = f"{work.batch} of {work.context:,} tokens"
         yield f"{phase}, {what}: {_launches(each)}"
-        yield COLUMNS.format("", "launches", "weights MB", "cache MB", "activ. MB", "share", "ms")
+        head = "", "launches", "weights MB", "cache MB", "activ. MB", "share", "ms"
+        yield COLUMNS.format(*head) + LINKS.format("links MB") * (work.cards > 1)
         for name, cost in [*each.ops.items(), ("total", each.total)]:
-            yield _row(name, cost)
-        yield from (f"  {line}" for line in _comparisons(each))
+            links = LINKS.format(f"{cost['sent'] / 1e6:,.1f}") * (work.cards > 1)
+            yield _row(name, cost) + links
+        yield from (f"  {line}" for line in _comparisons(each, work.cards))
     rates = f"{on.bandwidth / 1e12:g} TB/s, {on.int8 / 1e12:g} TOPS in int8"
     yield f"at {rates}, {on.half / 1e12:g} TFLOPS in float16 ({on.source}); {found.note}"
+    if work.cards > 1:
+        rate = f"{on.link / 1e9:g} GB/s from a card to each other one"
+        yield f"links at {rate} ({on.link_source}); what a collective waits is left out"
 
 
 def _launches(each: PhaseReport) -> str:
@@ -242,9 +259,14 @@ def _row(name: str, cost: Figures) -> str:
     return COLUMNS.format(name, f"{int(cost['launches']):,}", *megabytes, share, time)
 
 
-def _comparisons(each: PhaseReport) -> Iterator[str]:
+def _comparisons(each: PhaseReport, cards: int) -> Iterator[str]:
     seconds = each.total["seconds"]
-    yield f"{each.bytes_a_token / 1e6:,.1f} MB a token, at least {seconds * 1e3:,.3f} ms a step"
+    of = f"each of {cards} cards: " if cards > 1 else ""
+    moved = f"{each.bytes_a_token / 1e6:,.1f} MB a token"
+    yield f"{of}{moved}, at least {seconds * 1e3:,.3f} ms a step"
+    if cards > 1:
+        sent, over = f"{each.total['sent'] / 1e6:,.1f} MB", each.link_seconds
+        yield f"of it sent over the links: {sent} a step, at least {over * 1e3:,.3f} ms"
     yield f"with a float16 cache: {_more(each, each.with_float16_cache)}"
     launched = f"{each.unfused.launches:,} launches"
     yield f"with --fuse off: {_more(each, each.unfused)}, {launched}"
