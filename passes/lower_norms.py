@@ -18,8 +18,11 @@ after:
         getitem: f16[1, T, 64] = npu_rms_norm[0]
         return [getitem]
 
+Gemma multiplies by 1 + w, in float32; the op's weight is that sum, made when the model is loaded.
+
 In float32 the result is the same, bit for bit. In half precision ATen rounds before it multiplies by
-the weight and after it, and the op once, after it.
+the weight and after it, and the op once, after it; of 1 + w the sum is rounded instead, since the op
+takes its weight in the dtype of its input.
 """
 
 from collections.abc import Iterator
@@ -29,7 +32,17 @@ import torch
 from torch.fx import Node
 
 from kvc8.ir import npu
-from kvc8.ir.program import Program, Stage, argument, is_call, is_parameter, tensor_type
+from kvc8.ir.expression import Expression, cast, values
+from kvc8.ir.program import (
+    Program,
+    Stage,
+    argument,
+    expression_of,
+    is_call,
+    is_parameter,
+    tensor_type,
+)
+from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
@@ -44,11 +57,13 @@ def lower_norms(program: Program) -> Iterator[Remark]:
             yield miss(rsqrt, "it is not of the mean square along the last dimension")
             continue
         wide, epsilon = square
+        x = argument(wide, 0) if is_call(wide, ATEN.to.dtype) else wide
         product, gamma = _weighted(rsqrt, wide)
+        if product is None or gamma is None:
+            product, gamma = _weighted_by_sum(program, rsqrt, wide, tensor_type(x).dtype)
         if product is None or gamma is None:
             yield miss(rsqrt, "the norm is not multiplied by a stored weight of its width")
             continue
-        x = argument(wide, 0) if is_call(wide, ATEN.to.dtype) else wide
         if tensor_type(x) != tensor_type(product):
             yield miss(rsqrt, f"it takes {tensor_type(x)} and gives {tensor_type(product)}")
             continue
@@ -88,6 +103,36 @@ def _weighted(rsqrt: Node, wide: Node) -> tuple[Node | None, Node | None]:
     if not isinstance(gamma, Node) or not is_parameter(gamma):
         return None, None
     return product, gamma if tensor_type(gamma).shape == tensor_type(wide).shape[-1:] else None
+
+
+def _weighted_by_sum(
+    program: Program, rsqrt: Node, wide: Node, dtype: torch.dtype
+) -> tuple[Node | None, Node | None]:
+    """The same of x * (c + w), all in float32 and then cast: that cast, and c + w."""
+    scaled = _only_user(rsqrt)
+    product = _only_user(scaled) if scaled is not None and wide in scaled.args else None
+    if product is None or not is_call(product, ATEN.mul.Tensor):
+        return None, None
+    [total] = [arg for arg in product.args if arg is not scaled] or [None]
+    if not is_call(total, ATEN.add.Tensor) or not isinstance(total, Node):
+        return None, None
+    stored, plus = argument(total, 0), total.args[1]
+    if is_call(stored, ATEN.to.dtype):
+        stored = argument(stored, 0)
+    of_width = tensor_type(total).shape == tensor_type(wide).shape[-1:]
+    if not isinstance(plus, int | float) or not is_parameter(stored) or not of_width:
+        return None, None
+    narrow = _only_user(product)
+    last = narrow if is_call(narrow, ATEN.to.dtype, ATEN.type_as.default) else product
+    return last, _sum(program, stored, float(plus), dtype)
+
+
+def _sum(program: Program, stored: Node, plus: float, dtype: torch.dtype) -> Node:
+    """A parameter that is another one plus a number, summed in float32."""
+    number = values(torch.tensor([plus], dtype=torch.float32))
+    total = Expression("add", (cast(expression_of(stored), torch.float32), number))
+    type_ = TensorType(dtype, tensor_type(stored).shape)
+    return program.placeholder(f"{stored.name}_gamma", type_, cast(total, dtype))
 
 
 def _only_user(node: Node) -> Node | None:

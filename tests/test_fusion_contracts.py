@@ -13,12 +13,13 @@ from kvc8.backends.npu.facts import facts
 from kvc8.ir import npu
 from kvc8.ir.expression import make
 from kvc8.ir.nz import from_nz
-from kvc8.ir.program import Program
+from kvc8.ir.program import Program, expression_of
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 from kvc8.passes.fuse_linears import fuse_linears
 from kvc8.passes.fuse_norm_quant import fuse_norm_quant
 from kvc8.passes.lower_linear import lower_linear
+from kvc8.passes.lower_norms import lower_norms
 
 NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 # Half a unit in the last place, relative to the value.
@@ -80,6 +81,40 @@ def test_lower_norms(dtype):
     if dtype is torch.float32:
         assert torch.equal(got, want)
     bound = 3 * UNITS[dtype] * 1.01 * want.float().abs() + LEAST[dtype] * (1 + weight.float().abs())
+    assert ((got.float() - want.float()).abs() <= bound).all()
+
+
+GEMMA = """\
+    to_1: f32[64] = aten.to.dtype(w, f32)
+    total: f32[64] = aten.add.Tensor(to_1, 1.0)
+    mul_1: f32[1, T, 64] = aten.mul.Tensor(mul, total)
+    type_as: f16[1, T, 64] = aten.type_as(mul_1, x)
+    return [type_as]
+"""
+
+
+@pytest.mark.parametrize("dtype", ALL)
+def test_lower_norms_of_one_plus_a_weight(dtype):
+    """ATen rounds once; the op rounds 1 + w, and the result once."""
+    weight = noise(64, dtype=dtype, seed=1)
+    x = noise(1, ROWS, 64, dtype=dtype)
+    text = before("lower_norms", torch.float16)
+    lines = show(text).splitlines(keepends=True)
+    start = next(i for i, line in enumerate(lines) if "to_1" in line)
+    program = parse(("".join(lines[:start]) + GEMMA).replace("f16", NAMES[dtype]))
+    after = program.copy()
+    lower_norms(after)
+    assert [npu.npu_rms_norm] == [n.target for n in after.graph.nodes if "npu" in str(n.target)]
+    want, got = (
+        run(
+            p,
+            {"x": x, **{n.name: make(expression_of(n), lambda _: weight) for n in p.parameters()}},
+        )[0]
+        for p in (program, after)
+    )
+    if dtype is torch.float32:
+        assert torch.equal(got, want)
+    bound = 3 * UNITS[dtype] * 1.01 * want.float().abs() + LEAST[dtype] * 2
     assert ((got.float() - want.float()).abs() <= bound).all()
 
 
