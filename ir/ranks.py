@@ -28,6 +28,7 @@ from kvc8.ir.shapes import Op
 ATEN, C10D = torch.ops.aten, torch.ops._c10d_functional
 GATHERS = (rank_ops.all_gather, C10D.all_gather_into_tensor.default)
 TOGETHER = (rank_ops.all_reduce, C10D.all_reduce.default, *GATHERS)  # the same on all ranks
+COLLECTIVES = (*TOGETHER, C10D.wait_tensor.default)
 
 
 def bound(expression: Expression, rank: int) -> Expression:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import sympy
 import torch
 from torch import SymInt
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,7 +45,7 @@ class Shapes:
     def _run(self, target: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
         args, kwargs = _fixed(target, args, kwargs, self._hint)
         try:
-            with self._fake:
+            with enable_python_dispatcher(), self._fake:  # as torch.export asks for shapes
                 named = {name: self._dummy(item) for name, item in kwargs.items()}
                 result = target(*map(self._dummy, args), **named)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:

@@ -7,6 +7,7 @@ from kvc8.backends.runtime.calls import calls
 from kvc8.backends.runtime.head import body, head
 from kvc8.backends.runtime.inputs import CPU, KNOWN, Rows, batch_of, inputs_of
 from kvc8.ir.errors import IRError
+from kvc8.ir.ranks import COLLECTIVES
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 
@@ -29,6 +30,9 @@ def quantized(
 LINEAR = "logits: f32[R, 16] = aten.linear(wanted, lm_head)"
 SHIFTED = """plain: f32[R, 16] = aten.linear(wanted, lm_head)
     logits: f32[R, 16] = aten.add.Tensor(plain, shift)"""
+SUMMED = """part: f32[R, 16] = aten.linear(wanted, lm_head)
+    sum: f32[R, 16] = _c10d_functional.all_reduce(part, 'sum', 'tp')
+    logits: f32[R, 16] = _c10d_functional.wait_tensor(sum)"""
 
 
 def test_the_body_and_the_head_give_what_the_whole_gives() -> None:
@@ -54,6 +58,12 @@ def test_each_half_takes_what_it_needs_and_the_whole_stays() -> None:
     assert [node.name for node in last.inputs()] == ["hidden"]
     assert [node.name for node in last.parameters()] == ["lm_head"]
     assert not last.caches()
+
+
+def test_what_ranks_do_together_goes_with_its_half() -> None:
+    whole = parse(WHOLE.format(extra="", head=SUMMED))
+    assert not body(whole).calls(*COLLECTIVES)
+    assert len(head(whole).calls(*COLLECTIVES)) == 2
 
 
 def test_a_program_that_cannot_be_cut_is_refused() -> None:

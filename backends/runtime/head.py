@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from kvc8.ir.errors import IRError
 from kvc8.ir.program import Program, is_call, is_parameter, tensor_type
+from kvc8.ir.ranks import COLLECTIVES
 
 ROWS, HIDDEN = "logits_rows", "hidden"
 TAKES = (torch.ops.aten.index.Tensor, torch.ops.aten.index_select.default)
@@ -23,7 +24,7 @@ def body(program: Program) -> Program:
     part = program.copy()
     taken = _taken(part)
     _give(part, [taken.args[0], *_results(part)[1:]])
-    part.graph.eliminate_dead_code()
+    part.graph.eliminate_dead_code(_does_more)
     part.drop_unused_parameters()
     [rows] = [node for node in part.inputs() if node.name == ROWS]
     part.graph.erase_node(rows)
@@ -73,6 +74,11 @@ def _taken(program: Program) -> Node:
         what = "does not choose rows once, by an index"
         raise IRError(ROWS, what, "compile the model again")
     return users[0]
+
+
+def _does_more(node: Node) -> bool:
+    """Whether a node does more than give a value. All ranks alike leave a collective out."""
+    return node.is_impure() and not is_call(node, *COLLECTIVES)
 
 
 def _needed(output: Node) -> set[Node]:

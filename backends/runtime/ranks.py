@@ -47,13 +47,15 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def check_alike(parts: Mapping[str, bytes], device: torch.device) -> None:
-    """Raise TargetError unless all ranks have the same under the same names."""
+def check_alike(
+    parts: Mapping[str, bytes], device: torch.device, group: dist.ProcessGroup | None = None
+) -> None:
+    """Raise TargetError unless all ranks, or those of a group, have the same under each name."""
     for name, content in parts.items():
         digest = hashlib.sha256(content).digest()
         mine = torch.tensor(list(digest), dtype=torch.int64, device=device)
-        each = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(each, mine)
+        each = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(each, mine, group)
         others = [rank for rank, other in enumerate(each) if not torch.equal(other, each[0])]
         if others:
             what = f"rank {others[0]} has another one than rank 0"

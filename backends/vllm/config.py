@@ -33,17 +33,12 @@ def check(artifact: Facts, config: Any) -> None:
     if (dtype := dtype_name(config.model_config.dtype)) != artifact.dtype:
         what = f"is {dtype} and the artifact computes in {artifact.dtype}"
         raise TargetError("--dtype", what, "leave it out, or compile with that dtype")
-    _check_ranks(artifact.ranks, config.parallel_config.tensor_parallel_size)
+    given = config.parallel_config.tensor_parallel_size
+    if given != artifact.ranks:
+        what = f"is {given} and the artifact was compiled for {artifact.ranks}"
+        do = f"give {artifact.ranks}, or compile with --tp {given}"
+        raise TargetError("--tensor-parallel-size", what, do)
     _check_absent(config)
-
-
-def _check_ranks(ranks: int, given: int) -> None:
-    if given != ranks:
-        what = f"is {given} and the artifact was compiled for {ranks}"
-        raise TargetError("--tensor-parallel-size", what, f"give {ranks}")
-    if ranks != 1:
-        what = "a model divided among ranks is not served yet"
-        raise TargetError("--tensor-parallel-size", what, "compile without --tp")
 
 
 def _check_absent(config: Any) -> None:

@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.distributed import get_tp_group
 from vllm.forward_context import get_forward_context
 
+from kvc8.backends.npu.artifact import identity
 from kvc8.backends.npu.embed import Step, load_steps
 from kvc8.backends.runtime.calls import calls
 from kvc8.backends.runtime.head import HIDDEN
 from kvc8.backends.runtime.inputs import Batch, Rows, batch_of, inputs_of
 from kvc8.backends.runtime.kv_layout import KVLayout
+from kvc8.backends.runtime.ranks import check_alike, name_group
 from kvc8.backends.vllm.cache import StepPlaces, layers_of
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import tensor_type
@@ -31,7 +34,7 @@ class CompiledModel(nn.Module):
         self.device = vllm_config.device_config.device
         self.longest = vllm_config.model_config.max_model_len
         path = Path(vllm_config.model_config.model)
-        self.steps, self.layout, self.block_size = self.load(path, self.device)
+        self.steps, self.layout, self.block_size = self.load(path, self.device, self.rank(path))
         self.programs = {phase: step.program for phase, step in self.steps.items()}
         self.names = {phase: tuple(step.inputs) for phase, step in self.steps.items()}
         self.layers = layers_of(self.layout, self.block_size)
@@ -39,10 +42,24 @@ class CompiledModel(nn.Module):
         for i, layer in enumerate(self.layers):
             context[f"{prefix}model.layers.{i}.attn"] = layer
 
+    def rank(self, path: Path) -> int:
+        """Which rank of the model this process is; programs of several call vLLM's own group.
+
+        Raises TargetError where another rank has another artifact.
+        """
+        group = get_tp_group()
+        if group.world_size > 1:
+            name_group(group.device_group)
+            check_alike(identity(path), self.device, group.device_group)
+        found: int = group.rank_in_group
+        return found
+
     @staticmethod
-    def load(path: Path, device: torch.device) -> tuple[Mapping[str, Step], KVLayout, int]:
-        """The steps by name, "head" among them; the caches; and the tokens a block has."""
-        found = load_steps(path, device, head_apart=True)
+    def load(
+        path: Path, device: torch.device, rank: int
+    ) -> tuple[Mapping[str, Step], KVLayout, int]:
+        """The steps of a rank by name, "head" among them; its caches; the tokens a block has."""
+        found = load_steps(path, device, rank, head_apart=True)
         assert found.head is not None
         steps = {
             "prefill": found.prefill,

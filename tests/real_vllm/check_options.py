@@ -43,7 +43,8 @@ def test_an_artifact_needs_no_option(made) -> None:
         ),
         (
             {"tensor_parallel_size": 2},
-            "--tensor-parallel-size: is 2 and the artifact was compiled for 1; give 1",
+            "--tensor-parallel-size: is 2 and the artifact was compiled for 1; give 1, "
+            "or compile with --tp 2",
         ),
         (
             {"enable_lora": True},

@@ -60,7 +60,9 @@ class ExactModel(CompiledModel):
     """A directory that compile.py wrote: program.py, and the checkpoint that it reads."""
 
     @staticmethod
-    def load(path: Path, device: torch.device) -> tuple[Mapping[str, Step], KVLayout, int]:
+    def load(
+        path: Path, device: torch.device, rank: int
+    ) -> tuple[Mapping[str, Step], KVLayout, int]:
         program = parse((path / "program.py").read_text())
         read = partial(make, read=open_checkpoint(path / "checkpoint").read)
         made = {}
