@@ -111,6 +111,23 @@ def test_each_window_is_a_prompt_of_its_own(form, compiled):
     assert not torch.equal(other[12:], first[12:])
 
 
+def test_each_window_begins_as_the_tokenizer_begins_a_text(tiny_model, text, tmp_path):
+    whole = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    tokens = read_tokenizer(whole).encode(TEXT)
+    args = [str(whole), "--against", str(whole), "--text", str(text), "--windows", "3"]
+    given = evaluate.parser().parse_args([*args, "--window", "10"])
+    assert evaluate._windows(given) == [tokens[:10], tokens[10:20], tokens[20:30]]
+    written = json.loads((whole / "tokenizer.json").read_text())
+    parts = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    first = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "single": parts, "pair": parts}
+    (whole / "tokenizer.json").write_text(
+        json.dumps({**written, "post_processor": {**template, "special_tokens": first}})
+    )
+    windows = [[1, *tokens[start : start + 9]] for start in (0, 9, 18)]
+    assert evaluate._windows(given) == windows
+
+
 @pytest.mark.slow
 def test_all_forms_in_one_table(compiled, text, capsys):
     source = CHECKPOINTS / "llama_fp16_m3" / "quant"

@@ -3,9 +3,10 @@
     kvc8-evaluate OUT... --against FLOAT_DIR --text F
 
 OUT is a model directory, run as its reference program in float32, an NPU artifact, emulated, or an
-ONNX model. The text is cut into windows, and each of them is a prompt of its own. The float model
-is computed in float32 and once for all OUTs. Figures: perplexity, KL(float || OUT) in nats by its
-mean and its 99th percentile, and how often both think the same token the likeliest.
+ONNX model. The text is cut into windows, and each of them is a prompt of its own, with the tokens
+in front that the tokenizer puts before a text. The float model is computed in float32 and once for
+all OUTs. Figures: perplexity, KL(float || OUT) in nats by its mean and its 99th percentile, and how
+often both think the same token the likeliest.
 
 With `--as vllm-ascend` or `--as mindie` a quantized directory is computed as that engine does.
 """
@@ -137,12 +138,25 @@ def _windows(args: argparse.Namespace) -> list[list[int]]:
     except OSError as error:
         why = shown(error.strerror)
         raise ModelError(place(args.text), f"cannot be read ({why})", "name a text") from error
-    tokens = read_tokenizer(args.against).encode(text)
-    starts = range(0, len(tokens) - args.window + 1, args.window)[: args.windows]
+    tokenizer = read_tokenizer(args.against)
+    tokens = tokenizer.encode(text)
+    head = _head(tokens, tokenizer.encode(""))
+    tokens, width = tokens[len(head) :], args.window - len(head)
+    starts = range(0, len(tokens) - width + 1, width)[: args.windows] if width > 0 else range(0)
     if args.window < 2 or len(starts) < args.windows:
         what = f"gives {len(starts)} windows of {args.window} tokens and {args.windows} are wanted"
         raise ModelError(place(args.text), what, "give a longer text, or fewer --windows")
-    return [tokens[start : start + args.window] for start in starts]
+    return [head + tokens[start : start + width] for start in starts]
+
+
+def _head(tokens: list[int], empty: list[int]) -> list[int]:
+    """The tokens that the tokenizer puts before any text, which have a part in each window.
+
+    A window is a prompt of its own. Gemma asks for its first token, and without it does not
+    compute what it was trained to: it then needs another place for what attention has left over.
+    """
+    same = [a == b for a, b in zip(tokens, empty, strict=False)]
+    return tokens[: same.index(False) if False in same else len(same)]
 
 
 @torch.no_grad()
