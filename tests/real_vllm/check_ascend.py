@@ -19,7 +19,7 @@ def test_every_directory_for_it_is_read(made) -> None:
     found = read([*golden, made / "w8a8"])
     assert found.returncode == 0, found.stdout + found.stderr
     each = "12 W8A8, 4 float, 4 C8; 16,384 codes as the engine's own"
-    own = "w8a8: 90 W8A8, 30 float, 30 C8; 368,640 codes as the engine's own"
+    own = "w8a8: 120 W8A8, 0 float, 30 C8; 368,640 codes as the engine's own"
     lines = [*(f"{directory.name}: {each}" for directory in golden), own]
     assert len(golden) == 4
     assert found.stdout.splitlines() == lines

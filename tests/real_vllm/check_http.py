@@ -1,20 +1,18 @@
 """vLLM's OpenAI server, in processes of its own, as people run it: one for all checks of this file.
 
-It serves the float64 model of check_tokens.py, so that tokens may be compared one by one. The last
-check asks whether anything is left in the cache of what the others sent.
+It serves the float64 model of plugin/kvc8_checks.py, in which rounding decides nothing, so that
+tokens may be compared one by one: whatever vLLM schedules, they are those of kvc8's own loop. The
+last check asks whether anything is left in the cache of what the others sent.
 """
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from openai_server import serving
 
 BLOCK, BLOCKS, LONGEST = 16, 160, 1024  # the cache holds 2560 tokens, a request up to 1024
 UNIT = 2.0**-24  # the unit roundoff of float32
@@ -24,51 +22,17 @@ Ask = Callable[..., dict]
 
 @pytest.fixture(scope="module")
 def server(made, tmp_path_factory) -> Iterator[str]:
-    """The address of a server that answers; what it wrote is shown where it does not start."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    port = free_port()
+    """The address of the server. It takes prompts in chunks of 256 tokens."""
     options = {
-        "model": made / "exact",
-        "served-model-name": "exact",
-        "host": "127.0.0.1",
-        "port": port,
         "max-model-len": LONGEST,
         "num-gpu-blocks-override": BLOCKS,
         "kv-cache-memory-bytes": BLOCKS * BLOCK * 11520,
         "max-num-seqs": 64,
         "max-num-batched-tokens": 256,
     }
-    given = [str(x) for name, value in options.items() for x in (f"--{name}", value)]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as file:
-        running = subprocess.Popen(
-            [*command, *given], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        assert answers(address, running, seconds=300), log.read_text()
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(made / "exact", "exact", options, log) as address:
         yield address
-    finally:
-        running.terminate()
-        running.wait(60)
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def answers(address: str, running: subprocess.Popen, seconds: float) -> bool:
-    """Whether a server that starts comes to answer before it ends, and within so many seconds."""
-    until = time.monotonic() + seconds
-    while running.poll() is None and time.monotonic() < until:
-        try:
-            return httpx.get(f"{address}/health").is_success
-        except httpx.TransportError:
-            time.sleep(0.5)
-    return False
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +92,7 @@ def comes_to_rest(client: httpx.Client) -> bool:
     return False
 
 
-def test_eight_streams_say_what_the_loop_says(client, prompts, generated) -> None:
+def test_eight_streams_say_what_the_loop_says_and_say_it_again(client, prompts, generated) -> None:
     def told(prompt: list[int]) -> list[tuple[float, int]]:
         stream = events(client, prompt, len(generated[0]))
         return [(time.monotonic(), token) for tokens in stream for token in tokens]
@@ -137,6 +101,12 @@ def test_eight_streams_say_what_the_loop_says(client, prompts, generated) -> Non
         found = list(pool.map(told, prompts))
     assert [[token for _, token in each] for each in found] == generated
     assert max(each[0] for each in found)[0] < min(each[-1] for each in found)[0]  # all at once
+    # Again, where blocks are found and not computed.
+    before = metric(client, "prefix_cache_hits_total")
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        again = pool.map(told, prompts)
+        assert [[token for _, token in each] for each in again] == generated
+    assert metric(client, "prefix_cache_hits_total") > before
 
 
 def test_log_probabilities_of_a_prompt_are_those_of_the_program(ask, made, prompts) -> None:
