@@ -1,6 +1,7 @@
 """Compute a mixture of experts by npu_moe_init_routing_v2, npu_grouped_matmul and the weighted sum.
 
-Rows that a quantizer of tokens alone reads are quantized as they are routed, in one launch.
+Rows that a quantizer of tokens alone reads are quantized as they are routed, in one launch. Biases
+of experts are gathered for each row and added.
 
 before:
     def lowering(
@@ -62,9 +63,9 @@ from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.matchers.token_codes import dynamic_codes
-from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+from kvc8.passes.rewrite import Remark, hit, rewrite
 
-TO = torch.ops.aten.to.dtype
+TO, RESHAPE = torch.ops.aten.to.dtype, torch.ops.aten.reshape.default
 GROUPED = {"split_item": 2, "group_type": 0, "group_list_type": 1}  # counts of rows; one result
 
 
@@ -82,11 +83,11 @@ def lower_mixture(program: Program) -> Iterator[Remark]:
         _routing(program, route)
     for quantize in program.calls(ops.quantize_tokens):
         _replace_items(quantize, dynamic_codes(program, quantize))
+    owners: dict[Node, Node] = {}
     for linear in program.calls(mixture_ops.grouped_linear, mixture_ops.dynamic_grouped_linear):
-        if is_call(linear, mixture_ops.grouped_linear) and linear.args[2] is not None:
-            yield miss(linear, "its experts have biases, which npu_grouped_matmul takes as lists")
-            continue
         new = _matmul(program, linear)
+        if is_call(linear, mixture_ops.grouped_linear) and isinstance(linear.args[2], Node):
+            new = _biased(program, linear, new, owners)
         linear.replace_all_uses_with(new)
         yield hit(new)
     for combine in program.calls(mixture_ops.combine):
@@ -153,6 +154,20 @@ def _matmul(program: Program, linear: Node) -> Node:
     options |= {"group_list": counts, **GROUPED}
     both = program.call(linear, npu.npu_grouped_matmul, *lists, kwargs=options)
     return program.call(linear, getitem, both, 0)
+
+
+def _biased(program: Program, linear: Node, product: Node, owners: dict[Node, Node]) -> Node:
+    """The rows of a product, each with the bias of its own expert. `owners` are those of a routing.
+
+    npu_grouped_matmul takes biases in one dimension, each of a weight of its own.
+    """
+    routed, bias = argument(argument(linear, 3), 0), argument(linear, 2)
+    if routed not in owners:
+        flat = program.call(linear, RESHAPE, argument(routed, 1), [-1])
+        both = program.call(linear, torch.ops.aten.sort.default, flat)
+        owners[routed] = program.call(linear, getitem, both, 0)  # rows lie by their experts
+    each = program.call(linear, torch.ops.aten.index_select.default, bias, 0, owners[routed])
+    return program.call(linear, torch.ops.aten.add.Tensor, product, each)
 
 
 def _turned(program: Program, linear: Node, weight: Node) -> Node:

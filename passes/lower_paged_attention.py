@@ -73,8 +73,10 @@ Bound: real_exact, but for a prefill that attends to the float rows of an int8 c
 from what the cache gives back by dk and dv. With g the most that dk moves a logit, scale*sum|q dk|,
 a weight moves by a factor of at most e^(2g), and the output by at most max|dv| + (e^(2g) - 1)max|v|.
 
-A site is left alone, and the program then refused, where the op cannot express it: attention with
-a soft cap or sinks.
+Sinks are one more logit a head: the op gives the logarithm of the sums that it divided by, and the
+result is multiplied by what it should have divided by (passes/matchers/sinks.py).
+
+A site is left alone, and the program then refused, where no op can express it: a soft cap.
 """
 
 from collections.abc import Callable, Iterator
@@ -99,10 +101,15 @@ from kvc8.passes.matchers.attention import (
     in_dtype,
     width,
 )
+from kvc8.passes.matchers.sinks import beside_sinks
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
 PACKED_HEAD_DIMS = (128, 192)  # that the op takes end to end (TND); others go one prompt a call
+NO_SOFT_CAP = (
+    "it caps its logits, which no attention op of the NPU does, and in other ops each step would "
+    "make float copies of all pages"
+)
 MASK = 2048  # the side of the mask that sparse modes 3 and 4 take, whatever the lengths
 # What captured programs take of the batch, and lowered ones but for the table in decode do not.
 OF_THE_BATCH = ("block_table", "seq_lens", "query_starts")
@@ -113,7 +120,9 @@ def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
     if not is_call(old, ops.paged_attention):
         return torch.zeros(())
     sides = [find_side(argument(old, i)) for i in (1, 2)]
-    attention = argument(argument(new, 0), 0)
+    attention = new
+    while not is_call(attention, npu.npu_fused_infer_attention_score):
+        attention = argument(attention, 0)
     k, v = sides
     if k is None or v is None or unshaped(argument(attention, 1)).name != unshaped(k.rows).name:
         return torch.zeros(())
@@ -168,12 +177,9 @@ def lower_paged_attention(
 
 
 def _why_not(node: Node, k: CacheSide | None, v: CacheSide | None) -> str:
-    softcap, sinks = node.args[8:10]
     if k is None or v is None:
         return "its K and V do not come out of a cache that this program writes"
-    if softcap or sinks is not None:
-        return "npu_fused_infer_attention_score has no soft cap and no sinks"
-    return ""
+    return NO_SOFT_CAP if node.args[8] else ""
 
 
 def _scatter(site: AttentionSite) -> tuple[Node, Node]:
@@ -278,12 +284,15 @@ def _several_rows(site: AttentionSite, k: Node, v: Node, kv_ends: str) -> Node:
 
 
 def _attend(site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, Argument]) -> Node:
+    if site.sinks:
+        options = {**options, "softmax_lse_flag": True}
     both = site.call(npu.npu_fused_infer_attention_score, q, k, v, **options)
     out = site.call(getitem, both, 0)
     shape = [int(d) for d in tensor_type(site.node).shape[1:]]
-    return site.program.call(
+    rows = site.program.call(
         site.node, ATEN.reshape.default, out, [-1, *shape], name=site.node.name
     )
+    return beside_sinks(site, rows, site.call(getitem, both, 1)) if site.sinks else rows
 
 
 def _mask(site: AttentionSite) -> Node:

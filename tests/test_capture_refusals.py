@@ -97,7 +97,27 @@ def test_what_says_nothing_is_taken(window):
     assert torch.equal(said, plain)
 
 
+LATENT = {
+    **{"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16},
+    **{"v_head_dim": 16, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 32, "topk_method": "greedy", "num_hidden_layers": 1},
+}
 REFUSED = {
+    "deepseek_v2": (
+        LATENT,
+        "a DeepseekV2ForCausalLM computes with complex numbers, which neither ONNX nor an NPU has; "
+        "use a model that rotates by sines and cosines",
+    ),
+    "jetmoe": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16},
+        "a JetMoeForCausalLM makes sizes of what it computes, such as how many rows an expert "
+        "gets; use a model that leaves them in tensors",
+    ),
+    "mamba": (
+        {},
+        "a MambaForCausalLM computes some numbers of tokens otherwise than others, as states need; "
+        "use a model with attention in all layers",
+    ),
     "doge": (
         {"keep_window_size": 4},
         f"a DogeForCausalLM computes with its attention mask; {OTHER}",
@@ -108,7 +128,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_models_whose_masks_or_attention_are_their_own_are_refused(kind, tiny_model):
+def test_models_that_compute_otherwise_are_refused_in_a_sentence(kind, tiny_model):
     config, what = REFUSED[kind]
     checkpoint = open_checkpoint(tiny_model(kind, **config))
     with pytest.raises(ModelError) as refused:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.replayed import PHASES, replayed
 from support.steps import step, values
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ from kvc8.backends.npu import legality
 from kvc8.ir import mixture_ops
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
-from kvc8.ir.program import Program
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 from kvc8.passes import pipeline
@@ -25,12 +25,11 @@ from kvc8.tools.quantizer.sites import sites
 from kvc8.tools.verifier.check_passes import check_passes
 from kvc8.tools.verifier.form_table import double_rows
 from kvc8.tools.verifier.forms import Tokens
-from kvc8.tools.verifier.recording import Parameters, State, empty, feed, record
+from kvc8.tools.verifier.recording import Parameters
 
 slow = pytest.mark.slow
 TEXT = "12"  # so few tokens that they cannot reach 12 experts, of which each takes 3
 TOKENS = [5, 17, 42, 99, 3, 64, 80, 23, 11, 7, 101, 2, 33]
-PHASES = ("prefill", "chunk", "decode")
 # Names of their own on disk (experts apart, packed, renamed), and each kind of router.
 KINDS = ("qwen3_moe", "glm4_moe", "minimax_m2", "granitemoe", "gpt_oss")
 QUANTIZED = ("qwen3_moe", "glm4_moe")
@@ -144,16 +143,6 @@ def test_every_pass_keeps_its_contract_in_every_phase(quantized, kind, dtype):
     assert [verdict.sentence for verdict in verdicts if verdict.sentence] == []
 
 
-def replayed(programs: dict[str, Program], parameters: Parameters) -> list[State]:
-    """The caches after a prompt, a chunk and a token, without rounding."""
-    state, made = empty(programs["prefill"]), []
-    calls = (feed(TOKENS[:7]), feed(TOKENS[7:12], 7), feed(TOKENS[12:], 12))
-    for phase, call in zip(PHASES, calls, strict=True):
-        state = record(programs[phase], parameters, call.inputs(programs[phase]), state).caches
-        made.append(state)
-    return made
-
-
 @slow
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_on_an_npu_every_phase_has_the_codes_of_the_reference_in_double_precision(quantized, kind):
@@ -162,8 +151,8 @@ def test_on_an_npu_every_phase_has_the_codes_of_the_reference_in_double_precisio
     program, parameters = capture(checkpoint, torch.float32), Parameters(checkpoint.read)
     pipeline.run(program, pipeline.QUANTIZE)
     lowered, _ = pipeline.lower_for_npu(program, Options(prefill_kv="int8"))
-    want = replayed(dict.fromkeys(PHASES, program), parameters)
-    for a, b in zip(want, replayed(lowered, parameters), strict=True):
+    want = replayed(dict.fromkeys(PHASES, program), parameters, TOKENS)
+    for a, b in zip(want, replayed(lowered, parameters, TOKENS), strict=True):
         assert all(torch.equal(a[name][1], b[name][1].reshape(a[name][1].shape)) for name in a)
 
 

@@ -150,6 +150,13 @@ def test_float_linears_agree_too(kind, tiny_model, tmp_path):
     agree(phases, directory, tmp_path / "out")
 
 
+def test_attention_beside_sinks_agrees(tiny_model, tmp_path):
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    directory = tiny_model("granite_swa", num_hidden_layers=2, **windows)
+    phases = lower(with_int8_cache(captured(directory), zeros=True))
+    agree(phases, directory, tmp_path / "out", steps=8)
+
+
 def test_prompts_end_to_end_agree_where_heads_are_wide(tiny_model, tmp_path):
     directory = tiny_model("llama", head_dim=128)
     phases = lower(with_int8_cache(captured(directory)))

@@ -56,5 +56,6 @@ def test_a_site_left_alone_says_why_the_program_is_refused():
         partial(step, phase="decode")(program)
     assert str(error.value) == (
         "lower_paged_attention: rewrote nothing (attention_0 left as it was: "
-        "npu_fused_infer_attention_score has no soft cap and no sinks); see the reasons"
+        "it caps its logits, which no attention op of the NPU does, and in other ops each step "
+        "would make float copies of all pages); see the reasons"
     )

@@ -18,19 +18,21 @@ KNOWN = (
     *("key_antiquant_scale", "key_antiquant_offset", "key_antiquant_mode", "block_size"),
     *("value_antiquant_scale", "value_antiquant_offset", "value_antiquant_mode", "block_table"),
     *("num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode"),
-    *("pre_tokens", "next_tokens"),
+    *("pre_tokens", "next_tokens", "softmax_lse_flag"),
 )
+Attended = tuple[Value, Value | None]  # and the log-sum-exp, where it is asked for
 
 
 def fused_infer_attention_score(c: FunctionCall) -> Sequence[Value]:
-    """(Attention like the query, an empty float32 in place of the log-sum-exp)."""
+    """(Attention like the query, the log-sum-exp or an empty float32 in its place)."""
     c.only(*KNOWN)
     if c.others.get("key_antiquant_mode", 0) or c.others.get("value_antiquant_mode", 0):
         raise c.refusal("quantized a token")
     paged = "block_table" in c.tensors
-    out = _decode(c) if paged else _prefill(c)
+    out, lse = _decode(c) if paged else _prefill(c)
     shaped = c.b.op("Reshape", out, c.b.op("Shape", c.tensor("query")))
-    return [c.b.cast(shaped, F32, c.types["query"].dtype), c.b.constant(torch.empty(0))]
+    lse = c.b.constant(torch.empty(0)) if lse is None else lse
+    return [c.b.cast(shaped, F32, c.types["query"].dtype), lse]
 
 
 def _heads(c: FunctionCall) -> tuple[int, int, int]:
@@ -41,7 +43,7 @@ def _heads(c: FunctionCall) -> tuple[int, int, int]:
     return kv, heads // kv, width if c.others.get("input_layout") == "TND" else width // heads
 
 
-def _decode(c: FunctionCall) -> Value:
+def _decode(c: FunctionCall) -> Attended:
     """One query row a sequence [T, 1, heads*dim] over its pages [blocks, block_size, width]."""
     if c.others.get("input_layout", "BSH") != "BSH" or c.types["query"].shape[1] != 1:
         raise c.refusal("over pages in another layout than one query a sequence in BSH")
@@ -60,7 +62,8 @@ def _decode(c: FunctionCall) -> Value:
     keys, values = (
         b.op("Transpose", x, perm=[0, 2, *last]) for x, last in ((k, (3, 1)), (v, (1, 3)))
     )
-    return _attend(c, b.op("MatMul", q, keys), values, hidden)
+    out, lse = _attend(c, b.op("MatMul", q, keys), values, hidden)
+    return out, lse and b.op("Reshape", lse, [0, kv * groups, 1, 1])
 
 
 def _pages(c: FunctionCall, lens: Value) -> Value:
@@ -92,7 +95,7 @@ def _side(c: FunctionCall, name: str, table: Value) -> Value:
     return value
 
 
-def _prefill(c: FunctionCall) -> Value:
+def _prefill(c: FunctionCall) -> Attended:
     """Rows over themselves: [B, S, width] in BSH, or [T, heads, dim] end to end in TND."""
     layout, b, (kv, groups, dim) = c.others.get("input_layout", "BSH"), c.b, _heads(c)
     if layout not in ("BSH", "TND") or "key_antiquant_scale" in c.tensors:
@@ -106,8 +109,11 @@ def _prefill(c: FunctionCall) -> Value:
     many = b.op("Concat", [0, kv, groups, -1], b.op("Shape", k, start=1, end=2), axis=0)
     logits = b.op("Reshape", logits, many)  # [B, kv, groups, S, L]
     values = b.op("Unsqueeze", b.op("Transpose", v, perm=[0, 2, 1, 3]), [2])
-    out = _attend(c, logits, values, _unseen(c, q, k))
-    return b.op("Transpose", out, perm=[0, 3, 1, 2, 4])
+    out, lse = _attend(c, logits, values, _unseen(c, q, k))
+    lse = lse and b.op("Reshape", lse, [first, kv * groups, -1, 1])
+    if lse and layout == "TND":
+        lse = b.op("Squeeze", b.op("Transpose", lse, perm=[0, 2, 1, 3]), [0])
+    return b.op("Transpose", out, perm=[0, 3, 1, 2, 4]), lse
 
 
 def _unseen(c: FunctionCall, q: Value, k: Value) -> Value | None:
@@ -154,8 +160,8 @@ def _packed(c: FunctionCall, row: Value, key: Value) -> tuple[Value, Value, Valu
     return places[0], places[1], b.op("Or", other, none)
 
 
-def _attend(c: FunctionCall, logits: Value, values: Value, hidden: Value | None) -> Value:
-    """softmax(logits * scale) @ values, a row that sees no key giving zeros."""
+def _attend(c: FunctionCall, logits: Value, values: Value, hidden: Value | None) -> Attended:
+    """softmax(logits * scale) @ values, a row that sees no key giving zeros; sums [..., 1]."""
     b, scale = c.b, c.others.get("scale", 1.0)
     assert isinstance(scale, float)
     lowest = b.number(float("-inf"), F32)
@@ -164,9 +170,11 @@ def _attend(c: FunctionCall, logits: Value, values: Value, hidden: Value | None)
         logits = b.op("Where", hidden, lowest, logits)
     largest = b.op("ReduceMax", logits, [-1], keepdims=1)
     largest = b.op("Where", b.op("Equal", largest, lowest), b.number(0, F32), largest)
-    weights = b.op("Exp", b.op("Sub", logits, largest))
+    weights, lse = b.op("Exp", b.op("Sub", logits, largest)), None
     total = b.op("ReduceSum", weights, [-1], keepdims=1)
     total = b.op("Where", b.op("Equal", total, b.number(0, F32)), b.number(1, F32), total)
+    if c.others.get("softmax_lse_flag"):
+        lse = b.op("Add", largest, b.op("Log", total))
     dtype = c.types["query"].dtype
     weights = b.cast(b.cast(weights, F32, dtype), dtype, F32)
-    return b.op("Div", b.op("MatMul", weights, values), total)
+    return b.op("Div", b.op("MatMul", weights, values), total), lse

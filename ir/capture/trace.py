@@ -47,6 +47,9 @@ from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program, is_call
 from kvc8.ir.verify import verify
 
+ATEN = torch.ops.aten
+NUMBERS = (ATEN.item.default, ATEN._local_scalar_dense.default)
+
 
 class _Flat(torch.nn.Module):
     """The model on flattened tokens, told that all of them are there.
@@ -135,12 +138,17 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
             raise ModelError("config.json", what, attention.OTHER) from error
         what = f"{name} cannot be traced ({first_line(error)})"
         do = "use a model whose attention transformers dispatches"
+        if "Constraints violated" in str(error):  # of how many tokens there may be
+            what = f"{name} computes some numbers of tokens otherwise than others, as states need"
+            do = "use a model with attention in all layers"
         raise ModelError("config.json", what, do) from error
-    for node in exported.graph.find_nodes(op="call_function", target=CHECKS[0]):
-        exported.graph.erase_node(node)  # a check of a mask alone would keep the mask alive
+    for check in CHECKS:  # one of a mask, or of a number of rows, would keep those alive
+        for node in exported.graph.find_nodes(op="call_function", target=check):
+            exported.graph.erase_node(node)
     exported.graph.eliminate_dead_code()
     trace = Trace(functional(exported), model, path)
     _check_attention(trace, len(layers(model, path)))
+    _check_values(trace)
     return trace
 
 
@@ -155,6 +163,19 @@ def _check_attention(trace: Trace, layers: int) -> None:
     if present.users:
         what = f"{name} computes with which tokens are there, outside of attention"
         raise ModelError("config.json", what, attention.OTHER)
+
+
+def _check_values(trace: Trace) -> None:
+    """Raise ModelError where a model makes what a program has no type for."""
+    name = f"a {type(trace.model).__name__}"
+    for node in trace.calls():
+        if node.target in NUMBERS:
+            what = f"{name} makes sizes of what it computes, such as how many rows an expert gets"
+            raise ModelError("config.json", what, "use a model that leaves them in tensors")
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.is_complex():
+            what = f"{name} computes with complex numbers, which neither ONNX nor an NPU has"
+            raise ModelError("config.json", what, "use a model that rotates by sines and cosines")
 
 
 def _trace_whole(checkpoint: Checkpoint, model: torch.nn.Module, path: str) -> Program:

@@ -58,6 +58,12 @@ class AttentionSite:
         assert isinstance(window, int)
         return window
 
+    @property
+    def sinks(self) -> Node | None:
+        """One more logit a head, [heads], if there are any."""
+        sinks = self.node.args[9]
+        return sinks if isinstance(sinks, Node) else None
+
     def call(self, op: object, *args: Argument, **kwargs: Argument) -> Node:
         """Put a call ahead of the attention."""
         return self.program.call(self.node, op, *args, kwargs=kwargs)  # type: ignore[arg-type]

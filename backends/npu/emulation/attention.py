@@ -54,7 +54,7 @@ def npu_fused_infer_attention_score(
     softmax_lse_flag: bool = False,
     **others: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of many sequences: (out like query, float32 [0] in place of the log-sum-exp).
+    """Attention of many sequences: (out like query, the log-sum-exp or float32 [0]).
 
     query in input_layout BSH [B, S, N*D], BSND, BNSD or TND [T, N, D]; float16 or bfloat16.
 
@@ -73,17 +73,16 @@ def npu_fused_infer_attention_score(
       diagonal. 3 and 4 take the 2048 x 2048 upper triangle as atten_mask. With one query row, but
       in TND, a device ignores the mode, so 4 is refused there.
 
+    softmax_lse_flag asks for the logarithm of the sums that the weights are divided by, float32
+    [B, N, S, 1], in TND [T, N, 1].
+
     Wider than a device: in TND an A2 takes heads of 128 or 192 only, and elsewhere heads that are
     multiples of 16, or of 32 for int8 codes. Any head up to 512 is taken here.
     Rows past the length of a sequence give zeros (assumed). inner_precise changes nothing here.
     """
     refuse(_FIA, others)
-    if softmax_lse_flag or {antiquant_mode, key_antiquant_mode, value_antiquant_mode} != {0}:
-        raise TargetError(
-            _FIA,
-            "softmax_lse_flag and antiquant modes other than 0 are not emulated",
-            "leave them out",
-        )
+    if {antiquant_mode, key_antiquant_mode, value_antiquant_mode} != {0}:
+        raise TargetError(_FIA, "antiquant modes other than 0 are not emulated", "leave them out")
     layout = Layout(_FIA, input_layout, num_heads, num_key_value_heads or num_heads)
     layout.check_query(query)
     one_row = layout.rows(query) == 1
@@ -102,20 +101,23 @@ def npu_fused_infer_attention_score(
         _check_codes(layout, query, stored, parameters)
     paging = None if block_table is None else Paging(_FIA, block_table, block_size)
     out = torch.zeros(query.shape, dtype=query.dtype)
-    queries, outs = (
+    lse = layout.sums(query)
+    queries, outs, totals = (
         layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
-        for x in (query, out)
+        for x in (query, out, lse)
     )
     keys, values = (
         _rows(layout, x, paging, actual_seq_lengths_kv, len(queries), layout.rows(query))
         for x in (key, value)
     )
     seen: Sequence[Window | Mask] = masks or [window] * len(queries)
-    for q, k, v, o, visible in zip(queries, keys, values, outs, seen, strict=True):
+    for q, k, v, o, total, visible in zip(queries, keys, values, outs, totals, seen, strict=True):
         layout.check_rows(q, k, v)
         k, v = dequantize(k, *for_key), dequantize(v, *for_value)
-        o.copy_(attend(q, k, v, scale, visible, divide_last=True))
-    return out, torch.empty(0)
+        found, each = attend(q, k, v, scale, visible, divide_last=True)
+        o.copy_(found)
+        total.copy_(each)
+    return out, layout.heads_first(lse) if softmax_lse_flag else torch.empty(0)
 
 
 def _masks(

@@ -50,6 +50,17 @@ class Layout:
         """The query rows of each sequence, None in TND where each has its own number."""
         return None if self.name == "TND" else query.shape[2 if self.name == "BNSD" else 1]
 
+    def sums(self, query: Tensor) -> Tensor:
+        """Zeros, one for each row and head, that lie as query does: float32, D of 1."""
+        last = self.heads if self.name == "BSH" else 1
+        return torch.zeros_like(query[..., :last]).float()
+
+    def heads_first(self, sums: Tensor) -> Tensor:
+        """Such numbers as the ops give them: [B, N, S, 1], or [T, N, 1] in TND."""
+        if self.name == "BSH":
+            return sums.transpose(1, 2).unsqueeze(-1).contiguous()
+        return sums.transpose(1, 2).contiguous() if self.name == "BSND" else sums
+
     def sequences(
         self, x: Tensor, heads: int, lengths: Sequence[int] | None, argument: str
     ) -> list[Tensor]:

@@ -121,4 +121,4 @@ def _attend(
             for cache, descale in zip(caches, scales, strict=True)
         )
         one = query[row : row + 1]
-        out[row] = attend(one, key, value, scale, Window(), divide_last=False)[0]
+        out[row] = attend(one, key, value, scale, Window(), divide_last=False)[0][0]

@@ -55,31 +55,35 @@ def attend(
     window: Window | Mask,
     *,
     divide_last: bool,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention of query [q, N, D] to float32 key and value [k, M, D], N a multiple of M.
 
-    The result is like query. A row that sees no key gives zeros (assumed). divide_last: weights are
+    The result is like query; with it comes the logarithm of the sum of exp(logit) that each row and
+    head divides by, float32 [q, N, 1]. A row that sees no key gives zeros and -inf (assumed).
+    divide_last: weights are
     divided by their sum after they met the values (the goldens of npu_fused_infer_attention_score),
     else before they are rounded (those of ATB).
     """
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    lse = torch.full_like(query[..., :1], -torch.inf).float()
     if not len(key):
-        return out
+        return out, lse
     for rows in torch.arange(len(query)).split(_ROWS):
         hidden = window.hidden(rows, len(query), len(key))
-        weights, total = _weights(query[rows], key, scale, hidden)
+        weights, total, largest = _weights(query[rows], key, scale, hidden)
+        lse[rows] = (largest + total.log()).permute(2, 0, 1, 3).flatten(1, 2)
         weights = (weights if divide_last else weights / total).to(query.dtype).float()
         sums = weights.flatten(1, 2) @ value.transpose(0, 1)
         sums = sums.unflatten(1, weights.shape[1:3])
         sums = sums / total if divide_last else sums
         out[rows] = sums.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
-    return out
+    return out, lse
 
 
 def _weights(
     query: Tensor, key: Tensor, scale: float, hidden: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The exponentials [M, N / M, q, k] of the logits less their maximum, and their sums over k."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - largest) [M, N / M, q, k], its sums over k, and the largest logits."""
     grouped = query.float().unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
     logits = grouped.flatten(1, 2) @ key.permute(1, 2, 0) * scale
     logits = logits.unflatten(1, grouped.shape[1:3])
@@ -88,7 +92,7 @@ def _weights(
     largest = logits.amax(-1, keepdim=True)
     weights = (logits - largest.masked_fill(largest == -torch.inf, 0)).exp()
     total = weights.sum(-1, keepdim=True)
-    return weights, total.masked_fill(total == 0, 1)
+    return weights, total.masked_fill(total == 0, 1), largest
 
 
 def pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
