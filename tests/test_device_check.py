@@ -6,19 +6,21 @@ import json
 import socket
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from support.stand_in import FAULTS, open_stand_in
 
-from kvc8.backends.npu.legality import limits
+from kvc8.backends.npu.cost import Device
+from kvc8.backends.npu.legality import breaks, limits
 from kvc8.tools import command, device_check
-from kvc8.tools.device_checker import apply, check, models
+from kvc8.tools.device_checker import apply, check, collectives, findings, models, runner, timings
 from kvc8.tools.device_checker.assumptions import NUMBERED, table
 from kvc8.tools.device_checker.calls import facts_of, tensors
 from kvc8.tools.device_checker.comparison import BY_MORE, BY_ONE, EQUAL, apart
-from kvc8.tools.device_checker.findings import ASSUMPTION, LAX, LOST, MISSING, STRICT
+from kvc8.tools.device_checker.findings import ASSUMPTION, DIFFERS, LAX, LOST, MISSING, STRICT
 from kvc8.tools.device_checker.machine import emulated
 from kvc8.tools.device_checker.work import refusal
 from kvc8.tools.reporter import device
@@ -31,7 +33,7 @@ PLANTED_OPS = {op for op, _ in FAULTS.values()}
 
 
 def checked(planted=(), **options):
-    opener = partial(open_stand_in, tuple(planted))
+    opener = partial(open_stand_in, tuple(planted), None)
     return check.check(opener, SOC, GOLDEN, lambda *_: None, small=True, **options)
 
 
@@ -39,7 +41,7 @@ def checked(planted=(), **options):
 def test_a_device_that_does_as_assumed_has_no_findings():
     """Every assumption, and of the rest each ninth probe; all of it: see docs/device.md."""
     taken = iter(range(10_000))
-    sections = ("ops", "assumptions", "vectors", "limits", "times")
+    sections = ("ops", "assumptions", "vectors", "limits", "times", "cards")
     report = checked(
         sections=sections,
         only=lambda p: p.section in ("ops", "assumptions") or next(taken) % 9 == 0,
@@ -216,3 +218,42 @@ def test_the_tiny_model_runs_by_steps_and_by_graphs_and_a_fault_in_it_is_named(t
     told = models.compared(open_stand_in(("10 bits",)), form, models.EAGER)
     assert {phase for phase, *_ in told["differ"]} == {"prefill", "chunk", "decode"}
     assert {op for _, _, op, *_ in told["differ"]} == {"npu_quant_matmul"}
+
+
+def test_a_layer_is_timed_whole_and_of_a_rank_of_eight_by_calls_that_are_legal():
+    calls = timings.timed_calls(small=False)
+    names = {each.name for each in calls}
+    assert len(names) == len(calls)
+    for of in ("", ", a rank of 8"):
+        sizes = product((1, 16, 64), ("1,024", "8,192", "32,768"))
+        assert names >= {f"attention, {b} of {c} tokens{of}" for b, c in sizes}
+        assert f"attention, a prompt of 4,096 tokens{of}" in names
+    for each in calls:
+        op = each.call.op
+        assert not list(breaks(op, limits(SOC)[op], facts_of(each.call))), each.name
+
+
+def test_the_bound_of_a_timed_call_is_the_longer_of_bytes_and_operations():
+    on = Device()
+    bound = {each.name: each.bound for each in timings.timed_calls(small=False)}
+    pages = 2 * 64 * 32768 * 8 * 128  # keys and values, a byte each
+    assert bound["attention, 64 of 32,768 tokens"] == pytest.approx(pages / on.bandwidth, rel=0.01)
+    half = 2 * 2 * 4096 * 4097 / 2 * 64 * 128
+    assert bound["attention, a prompt of 4,096 tokens"] == pytest.approx(half / on.half)
+    # float16: a row of ten heads, cosines and sines, eight queries back; int8: two rows of caches
+    rows = 4096 * 128 * (2 * (10 + 2 + 8) + 2)
+    written = bound["npu_rope_quant_kvcache, 4,096 tokens, a rank of 8"]
+    assert written == pytest.approx(rows / on.bandwidth, rel=0.001)
+
+
+def test_a_sum_over_cards_that_is_wrong_is_found():
+    each = collectives.TimedSum(2, 1, 64, torch.float16)
+    probe = runner.Probe(each.name, "cards", "sum", each, cards=2)
+    for outcome, count in (("equal", 0), ("off by more", 1), ("refused", 1)):
+        found = findings.findings([runner.Answer(probe, {"outcome": outcome})], {}, limits(SOC))
+        assert [(f.kind, f.name) for f in found] == [
+            (DIFFERS, "all-reduce, 1 token in f16, 2 cards")
+        ][:count]
+    assert [s.name for s in collectives.timed_sums(1, small=False)] == []
+    assert {s.cards for s in collectives.timed_sums(8, small=False)} == {2, 8}
+    assert each.sent == each.bytes

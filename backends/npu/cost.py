@@ -189,15 +189,19 @@ def _launch(node: Node, sizes: StepSizes) -> OpCost:
 
 
 def _sent(node: Node, held: int, cards: int) -> int:
-    """The bytes that a card must send in a collective of which it holds so many.
-
-    A sum: 2*(n - 1)/n of them (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for
-    clusters of workstations, 2009). A gather: all of them, to each other card.
-    """
-    others = cards - 1
+    """The bytes that a card must send of those that it holds: in a gather to each other card."""
     if node.target is C10D.all_reduce.default:
-        return -(-2 * others * held // cards)
-    return others * held if node.target is C10D.all_gather_into_tensor.default else 0
+        return must_send(held, cards)
+    return (cards - 1) * held if node.target is C10D.all_gather_into_tensor.default else 0
+
+
+def must_send(held: int, cards: int) -> int:
+    """The bytes that a card must send for a sum over cards of so many bytes on each.
+
+    2*(n - 1)/n of them: Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms for clusters of
+    workstations, 2009.
+    """
+    return -(-2 * (cards - 1) * held // cards)
 
 
 def _is_weight(x: Node) -> bool:

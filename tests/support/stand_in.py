@@ -27,6 +27,7 @@ from kvc8.tools.device_checker.calls import SpelledCall, call_of, program_of
 from kvc8.tools.device_checker.machine import Machine
 
 SOC = "ascend910b"
+CARDS = 2  # as processes, which speak by gloo
 Kernel = Callable[..., Any]
 
 
@@ -130,7 +131,9 @@ FAULTS: Mapping[str, tuple[str, Kernel | None]] = MappingProxyType(
 )
 
 
-def open_stand_in(planted: tuple[str, ...] = (), meta: Meta | None = None) -> Machine:
+def open_stand_in(
+    planted: tuple[str, ...] = (), meta: Meta | None = None, rank: int = 0
+) -> Machine:
     """The machine, with the faults of those names; held to meta functions where they are given."""
     faults = {op: kernel for op, kernel in (FAULTS[name] for name in planted) if kernel}
     missing = {op for op, kernel in (FAULTS[name] for name in planted) if kernel is None}
@@ -150,4 +153,6 @@ def open_stand_in(planted: tuple[str, ...] = (), meta: Meta | None = None) -> Ma
         graphs=FakeNpu(),
         engine=lambda: lambda graph, _: graph,
         small=True,
+        cards=CARDS,
+        collectives="gloo",
     )

@@ -70,10 +70,14 @@ def program_of(call: SpelledCall) -> Program:
 
 
 def placed(call: SpelledCall, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Values by name as an op takes them: by position and by keyword, lists as lists."""
+    """Values by name as an op takes them: by position and by keyword, lists as lists.
+
+    What an op must be given and the values do not have is None.
+    """
     arguments = call.overload._schema.arguments
     lists = {a.name for a in arguments if "List[Tensor]" in str(a.type)}
     given = {name: [x] if name in lists else x for name, x in values.items()}
+    given |= {a.name: None for a in arguments if not a.has_default_value() and a.name not in given}
     order = [a.name for a in arguments if not a.kwarg_only]
     return [given.pop(name) for name in takewhile(given.__contains__, order)], given
 
@@ -137,7 +141,9 @@ def _scale(shape: tuple[int, ...], dtype: torch.dtype, random: torch.Generator) 
 def _lengths(call: SpelledCall, name: str, count: int) -> list[int]:
     """Cumulative where rows of sequences lie end to end, and of each else."""
     if call.arguments.get("input_layout") == "TND" and "block_table" not in call.arguments:
-        return [1, SIZES["T"]][:count]
+        query = TYPE.fullmatch(str(call.arguments.get("query")))
+        rows = _size(query[2].split(",")[0], call.block_size) if query else SIZES["T"]
+        return [1, rows][-count:]
     return _context(count, call).tolist()
 
 
@@ -151,14 +157,20 @@ def _context(count: int, call: SpelledCall) -> Tensor:
 
 
 def _slots(shape: tuple[int, ...], random: torch.Generator, call: SpelledCall) -> Tensor:
-    places = torch.randperm(SIZES["N"] * call.block_size, generator=random)
+    places = torch.randperm(_cache_blocks(call) * call.block_size, generator=random)
     return places[: prod(shape)].reshape(shape)
 
 
 def _blocks(shape: tuple[int, ...], random: torch.Generator, call: SpelledCall) -> Tensor:
-    cache = TYPE.fullmatch(str(call.arguments.get("key", call.arguments.get("key_cache"))))
-    count = _size(cache[2].split(",")[0], call.block_size) if cache else SIZES["N"]
-    return torch.randperm(count, generator=random)[: prod(shape)].reshape(shape)
+    return torch.randperm(_cache_blocks(call), generator=random)[: prod(shape)].reshape(shape)
+
+
+def _cache_blocks(call: SpelledCall) -> int:
+    names = ("key_cache", "k_cache", "key")
+    cache = next(
+        (TYPE.fullmatch(str(call.arguments[n])) for n in names if n in call.arguments), None
+    )
+    return _size(cache[2].split(",")[0], call.block_size) if cache else SIZES["N"]
 
 
 Maker = Callable[[tuple[int, ...], torch.Generator, SpelledCall], Tensor]

@@ -13,6 +13,7 @@ from kvc8.ir.errors import IRError
 from kvc8.tools.device_checker import models, vectors
 from kvc8.tools.device_checker.assumptions import NUMBERED
 from kvc8.tools.device_checker.calls import SpelledCall, facts_of
+from kvc8.tools.device_checker.collectives import TimedSum, timed_sums
 from kvc8.tools.device_checker.findings import as_json, findings, statements
 from kvc8.tools.device_checker.runner import Answer, Opener, Probe, answers
 from kvc8.tools.device_checker.timings import TimedCall, timed_calls
@@ -20,7 +21,7 @@ from kvc8.tools.device_checker.tried_limits import TriedCall, tried_calls
 
 FORMAT = 1
 REPORT = "report.json"
-SECTIONS = ("ops", "assumptions", "vectors", "limits", "model", "times")
+SECTIONS = ("ops", "assumptions", "vectors", "limits", "model", "times", "cards")
 Report = dict[str, Any]
 Tell = Callable[[int, int, str], None]  # done, of how many, and what is next
 SLOW = 600.0  # seconds for a whole model
@@ -41,15 +42,16 @@ def check(
     calls = tried_calls(golden, soc) if "limits" in sections else []
     tried = {each.name: each for each in calls}
     timed = {each.name: each for each in timed_calls(small=small)}
+    found = list(answers(opener, [Probe("ops", "ops", "ops", None)], limit))
+    sums = {s.name: s for s in timed_sums(found[0].told.get("cards", 1), small=small)}
     with tempfile.TemporaryDirectory() as folder:
         forms = models.compile_forms(Path(folder), soc) if "model" in sections else {}
-        asked = _probes(golden, tried, timed, forms, limits(soc))
+        asked = [*_probes(golden, tried, timed, forms, limits(soc)), *_cards(sums)]
         probes = [p for p in asked if p.section in sections and only(p)]
-        found: list[Answer] = []
         for answer in answers(opener, probes, limit):
             found.append(answer)
-            tell(len(found), len(probes), answer.probe.name)
-    return _report(found, soc, tried, timed)
+            tell(len(found), len(probes) + 1, answer.probe.name)
+    return _report(found, soc, tried, {**timed, **sums})
 
 
 def _probes(
@@ -59,7 +61,7 @@ def _probes(
     forms: dict[str, Path],
     rows: Mapping[str, tuple[Limit, ...]],
 ) -> list[Probe]:
-    found = [Probe("ops", "ops", "ops", None)]
+    found = []
     for number, each in NUMBERED.items():
         found.append(Probe(f"A{number}", "assumptions", "assumption", number, (each.op,)))
     for name, case in vectors.primary(golden).items():
@@ -78,6 +80,12 @@ def _probes(
     return found
 
 
+def _cards(sums: Mapping[str, TimedSum]) -> list[Probe]:
+    return [
+        Probe(n, "cards", "sum", each, seconds=120, cards=each.cards) for n, each in sums.items()
+    ]
+
+
 def _legal(call: SpelledCall | None, rows: Mapping[str, tuple[Limit, ...]]) -> bool:
     """Whether the table has a call taken; some vectors are of arguments that an A2 refuses."""
     try:
@@ -87,7 +95,10 @@ def _legal(call: SpelledCall | None, rows: Mapping[str, tuple[Limit, ...]]) -> b
 
 
 def _report(
-    found: Sequence[Answer], soc: str, tried: dict[str, TriedCall], timed: dict[str, TimedCall]
+    found: Sequence[Answer],
+    soc: str,
+    tried: dict[str, TriedCall],
+    timed: Mapping[str, TimedCall | TimedSum],
 ) -> Report:
     rows = limits(soc)
     first = next((a.told for a in found if a.probe.work == "ops"), {})
@@ -118,15 +129,19 @@ def _report(
             "at a limit": len({(t.call.op, i) for t in taken if t.legal for i in t.about}),
             "beyond": len({(t.call.op, i) for t in taken for i in t.broken}),
         },
-        "times": [_time(a, timed[a.probe.name]) for a in found if a.probe.section == "times"],
+        "times": [_time(a, timed[a.probe.name]) for a in found if a.probe.name in timed],
         "answers": [{"name": a.probe.name, "section": a.probe.section, **a.told} for a in found],
     }
 
 
-def _time(answer: Answer, each: TimedCall) -> dict[str, Any]:
+def _time(answer: Answer, each: TimedCall | TimedSum) -> dict[str, Any]:
+    """`sent` is what a card must send, where it is of several, and `rate` that in a second."""
     seconds, bound = answer.told.get("seconds"), each.bound
     ratio = seconds / bound if seconds and bound else None
-    return {"name": each.name, "seconds": seconds, "bound": bound, "ratio": ratio}
+    sent = each.sent if isinstance(each, TimedSum) else None
+    rate = sent / seconds if seconds and sent else None
+    told = {"seconds": seconds, "bound": bound, "ratio": ratio, "sent": sent, "rate": rate}
+    return {"name": each.name, "section": answer.probe.section, **told}
 
 
 def write(report: Report, out: Path) -> None:

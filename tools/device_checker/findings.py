@@ -5,13 +5,13 @@ vectors, calls and nodes of that op that differ, and in a model that calls it th
 they may read what it wrote; only what nothing explains is a finding by itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvc8.backends.npu.legality import Limit
 from kvc8.tools.device_checker.assumptions import NUMBERED
-from kvc8.tools.device_checker.comparison import BY_MORE
+from kvc8.tools.device_checker.comparison import BY_MORE, EQUAL
 from kvc8.tools.device_checker.runner import CRASHED, HUNG, SKIPPED, Answer
 from kvc8.tools.device_checker.tried_limits import TriedCall
 from kvc8.tools.device_checker.work import NOT_TRIED, REFUSED
@@ -134,29 +134,43 @@ def _most_likely(each: TriedCall, rows: Sequence[Limit]) -> tuple[int, ...]:
 
 
 def _different(answers: Sequence[Answer], blamed: set[str]) -> Iterator[DeviceFinding]:
-    """Vectors that are missed, legal calls that are far off, and nodes of the model."""
+    """Vectors that are missed, legal calls that are far off or refused, and nodes of the model."""
     for answer in answers:
-        op = answer.probe.ops[0] if answer.probe.ops else ""
-        told, name = answer.told, answer.probe.name
-        if answer.probe.work == "vector" and _missed(answer):
-            yield DeviceFinding(DIFFERS, op, name, told.get("figure") or _words(answer))
-        elif answer.probe.work == "call" and answer.outcome == BY_MORE:
-            yield DeviceFinding(DIFFERS, op, name, told["figure"])
-        elif answer.probe.work == "model":
-            if answer.outcome == REFUSED:
-                yield DeviceFinding(DIFFERS, "", name, _words(answer))
-            called = set(answer.probe.ops)
-            for phase, node, op, differ, values, most in told.get("differ", ()):
-                if op not in called and called & blamed:
-                    continue
-                what = f"{phase}, {node}: {differ} of {values} values, {most} at most"
-                yield DeviceFinding(DIFFERS, op, f"{name}: {op}", what)
+        if answer.probe.work == "model":
+            yield from _different_nodes(answer, blamed)
+        elif ODD.get(answer.probe.work, _never)(answer):
+            op = answer.probe.ops[0] if answer.probe.ops else ""
+            what = answer.told.get("figure") or _words(answer)
+            yield DeviceFinding(DIFFERS, op, answer.probe.name, what)
+
+
+def _different_nodes(answer: Answer, blamed: set[str]) -> Iterator[DeviceFinding]:
+    name, called = answer.probe.name, set(answer.probe.ops)
+    if answer.outcome == REFUSED:
+        yield DeviceFinding(DIFFERS, "", name, _words(answer))
+    for phase, node, op, differ, values, most in answer.told.get("differ", ()):
+        if op not in called and called & blamed:
+            continue
+        what = f"{phase}, {node}: {differ} of {values} values, {most} at most"
+        yield DeviceFinding(DIFFERS, op, f"{name}: {op}", what)
+
+
+def _never(_: Answer) -> bool:
+    return False
 
 
 def _missed(answer: Answer) -> bool:
     """Whether a vector's call was refused that the table has taken, or gave something else."""
     legal = bool(answer.probe.given[2])
     return (answer.outcome == REFUSED and legal) or not answer.told.get("passed", True)
+
+
+ODD: Mapping[str, Callable[[Answer], bool]] = {
+    "vector": _missed,
+    "call": lambda answer: answer.outcome == BY_MORE,
+    "timed": lambda answer: answer.outcome == REFUSED,
+    "sum": lambda answer: answer.outcome != EQUAL,
+}
 
 
 def as_json(found: Sequence[DeviceFinding]) -> list[dict[str, Any]]:

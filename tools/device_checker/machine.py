@@ -35,6 +35,7 @@ class Machine:
     engine: Callable[[], Engine] | None = None  # torchair's, or what stands for it
     small: bool = False  # a stand-in: sizes that a CPU computes in a moment
     cards: int = 1
+    collectives: str = "hccl"  # the backend of torch.distributed
     notes: tuple[str, ...] = field(default=())
 
     def run(self, call: SpelledCall, values: Mapping[str, Any]) -> list[Tensor]:

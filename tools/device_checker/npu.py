@@ -14,13 +14,19 @@ from kvc8.tools.device_checker.machine import Machine
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
 
 
-def open_npu(name: str) -> Machine:
-    """The device "npu:INDEX". Raises TargetError where torch_npu does not load or has no device."""
+def open_npu(name: str, rank: int = 0) -> Machine:
+    """The device "npu:INDEX", or of several processes the rank's: those after it, round and round.
+
+    Raises TargetError where torch_npu does not load or has no device.
+    """
     _, _, number = name.partition(":")
     if not (number or "0").isdecimal():
         raise TargetError("--device", f"{name} is no device", "name npu:0 or another number")
     device = load_torch_npu(int(number or 0))
     module = torch.get_device_module("npu")
+    if rank:
+        device = torch.device("npu", (int(number or 0) + rank) % module.device_count())
+        module.set_device(device)
     return Machine(
         device, _facts(module.get_device_name(device)), _schema, module.synchronize,
         graphs=module, engine=graph_engine, cards=module.device_count(),

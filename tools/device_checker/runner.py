@@ -5,17 +5,20 @@ so that one begins in a moment and with a device that nobody has used.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from kvc8.tools.device_checker.machine import Machine
 
 HUNG, CRASHED, SKIPPED = "hung", "crashed", "skipped"
 PRELOADED = "kvc8.tools.device_checker.preloaded"
-Opener = Callable[[], Machine]
+Opener = Callable[[int], Machine]  # of a rank, where a probe takes several
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Probe:
     given: Any
     ops: tuple[str, ...] = ()
     seconds: float = 60.0
+    cards: int = 1  # a process for each
 
 
 @dataclass(frozen=True)
@@ -61,21 +65,40 @@ def answers(
 
 
 def _answer(context: Any, opener: Opener, probe: Probe, limit: float) -> dict[str, Any]:
+    """What rank 0 tells, or of which rank there is no answer."""
+    late = time.monotonic() + limit
+    with TemporaryDirectory() as meeting:
+        ranks = [_start(context, opener, probe, i, Path(meeting)) for i in range(probe.cards)]
+        try:
+            told = [_told(process, pipe, late, limit) for process, pipe in ranks]
+        finally:
+            for process, pipe in ranks:
+                process.join(5)
+                pipe.close()
+    lost = [x for word in (CRASHED, HUNG) for x in told if x["outcome"] == word]
+    return [*lost, *told][0]
+
+
+def _start(
+    context: Any, opener: Opener, probe: Probe, rank: int, meeting: Path
+) -> tuple[Any, Connection]:
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_in_child, args=(opener, probe, sending), daemon=True)
+    given = opener, probe, rank, meeting, sending
+    process = context.Process(target=_in_child, args=given, daemon=True)
     process.start()
     sending.close()
+    return process, receiving
+
+
+def _told(process: Any, pipe: Connection, late: float, limit: float) -> dict[str, Any]:
     try:
-        if receiving.poll(limit):
-            return dict(receiving.recv())
+        if pipe.poll(max(0, late - time.monotonic())):
+            return dict(pipe.recv())
         process.kill()
         return {"outcome": HUNG, "said": f"no answer in {limit:.0f} s"}
     except EOFError:
         process.join(limit)
         return {"outcome": CRASHED, "said": _ended(process.exitcode)}
-    finally:
-        process.join(5)
-        receiving.close()
 
 
 def _ended(code: int | None) -> str:
@@ -84,11 +107,12 @@ def _ended(code: int | None) -> str:
     return f"ended with status {code}"
 
 
-def _in_child(opener: Opener, probe: Probe, sending: Connection) -> None:
+def _in_child(opener: Opener, probe: Probe, rank: int, meeting: Path, sending: Connection) -> None:
     from kvc8.tools.device_checker.work import told
 
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    sending.send(told(probe.work, opener(), probe.given))
+    given = (probe.given, rank, meeting) if probe.cards > 1 else probe.given
+    sending.send(told(probe.work, opener(rank), given))
     sending.close()

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from kvc8.ir.errors import KVC8Error
 from kvc8.ir.npu import SCHEMAS
-from kvc8.tools.device_checker import models, vectors
+from kvc8.tools.device_checker import collectives, models, vectors
 from kvc8.tools.device_checker.assumptions import NUMBERED
 from kvc8.tools.device_checker.calls import SpelledCall, tensors
 from kvc8.tools.device_checker.comparison import apart
@@ -107,6 +107,11 @@ def timed(machine: Machine, given: SpelledCall) -> Told:
     return {"outcome": "done", "seconds": statistics.median(seconds[1:])}
 
 
+def sum_of_cards(machine: Machine, given: tuple[collectives.TimedSum, int, Path]) -> Told:
+    """The time of a sum over several cards, of which this is one."""
+    return collectives.summed(machine, *given)
+
+
 WORK: Mapping[str, Callable[[Machine, Any], Told]] = MappingProxyType(
     {
         "ops": ops,
@@ -115,6 +120,7 @@ WORK: Mapping[str, Callable[[Machine, Any], Told]] = MappingProxyType(
         "call": call,
         "model": model,
         "timed": timed,
+        "sum": sum_of_cards,
     }
 )
 
