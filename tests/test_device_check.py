@@ -18,6 +18,7 @@ from kvc8.backends.npu.legality import breaks, limits
 from kvc8.tools import command, device_check
 from kvc8.tools.device_checker import apply, check, collectives, findings, models, runner, timings
 from kvc8.tools.device_checker.assumptions import NUMBERED, table
+from kvc8.tools.device_checker.bounds import Within, within
 from kvc8.tools.device_checker.calls import facts_of, tensors
 from kvc8.tools.device_checker.comparison import BY_MORE, BY_ONE, EQUAL, apart
 from kvc8.tools.device_checker.findings import ASSUMPTION, DIFFERS, LAX, LOST, MISSING, STRICT
@@ -244,6 +245,79 @@ def test_the_bound_of_a_timed_call_is_the_longer_of_bytes_and_operations():
     rows = 4096 * 128 * (2 * (10 + 2 + 8) + 2)
     written = bound["npu_rope_quant_kvcache, 4,096 tokens, a rank of 8"]
     assert written == pytest.approx(rows / on.bandwidth, rel=0.001)
+
+
+@pytest.mark.parametrize("number", [15, 16, 18, 25])
+def test_another_order_of_sums_is_right_and_another_place_of_rounding_is_not(number):
+    """The op once more in double precision, and once with a rounding where there is none."""
+    each = NUMBERED[number]
+    values = each.values()
+    want, allowed = emulated(each.call, values), within(each.op, values)
+    exact, other = READINGS[each.op](values)
+    codes = [x for x in want if x.dtype is exact.dtype and x.shape == exact.shape][:1]
+    assert each.holds(apart([exact], codes, allowed), allowed)
+    assert not each.holds(apart([other], codes, allowed), allowed)
+
+
+def norm_of(x, gamma, dtype, inside):
+    """The norm with everything in `inside`, and rounded to its dtype before gamma or only after."""
+    wide = x.to(inside)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+    once, twice = normed * gamma.to(inside), normed.to(dtype) * gamma
+    return once.to(dtype), twice.to(dtype)
+
+
+def codes_of(values, normed):
+    steps = normed.float() / values["scales1"].float() + values["zero_points1"].float()
+    return steps.round().clamp(-128, 127).to(torch.int8)
+
+
+def added_norm_codes(values):
+    once, twice = norm_of(
+        values["x1"] + values["x2"], values["gamma"], torch.bfloat16, torch.double
+    )
+    return codes_of(values, twice), codes_of(values, once)
+
+
+def swiglu(values):
+    first, second = values["input"].double().chunk(2, -1)
+    once = (first * first.sigmoid() * second).half()
+    return once, (first * first.sigmoid()).half() * second.half()
+
+
+READINGS = {
+    "npu_rms_norm": lambda v: norm_of(v["input"], v["gamma"], torch.float16, torch.double),
+    "npu_add_rms_norm": lambda v: norm_of(
+        v["x1"] + v["x2"], v["gamma"], torch.float16, torch.double
+    ),
+    "npu_add_rms_norm_quant": added_norm_codes,
+    "npu_swiglu": swiglu,
+}
+
+
+@pytest.mark.parametrize("number", [10, 11])
+def test_attention_by_int8_parts_is_right_and_offsets_of_the_other_sign_are_not(number):
+    """The query in two int8 parts, as the kernel has it."""
+    each = NUMBERED[number]
+    values = each.values()
+    want, allowed = emulated(each.call, values), within(each.op, values)
+    largest = values["query"].float().abs().amax(-1, keepdim=True)
+    first = (values["query"].float() / largest * 127).round()
+    rest = ((values["query"].float() / largest * 127 - first) * 254).round()
+    split = {**values, "query": (first / 127 + rest / 127 / 254) * largest}
+    wide = {k: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+            for k, x in split.items()}  # fmt: skip
+    parts = [x.to(want[0].dtype) for x in emulated(each.call, wide)[:1]]
+    assert each.holds(apart(parts, want[:1], allowed), allowed)
+    if number == 10:
+        signs = {n: -x if n.endswith("offset") else x for n, x in values.items()}
+        other = emulated(each.call, signs)
+        assert not each.holds(apart(other, want, allowed), allowed)
+
+
+def test_how_many_values_may_differ_by_chance():
+    assert Within(share=0.0).at_most(10**6) == 9
+    assert 60 < Within(share=0.05).at_most(1000) < 120
 
 
 def test_a_sum_over_cards_that_is_wrong_is_found():

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
+from torch.fx.node import Argument
 
 from kvc8.backends.npu import artifact_reader
 from kvc8.backends.npu.artifact_reader import Artifact
@@ -19,8 +21,10 @@ from kvc8.backends.npu.graphs import Recorder
 from kvc8.backends.runtime.generate import generate
 from kvc8.backends.runtime.model import Model, load, make_parameters
 from kvc8.ir.checkpoint.w8a8 import Range, quantize_linear
+from kvc8.ir.program import Program
 from kvc8.passes.options import Options
-from kvc8.tools.device_checker.comparison import UNITS
+from kvc8.tools.device_checker.bounds import Within, within
+from kvc8.tools.device_checker.comparison import step
 from kvc8.tools.device_checker.engine_graphs import GraphEngine
 from kvc8.tools.device_checker.machine import CPU, Machine
 from kvc8.tools.driver.compiling import Target, compile_model, open_calibrated
@@ -140,12 +144,13 @@ def compared(machine: Machine, directory: Path, way: str) -> dict[str, Any]:
     with machine.running():
         tokens = _tokens(on_device)
         machine.synchronize()
-    found: list[Difference] = []
+    found, far = list[Difference](), list[Difference]()
     for phase, program in artifact.programs.items():
         if any(name.startswith(f"{phase}/") for name in dump.tensors):
             parameters = make_parameters(program, artifact.make, CPU, {})
-            found += again(phase, program, dump.tensors, parameters)
-    far = [x for x in found if _is_far(x, dump.tensors)]
+            new = list(again(phase, program, dump.tensors, parameters))
+            found += new
+            far += [x for x in new if x.most and _is_far(x, program, dump.tensors, parameters)]
     emulated = _tokens(load(artifact.programs, artifact.make, blocks=BLOCKS, block_size=BLOCK))
     return {
         "outcome": "off by more" if far else "equal",
@@ -188,15 +193,34 @@ def _tokens(model: Model) -> list[list[int]]:
     return [sequence.generated for sequence in found.sequences]
 
 
-def _is_far(each: Difference, dump: Mapping[str, Tensor]) -> bool:
-    """Whether more than rounding: codes off by more than one, or floats by more than UNITS."""
-    value = dump.get(f"{each.phase}/{each.node}", dump.get(f"{each.phase}/{each.node}.0"))
-    if value is None:
-        value = dump.get(f"{each.phase}/out/{each.node}")
+def _is_far(
+    each: Difference, program: Program, dump: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> bool:
+    """Whether a node's value is farther from its emulation than two right answers may be."""
+    names = (f"{each.node}", f"{each.node}.0", f"out/{each.node}")
+    value = next((dump[f"{each.phase}/{x}"] for x in names if f"{each.phase}/{x}" in dump), None)
+    node = next(n for n in program.graph.nodes if n.name == each.node)
+    called = node.op == "call_function" and getattr(node.target, "namespace", "") in ("npu", "atb")
+    allowed = Within()
+    if called:
+        allowed = within(each.op, _given(each.phase, node, {**dump, **parameters}))
     if value is None or not value.is_floating_point():
-        return each.most > 1
-    largest = float(value.double().abs().max()) or 1.0
-    return each.most > UNITS * torch.finfo(value.dtype).eps * largest
+        return each.most > allowed.codes
+    return each.most > (allowed.reach or allowed.steps * step(value))
+
+
+def _given(phase: str, node: Node, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call as the device had them."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    named = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
+    return {name: _kept(phase, x, kept) for name, x in named.items() if x is not None}
+
+
+def _kept(phase: str, x: Argument, kept: Mapping[str, Any]) -> Any:
+    if not isinstance(x, Node):
+        return x
+    places = (x.name, *(f"{phase}/{at}{x.name}" for at in ("", "in/", "out/")))
+    return next(kept[place] for place in places if place in kept)
 
 
 def _number(x: float) -> float | str:

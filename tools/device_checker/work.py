@@ -15,6 +15,7 @@ from kvc8.ir.errors import KVC8Error
 from kvc8.ir.npu import SCHEMAS
 from kvc8.tools.device_checker import collectives, models, vectors
 from kvc8.tools.device_checker.assumptions import NUMBERED
+from kvc8.tools.device_checker.bounds import within
 from kvc8.tools.device_checker.calls import SpelledCall, tensors
 from kvc8.tools.device_checker.comparison import apart
 from kvc8.tools.device_checker.machine import Machine, emulated, results
@@ -67,8 +68,9 @@ def assumption(machine: Machine, number: int) -> Told:
     """Whether an assumption holds."""
     each = NUMBERED[number]
     values = each.values()
-    found = apart(machine.run(each.call, values), emulated(each.call, values))
-    return {"outcome": found.outcome, "figure": found.figure, "holds": each.holds(found)}
+    allowed = within(each.op, values)
+    found = apart(machine.run(each.call, values), emulated(each.call, values), allowed)
+    return {"outcome": found.outcome, "figure": found.figure, "holds": each.holds(found, allowed)}
 
 
 def call(machine: Machine, given: tuple[SpelledCall, bool]) -> Told:
@@ -85,7 +87,7 @@ def call(machine: Machine, given: tuple[SpelledCall, bool]) -> Told:
         want = emulated(made, values)
     except REFUSALS:
         return {"outcome": NOT_TRIED}
-    found = apart(machine.run(made, values), want)
+    found = apart(machine.run(made, values), want, within(made.op, values))
     return {"outcome": found.outcome, "figure": found.figure}
 
 
