@@ -60,10 +60,20 @@ def test_a_device_that_does_as_assumed_has_no_findings():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*bfloat16 model with an int8:kvc8.ir.errors.ModelWarning")
 def test_each_planted_fault_is_found_by_its_name_and_nothing_else_is_blamed():
+    """Of the limits those of 80 heads, and of the rest each sixth probe; docs/device.md has all."""
+    taken = iter(range(10_000))
+
+    def asked(probe):
+        if probe.section == "model":
+            return probe.name == NZ
+        mine = set(probe.ops) <= PLANTED_OPS
+        always = probe.section in ("ops", "assumptions") or "num_heads 80" in probe.name
+        return mine and (always or next(taken) % 6 == 0)
+
     report = checked(
         FAULTS,
         sections=("ops", "assumptions", "vectors", "limits", "model"),
-        only=lambda p: p.name == NZ if p.section == "model" else set(p.ops) <= PLANTED_OPS,
+        only=asked,
         limit=40,  # the hang waits so long; machines are busy
     )
     found = [(each["kind"], each["name"]) for each in report["findings"]]

@@ -1,12 +1,16 @@
 """The report in a real browser: it opens from disk, its search works, and nothing is logged."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support import chromium
+from support.stand_in import open_stand_in
 
 from kvc8.tools import command
 from kvc8.tools import compile as compiler
+from kvc8.tools.device_checker import check
+from kvc8.tools.reporter import device
 
 pytestmark = pytest.mark.slow
 
@@ -100,3 +104,24 @@ def test_a_box_shows_its_text_by_keys(page, report):
     page.press("Enter", "\r")
     assert page.run(f"{text}.hidden") is True
     assert page.errors == []
+
+
+def test_the_report_of_a_device_fits(page, tmp_path):
+    opener = partial(open_stand_in, ("missing",), None)
+    report = check.check(
+        opener,
+        "ascend910b",
+        tmp_path,
+        lambda *_: None,
+        small=True,
+        sections=("ops", "assumptions", "cards"),
+        only=lambda probe: probe.name in ("A1", "A13") or probe.section == "cards",
+    )
+    file = tmp_path / "report.html"
+    file.write_text(device.render(report))
+    for width in (1280, 390):
+        page.open(file.as_uri(), width)
+        assert page.run("document.documentElement.scrollWidth") <= width
+    assert page.run("document.querySelectorAll('#findings tbody tr').length") == 1
+    assert page.run("document.querySelectorAll('#cards tbody tr').length") == 4
+    assert (page.requests, page.errors) == ([file.as_uri()], [])
