@@ -159,3 +159,10 @@ def test_a_tied_head_is_untied_and_told(tiny_model, tmp_path):
     assert made.path == source.path
     heads = rotate(source, rotation_of(source, False), tmp_path / "heads")
     assert (untied_bytes(source, heads), heads.config) == (0, source.config)
+
+
+def test_what_stays_in_bfloat16_is_not_turned(tmp_path):
+    write_model(tmp_path, "llama", 0, {"num_hidden_layers": 1}, torch.bfloat16)
+    program = capture(open_checkpoint(tmp_path), torch.float32)
+    assert find_rotation(program, False, 0, coarse=True) == "bfloat16 would round what is turned"
+    assert isinstance(find_rotation(program, True, 0, coarse=True), Rotation)

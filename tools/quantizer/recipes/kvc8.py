@@ -3,6 +3,7 @@
     model        rotated (rotation.py), so that no channel stands out; it computes what it did
     K            symmetric per channel, after RoPE, at many places of the context (positions.py)
     V            symmetric per channel, turned within each head
+    norms        balanced against their linears where the stream could not be turned (balancing.py)
     activations  static per tensor; the range clipped to where the squared error is least; of
                  experts, and of linears that are to be, a scale a token
     weights      symmetric per output channel; rounding errors made up for (rounding.py)
@@ -45,7 +46,9 @@ from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.minmax import plan_of, put_linear, sound, with_missed
 from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, Reached, write_experts
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
+from kvc8.tools.quantizer.transforms import balancing
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
+from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
 from kvc8.tools.quantizer.transforms.rounding import compensated
 from kvc8.tools.quantizer.work import Layer, Texts, Work
@@ -83,7 +86,8 @@ def rotated(
     """
     if not options.rotate:
         return checkpoint, "is not rotated (--rotate off)"
-    found = find_rotation(program, linears, options.seed)
+    coarse = any(t.dtype is torch.bfloat16 for t in checkpoint.tensors.values())
+    found = find_rotation(program, linears, options.seed, coarse)
     if isinstance(found, str):
         return checkpoint, f"is not rotated ({found})"
     left = f"has a residual stream that is not rotated ({found.why})" if found.why else None
@@ -114,9 +118,12 @@ def quantize(
     most = fact(work.checkpoint.config, "max_position_embeddings")  # tables of RoPE end there
     if isinstance(most, int):
         options = replace(options, positions=min(options.positions, most))
-    recipe = _Recipe(work, plan, writer, chosen, mixed, caches, options, len(widening))
+    stored = work.checkpoint.tensors
+    norms = balancing.norms(work.program, chosen, lambda name: load(stored[name]))
+    recipe = _Recipe(work, plan, writer, chosen, mixed, caches, options, len(widening), norms)
     found = work.sweep([*widening, *texts], recipe.layer)
-    copy_rest(plan, writer, entries, {f"{module}.weight" for module in plan.linears})
+    made = {f"{module}.weight" for module in plan.linears} | balancing.names(norms)
+    copy_rest(plan, writer, entries, made)
     return with_missed(plan, found)
 
 
@@ -142,6 +149,7 @@ class _Recipe:
     caches: Sequence[Cached]
     options: RecipeOptions
     widening: int  # the first so many texts only widen the reach of K and V
+    norms: Mapping[Node, Norm]  # to balance, by what they give
 
     def layer(self, layer: Layer) -> Mapping[str, Tensor]:
         """Measure a layer on all texts, and write it."""
@@ -168,17 +176,32 @@ class _Recipe:
     ) -> None:
         """Write the linears that read one value."""
         source, dtype = group[0].source, self.plan.dtype
-        rounding = partial(compensated, hessian=seen.hessians[source])
+        matrices = [weights[site.weight] for site in group]
+        s = self._balance(source, seen, matrices) if source in self.norms else None
+        hessian = seen.hessians[source]
+        if s is not None:
+            matrices = [matrix * s for matrix in matrices]
+            hessian = hessian / (s[:, None] * s)
+        rounding = partial(compensated, hessian=hessian)
         if self.plan.labels.get(group[0].module) == LABEL:
-            for site in group:
-                parts = quantize_dynamic(weights[site.weight], rounding)
-                put_linear(self.writer, site.module, parts)
+            for site, matrix in zip(group, matrices, strict=True):
+                put_linear(self.writer, site.module, quantize_dynamic(matrix, rounding))
             return
-        range_ = clipped(seen.ranges[source], seen.samples[source].values())
-        for site in group:
+        range_ = seen.range_of(source, s)
+        for site, matrix in zip(group, matrices, strict=True):
             bias = weights[site.bias] if site.bias is not None else None
-            parts = quantize_linear(weights[site.weight], bias, range_, dtype, rounding)
+            parts = quantize_linear(matrix, bias, range_, dtype, rounding)
             put_linear(self.writer, site.module, parts)
+
+    def _balance(self, source: Node, seen: "_Measurements", matrices: Sequence[Tensor]) -> Tensor:
+        """Write a norm balanced against its linears; gives what these are multiplied by."""
+        norm = self.norms[source]
+        stored = load(self.work.checkpoint.tensors[norm.name])
+        low, high = seen.ends[source]
+        sample = seen.samples[source].values()
+        new, s = balancing.balance(stored, norm.plus, torch.maximum(-low, high), sample, matrices)
+        self.writer.put(norm.name, new)
+        return s
 
     def _write_cache(self, cache: Cached, seen: "_Measurements") -> None:
         reach = seen.reaches[cache.rows]
@@ -199,7 +222,7 @@ class _Measurements:
     read: Mapping[Node, Node]  # by linear, what it reads
     quantized: set[Node]
     caches: Sequence[Cached]
-    ranges: dict[Node, Range] = field(default_factory=dict)
+    ends: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of each channel
     samples: dict[Node, Sample] = field(default_factory=dict)
     hessians: dict[Node, Tensor] = field(default_factory=dict)
     reaches: dict[Node, Reach] = field(default_factory=dict)
@@ -244,19 +267,25 @@ class _Measurements:
         return value
 
     def _input(self, call: Node, value: Tensor) -> None:
-        low, high = (float(end) for end in torch.aminmax(value))
-        new = Range(low, high)
-        if not finite(new):
+        flat = value.reshape(-1, value.shape[-1])
+        low, high = torch.aminmax(flat, dim=0)
+        if not finite(Range(float(low.min()), float(high.max()))):
             what = "gives a value that is not finite"
             where = call.meta.get("origin") or call.name
             raise ModelError(where, what, "check the model's weights")
         if not self.real or call not in self.quantized:
             return
-        old = self.ranges.get(call, new)
-        self.ranges[call] = Range(min(old.low, low), max(old.high, high))
+        before = self.ends.get(call, (low, high))
+        self.ends[call] = (torch.minimum(before[0], low), torch.maximum(before[1], high))
         self.samples.setdefault(call, Sample(SAMPLE)).add(value)
-        flat = value.reshape(-1, value.shape[-1])
         self.hessians[call] = self.hessians.get(call, 0) + flat.t() @ flat
+
+    def range_of(self, source: Node, s: Tensor | None) -> Range:
+        """The range of what linears read, divided by s where that is given."""
+        low, high = (end if s is None else end / s for end in self.ends[source])
+        sample = self.samples[source].values()
+        whole = Range(float(low.min()), float(high.max()))
+        return clipped(whole, sample if s is None else sample / s)
 
     def _turned(self, rows: Node, turning: Turning, output: Tensor) -> None:
         tokens, stored = output.shape[1], self.recipe.work.checkpoint.tensors

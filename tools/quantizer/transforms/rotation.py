@@ -53,9 +53,17 @@ class Rotation:
     why: str | None = None  # the stream is not turned, where it was asked for
 
 
-def find_rotation(program: Program, residual: bool, seed: int) -> Rotation | str:
-    """The rotation of a float model, by its captured program, or why nothing of it is rotated."""
+def find_rotation(
+    program: Program, residual: bool, seed: int, coarse: bool = False
+) -> Rotation | str:
+    """The rotation of a float model, by its captured program, or why nothing of it is rotated.
+
+    Without `residual` what is turned stays float, and has to be stored as precisely as it was:
+    bfloat16's rounding would cost more than int8 gains by it.
+    """
     found, why = Roles(program), None
+    if not residual and coarse:
+        return "bfloat16 would round what is turned"
     if residual:
         found, why = _of_stream(program)
     in_heads = find_heads(program, found)
