@@ -79,18 +79,17 @@ result is multiplied by what it should have divided by (passes/matchers/sinks.py
 A site is left alone, and the program then refused, where no op can express it: a soft cap.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import getitem
 from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
 from kvc8.ir.expression import Expression
-from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type, unshaped
+from kvc8.ir.program import Program, Stage, argument, tensor_type
 from kvc8.ir.types import IntsType, TensorType, size
 from kvc8.passes.matchers.attention import (
     TOKENS,
@@ -101,6 +100,7 @@ from kvc8.passes.matchers.attention import (
     in_dtype,
     width,
 )
+from kvc8.passes.matchers.float_rows import bound
 from kvc8.passes.matchers.sinks import beside_sinks
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
@@ -113,36 +113,6 @@ NO_SOFT_CAP = (
 MASK = 2048  # the side of the mask that sparse modes 3 and 4 take, whatever the lengths
 # What captured programs take of the batch, and lowered ones but for the table in decode do not.
 OF_THE_BATCH = ("block_table", "seq_lens", "query_starts")
-
-
-def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
-    """How far the attention of a fresh prompt may move where it sees float rows: see the module."""
-    if not is_call(old, ops.paged_attention):
-        return torch.zeros(())
-    sides = [find_side(argument(old, i)) for i in (1, 2)]
-    attention = new
-    while not is_call(attention, npu.npu_fused_infer_attention_score):
-        attention = argument(attention, 0)
-    k, v = sides
-    if k is None or v is None or unshaped(argument(attention, 1)).name != unshaped(k.rows).name:
-        return torch.zeros(())
-    q, scale = look(argument(old, 0)), old.args[6]
-    assert isinstance(scale, float)
-    rows, moved = zip(*(_moved(old, i, side, look) for i, side in ((1, k), (2, v))), strict=True)
-    groups = q.shape[1] // rows[0].shape[1]
-    dk, dv, seen = (x.repeat_interleave(groups, 1) for x in (moved[0], moved[1], rows[1].abs()))
-    logit = scale * torch.einsum("qhd,khd->qhk", q.abs(), dk).amax(2, keepdim=True)
-    most: Tensor = dv.amax(0) + torch.expm1(2 * logit) * seen.amax(0)
-    return most
-
-
-def _moved(
-    attention: Node, index: int, side: CacheSide, look: Callable[[Node], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """What a cache gives back of the new rows, [T, H, D], and how far it is from them."""
-    slots = look(argument(side.write, 2)).long()
-    back = look(argument(attention, index)).flatten(0, 1)[slots]
-    return back, (back - look(side.rows)).abs()
 
 
 @rewrite(
