@@ -218,6 +218,21 @@ def test_the_commands_errors(given, said, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {said.format(tmp_path)}\n"
 
 
+def test_an_op_that_writes_caches_explains_what_attention_makes_of_them():
+    attention, write = "npu_fused_infer_attention_score", "npu_scatter_pa_kv_cache"
+    differ = [["decode", "node", op, 3, 9, 7.0] for op in (attention, "npu_swiglu", "flatten")]
+    model = runner.Probe("m", "model", "model", None, (attention, write, "npu_swiglu"))
+    written = runner.Answer(
+        runner.Probe("A8", "assumptions", "assumption", 8, (write,)),
+        {"outcome": "off by more", "figure": "", "holds": False},
+    )
+    told = runner.Answer(model, {"outcome": "off by more", "differ": differ})
+    found = findings.findings([written, told], {}, limits(SOC))
+    assert [each.name for each in found] == ["A8", "m: npu_swiglu"]
+    alone = findings.findings([told], {}, limits(SOC))
+    assert [each.op for each in alone] == [attention, "npu_swiglu", "flatten"]
+
+
 @pytest.mark.slow
 def test_the_tiny_model_runs_by_steps_and_by_graphs_and_a_fault_in_it_is_named(tmp_path):
     form = models.compile_form(tmp_path, SOC, "unfused")

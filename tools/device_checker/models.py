@@ -213,14 +213,16 @@ def _given(phase: str, node: Node, kept: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call as the device had them."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     named = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
-    return {name: _kept(phase, x, kept) for name, x in named.items() if x is not None}
+    found = {name: _kept(phase, x, kept) for name, x in named.items()}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def _kept(phase: str, x: Argument, kept: Mapping[str, Any]) -> Any:
+    """A value that was kept; None of memory and whole numbers, which are not."""
     if not isinstance(x, Node):
         return x
     places = (x.name, *(f"{phase}/{at}{x.name}" for at in ("", "in/", "out/")))
-    return next(kept[place] for place in places if place in kept)
+    return next((kept[place] for place in places if place in kept), None)
 
 
 def _number(x: float) -> float | str:
