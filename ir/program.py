@@ -21,7 +21,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.graph import _Namespace
-from torch.fx.node import Argument
+from torch.fx.node import Argument, Target, map_arg
 
 from kvc8.ir.errors import IRError
 from kvc8.ir.expression import Expression
@@ -50,6 +50,8 @@ class Program:
     _last: Node | None = field(default=None, repr=False)  # the last placeholder, to add after it
     # what calls were inferred from and the type that they gave, so that who asks again is told
     _inferred: dict[Node, tuple[tuple[object, ...], Type]] = field(default_factory=dict, repr=False)
+    # what calls were when `verify` found them right
+    _right: dict[Node, tuple[object, ...]] = field(default_factory=dict, repr=False)
 
     def calls(self, *ops: Op) -> list[Node]:
         """Every call of one of `ops`, in order; the graph may be edited while going over them."""
@@ -89,7 +91,7 @@ class Program:
         self, op: Op, args: tuple[Argument, ...], kwargs: Mapping[str, Argument], name: str
     ) -> Node:
         """Put a call at the graph's insertion point and infer its type."""
-        node = self.graph.create_node("call_function", op, args, dict(kwargs), name)
+        node = _create(self.graph, "call_function", op, args, kwargs, name)
         node.meta["type"] = self.infer(node)
         return node
 
@@ -138,8 +140,8 @@ class Program:
 
     def drop_unused_parameters(self) -> None:
         """Remove the parameters that nothing uses; inputs and caches stay."""
-        for node in self.parameters():
-            if not node.users:
+        for node in self.placeholders():
+            if not node.users and is_parameter(node):
                 self.graph.erase_node(node)
 
     def infer(self, node: Node) -> Type:
@@ -149,6 +151,22 @@ class Program:
         if known is None or not all(map(is_, known[0], given)):
             known = self._inferred[node] = given, self._infer(node)
         return known[1]
+
+    def is_right(self, node: Node) -> bool:
+        """Whether a call is all that it was when it was last `marked_right`, in the same stage.
+
+        That is its op, its arguments, their types and its own: the same objects, none of which
+        can be changed in place.
+        """
+        known = self._right.get(node)
+        return known is not None and all(map(is_, known, self._all_of(node)))
+
+    def mark_right(self, node: Node) -> None:
+        """Remember a call as it is."""
+        self._right[node] = self._all_of(node)
+
+    def _all_of(self, node: Node) -> tuple[object, ...]:
+        return self.stage, node.meta.get("type"), *_given(node)
 
     def _infer(self, node: Node) -> Type:
         assert callable(node.target)
@@ -163,12 +181,39 @@ class Program:
         """Another program of the same nodes, which may be edited apart; it shares the types."""
         made, nodes = Program(Graph(), self.stage, self.shapes), dict[Node, Node]()
         for node in self.graph.nodes:
-            twin = nodes[node] = made.graph.node_copy(node, nodes.__getitem__)
-            twin.meta = copy(node.meta)
+            twin = nodes[node] = _twin(made.graph, node, nodes)
             given, type_ = self._inferred.get(node, ((), ()))
             if given and all(map(is_, given, _given(node))):
                 made._inferred[twin] = _given(twin), type_
         return made
+
+
+def _create(
+    graph: Graph,
+    kind: str,
+    target: Target,
+    args: tuple[Argument, ...],
+    kwargs: Mapping[str, Argument],
+    name: str,
+) -> Node:
+    """A node as Graph.create_node makes it, in less time.
+
+    It would look through the arguments for sizes of torch's own, which no program has.
+    """
+    node = graph.create_node(kind, target, (), {}, name)
+    node.args = args
+    if kwargs:
+        node.kwargs = dict(kwargs)
+    return node
+
+
+def _twin(graph: Graph, node: Node, nodes: Mapping[Node, Node]) -> Node:
+    """The copy of a node in another graph, where `nodes` are those of its arguments."""
+    args = map_arg(node.args, nodes.__getitem__)
+    kwargs = map_arg(node.kwargs, nodes.__getitem__) if node.kwargs else {}
+    twin = _create(graph, node.op, node.target, args, kwargs, node.name)
+    twin.meta = copy(node.meta)
+    return twin
 
 
 def kind_of(node: Node) -> object:
@@ -180,7 +225,7 @@ def kind_of(node: Node) -> object:
 
 def _given(node: Node) -> tuple[object, ...]:
     """All that a call's type is inferred from; equal where each item is the same object."""
-    types = [taken.meta.get("type") for taken in node.all_input_nodes]
+    types = [taken.meta.get("type") for taken in node._input_nodes]
     return node.target, node.args, node.kwargs, *types
 
 
@@ -210,8 +255,8 @@ def is_parameter(node: Node) -> bool:
 
 def _made_by(node: Node) -> str | None:
     """The name of a placeholder's expression; None where it has none."""
-    found = node.op == "placeholder" and "expression" in node.meta
-    return expression_of(node).op if found else None
+    made = node.meta.get("expression") if node.op == "placeholder" else None
+    return made.op if isinstance(made, Expression) else None
 
 
 def op_name(op: Op) -> str:

@@ -60,8 +60,8 @@ def verify(program: Program) -> None:
     program.graph.lint()
     for node in program.graph.nodes:
         if node.op == "call_function":
-            _check_op(program.stage, node)
-            _check_type(program, node)
+            if not program.is_right(node):
+                _check_call(program, node)
         elif node.op not in ("placeholder", "output"):
             raise IRError(node.name, f"a {node.op} node", "capture with torch.export")
     _check_output(program)
@@ -70,10 +70,22 @@ def verify(program: Program) -> None:
         _check_cache(program.stage, cache)
 
 
-def _check_op(stage: Stage, node: Node) -> None:
+def _check_call(program: Program, node: Node) -> None:
+    """Check a call, of which nothing need be checked again until something of it changes.
+
+    But where it writes to its arguments it matters who else uses them, which is not its own.
+    """
+    written = _check_op(program.stage, node)
+    _check_type(program, node)
+    if not written:
+        program.mark_right(node)
+
+
+def _check_op(stage: Stage, node: Node) -> tuple[int, ...]:
+    """Check that a call may be there; gives the places of the arguments that it writes to."""
     op = node.target
     if not isinstance(op, OpOverload):
-        return  # arithmetic on the host, or an item of a tuple
+        return ()  # arithmetic on the host, or an item of a tuple
     legal, written = _rule(stage, op)
     if not legal:
         what = f"{op} has no place in a {stage.value} program"
@@ -81,6 +93,7 @@ def _check_op(stage: Stage, node: Node) -> None:
     for arg in [node.args[i] for i in written if i < len(node.args)]:
         if stage is not Stage.LOWERED or not _may_be_written(arg, node):
             raise IRError(node.name, f"{op} writes to {arg}", "use its functional form")
+    return written
 
 
 def _may_be_written(arg: Argument, by: Node) -> bool:
