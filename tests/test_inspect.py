@@ -611,6 +611,32 @@ def test_what_each_engine_does_with_a_directory(
     assert {name for name, verdict in found.items() if verdict.care} == on
 
 
+NZ = "it reads NZ pages in decode steps by npu_fused_infer_attention_score, which is documented for"
+NZ_PAGE = (
+    "op-plugin docs/zh/custom_APIs/torch_npu/npu_fused_infer_attention_score.md, NZ caches; "
+    "ops-transformer incre_flash_attention_tiling_check.cpp:1868"
+)
+
+
+def test_where_nz_pages_are_not_documented_for_a_model_that_is_said(tmp_path: Path) -> None:
+    """One card has 64 and 8 heads, and the document names those; eight have 8 and 1 each."""
+    model = Model()
+    model.config |= {"model_type": "qwen3", "num_attention_heads": 64, "head_dim": 64}
+    model.config["num_key_value_heads"] = 8
+    for name in [name for name in model.tensors if "kv_cache" in name]:
+        model.put(name, model.tensors[name][:1].repeat(8 * 64), "C8")
+    seen = replace(look(model.write(tmp_path)), refusal=None)
+    found = verdicts(seen, [])
+    assert found[MINDIE].care == ()
+    assert found[OLD].care == found[NEW].care
+    assert found[NEW].care[1:] == (
+        f"{NZ} query dtype bf16, and not f16; head_dim 128, and not 64; heads and kv heads "
+        "10 and 1 or 64 and 8 or 80 and 8 or 128 and 16, and not 32 and 4 on 2, 16 and 2 on 4, "
+        f"8 and 1 on 8 cards ({NZ_PAGE}), though vllm-ascend serves 16 and 2 (pull request 9721) "
+        "and 6 and 1 (pull request 10461)",
+    )
+
+
 def test_every_trap_is_met() -> None:
     """Those that a finding stands for are met where the findings are."""
     met = {why for told in TOLD.values() for _, *whys in told.values() for why in whys}

@@ -1,6 +1,7 @@
 """vLLM's OpenAI server in processes of its own, as people run it."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,15 +25,22 @@ def serving(
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"} | variables
     with log.open("w") as file:
         running = subprocess.Popen(
-            [*command, *words], stdout=file, stderr=subprocess.STDOUT, env=environment
+            [*command, *words],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        assert answers(address, running, seconds=300), log.read_text()
+        assert answers(address, running, seconds=900), log.read_text()
         yield address
     finally:
         running.terminate()
-        running.wait(60)
+        try:
+            running.wait(60)
+        except subprocess.TimeoutExpired:  # one that still starts does not listen
+            os.killpg(running.pid, signal.SIGKILL)
 
 
 def free_port() -> int:

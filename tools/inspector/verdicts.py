@@ -13,6 +13,7 @@ import torch
 
 from kvc8.ir.checkpoint.msmodelslim import NAME
 from kvc8.tools.inspector.finding import Finding
+from kvc8.tools.inspector.nz_pages import beyond_documents
 from kvc8.tools.inspector.seen import Seen
 from kvc8.tools.quantizer.engine_form import PACKED
 
@@ -226,13 +227,10 @@ TRAPS = (
         _unnamed,
     ),
 )
-CARE: Mapping[str, tuple[str, ...]] = {
-    name: (
-        "it takes neither EAGLE3 (issue 12956) nor Mooncake's connector (10947), and a connector "
-        "of kv_both leaves the cache float",
-    )
-    for name in ASCEND
-}
+CONNECTORS = (
+    "it takes neither EAGLE3 (issue 12956) nor Mooncake's connector (10947), and a connector of "
+    "kv_both leaves the cache float"
+)
 COMPRESSED = Trap(
     ENGINES, "leaves C8 off", "reads no compressed-tensors KV scales", "", lambda *_: True
 )
@@ -257,4 +255,6 @@ def _verdict(seen: Seen, name: str, traps: tuple[Trap, ...]) -> EngineVerdict:
     worst = [outcome for outcome in WORST if outcome in outcomes]
     outcome: Outcome = worst[0] if worst else "runs right"
     on = bool(seen.names) and outcome in ("runs right", "answers wrongly")
-    return EngineVerdict(outcome, traps, CARE.get(name, ()) if on else ())
+    if not on or name not in ASCEND:
+        return EngineVerdict(outcome, traps)
+    return EngineVerdict(outcome, traps, (CONNECTORS, *beyond_documents(seen)))
