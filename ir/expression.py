@@ -120,6 +120,8 @@ def make(expression: Expression, read: Read, derived: Read | None = None) -> Ten
         return read(str(expression.args[0]))
     if expression.op == "stacked":
         return torch.stack([read(name) for name in stored_names(expression)])
+    if expression.op == "slice" and (parts := _parts_of_each(expression)):
+        return torch.stack([make(part, read) for part in parts])
     if expression.op == "derived" and derived:
         return derived(str(expression.args[0]))
     if expression.op in EACH_RANK:
@@ -127,6 +129,14 @@ def make(expression: Expression, read: Read, derived: Read | None = None) -> Ten
     if expression.op not in STEPS:
         raise IRError(expression.op, "makes no tensor", f"use one of {', '.join(STEPS)}")
     return STEPS[expression.op](*(_made(arg, read, derived) for arg in expression.args))
+
+
+def _parts_of_each(expression: Expression) -> list[Expression]:
+    """The slices that a slice of `stacked` is made of, so that no rank reads all of a mixture."""
+    x, dim, *ends = expression.args
+    if not isinstance(x, Expression) or x.op != "stacked" or not isinstance(dim, int) or dim < 1:
+        return []
+    return [Expression("slice", (stored(name), dim - 1, *ends)) for name in stacked_names(x)]
 
 
 def _made(arg: Arg, read: Read, derived: Read | None) -> object:

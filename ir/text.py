@@ -156,6 +156,8 @@ class _Reader:
 
 
 def _literal(expr: ast.expr) -> str | int | float | bool | None:
+    if ast.unparse(expr) in ("inf", "-inf", "nan"):  # as Python shows what it cannot read
+        return float(ast.unparse(expr))
     try:
         found = ast.literal_eval(expr)
     except ValueError:

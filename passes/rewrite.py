@@ -37,7 +37,7 @@ class Remark:
     origin: str
     why_not: str = ""
     note: str = ""  # what a reader may want to know of a site that was rewritten
-    contract: Contract | None = None  # of this site, where it is stricter than the pass's
+    contract: Contract | None = None  # of this site, where it is not the pass's
 
     def __str__(self) -> str:
         where = f"{self.node} ({self.origin})" if self.origin else self.node

@@ -51,17 +51,25 @@ in real numbers: float linears, whose sums are taken in another order; and with 
 ones, where each rank scales its own sums, the first adds the bias, and what is sent takes half the
 bytes. The remark of a site says which of the two it is.
 
+Within a bound: W8A8_DYNAMIC linears that take a part of their inputs, alone or of a mixture of
+experts, as engines divide them. A rank's scale s_r = max|x_r| / 127 of its own part of a token is at
+most the whole token's s, so that it is off by at most s/2 * sum_k |w[o, k]| as the whole one is, and
+the two differ by at most s * sum_k |w[o, k]|; of a mixture, by the experts' weighted sum of that.
+
 Left whole on every rank, with the reason: sites of which a size does not divide, whose values more
 than one linear reads, or that an op without a rule takes part in (passes/matchers/division.py).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir import ops, rank_ops
+from kvc8.ir import mixture_ops, ops, rank_ops
 from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
 from kvc8.ir.program import (
@@ -71,18 +79,44 @@ from kvc8.ir.program import (
     expression_of,
     is_cache,
     is_call,
+    is_parameter,
     tensor_type,
 )
 from kvc8.ir.types import TensorType
-from kvc8.passes.matchers.division import LINEAR, Site, Split, Unfit, check, divided, gives_logits
+from kvc8.passes.matchers.division import DYNAMIC, LINEAR, divided, gives_logits, weight_of
 from kvc8.passes.matchers.division import groups as linears
+from kvc8.passes.matchers.division_rules import Site, Split, Unfit, check
 from kvc8.passes.rewrite import Contract, Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
 INSIDE = ("cast", "float_bits")  # of these a part is one of what is inside, and reads as such
+FLOAT = (ATEN.linear.default, mixture_ops.grouped_linear)
+BIAS: Mapping[object, int] = MappingProxyType(  # which argument it is
+    {
+        ops.quant_linear: 3,
+        ops.dynamic_linear: 4,
+        ATEN.linear.default: 2,
+        mixture_ops.grouped_linear: 2,
+    }
+)
 
 
-@rewrite(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED, contract="real_exact")
+def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
+    """How far a sum may be from what it was, where ranks have scales of their own: see above."""
+    row = argument(old, 0) if is_call(old, mixture_ops.combine) else old
+    if not is_call(row, *DYNAMIC):
+        return torch.zeros(())
+    scale, weight = look(argument(row, 1)).double(), look(weight_of(row)).double()
+    size = weight.abs().sum(-1) * look(argument(row, 3)).double()
+    if row is old:
+        return scale[..., None] * size
+    each = scale[..., None] * size[mixture_ops.owners(look(argument(row, 4)).long())]
+    weights = look(argument(old, 2)).double().abs()
+    summed: Tensor = mixture_ops.combine(each, look(argument(old, 1)).to(torch.int32), weights)
+    return summed
+
+
+@rewrite(takes=Stage.QUANTIZED, gives=Stage.QUANTIZED, contract="real_exact", bound=bound)
 def shard(
     program: Program, ranks: int = 2, sums: Literal["int32", "half"] = "int32"
 ) -> Iterator[Remark]:
@@ -143,14 +177,17 @@ def _divide(program: Program, site: Site, ranks: int, sums: str) -> Remark:
         node.meta["type"] = program.infer(node)
     [row] = site.rows
     exact = is_call(row, ops.quant_linear) and sums == "int32"
-    total = _int32_sum(program, row, ranks) if exact else _float_sum(program, row, ranks)
-    whole = exact and all(is_call(linear, ops.quant_linear) for linear in site.columns)
-    contract: Contract = "bit_exact" if whole else "real_exact"
-    return hit(total, f"{len(site.columns)} linears and {row.name}, {_sent(total)}", contract)
-
-
-def _sent(total: Node) -> str:
-    return "sums in int32" if is_call(total, rank_ops.dequant_sum) else "sums in half"
+    total = _int32_sum(program, row, ranks) if exact else _float_sum(program, site, ranks)
+    count = len(site.columns)
+    note = (
+        f"{count} linear{'s' * (count > 1)} and {row.name}, sums in {'int32' if exact else 'half'}"
+    )
+    if is_call(row, *DYNAMIC):
+        return hit(
+            total, f"{note}, each rank's part of a token by a scale of its own", "quantizing"
+        )
+    whole = exact and not any(is_call(linear, *FLOAT) for linear in site.columns)
+    return hit(total, note, "bit_exact" if whole else "real_exact")
 
 
 def _take_part(
@@ -165,7 +202,7 @@ def _take_part(
     if is_cache(operand):
         operand.meta["type"] = smaller
         return
-    expression = _part(expression_of(operand), split.dim, size, ranks // split.of)
+    expression = _part(expression_of(operand), split, int(type_.shape[split.dim]), ranks)
     if set(operand.users) == set(nodes):
         operand.meta.update(type=smaller, expression=expression)
         return
@@ -174,13 +211,30 @@ def _take_part(
         node.replace_input_with(operand, made)
 
 
-def _part(expression: Expression, dim: int, size: int, copies: int) -> Expression:
-    """A rank's part of what an expression makes."""
+def _part(expression: Expression, split: Split, size: int, ranks: int) -> Expression:
+    """A rank's part of what an expression makes, whose `split` dimension has that size."""
     inner = expression.args[0] if expression.args else None
     if expression.op in INSIDE and isinstance(inner, Expression):
-        return Expression(expression.op, (_part(inner, dim, size, copies), *expression.args[1:]))
+        return Expression(expression.op, (_part(inner, split, size, ranks), *expression.args[1:]))
+    if split.sections > 1:
+        one = replace(split, sections=1)
+        parts = (
+            _part(x, one, size // split.sections, ranks) for x in _cut(expression, split, size)
+        )
+        return Expression("concat", (tuple(parts), split.dim))
+    copies = ranks // split.of
     shared = (copies,) if copies > 1 else ()
-    return Expression("shard", (expression, dim, size, *shared))
+    return Expression("shard", (expression, split.dim, size // split.of, *shared))
+
+
+def _cut(expression: Expression, split: Split, size: int) -> Iterator[Expression]:
+    """The sections of a dimension, one an expression."""
+    count, given = split.sections, expression.args[0] if expression.args else None
+    if expression.op == "concat" and isinstance(given, tuple) and len(given) == count:
+        yield from (part for part in given if isinstance(part, Expression))
+        return
+    for start in range(0, size, size // count):
+        yield Expression("slice", (expression, split.dim, start, start + size // count))
 
 
 def _reshape(node: Node, split: Split) -> None:
@@ -200,14 +254,15 @@ def _int32_sum(program: Program, row: Node, ranks: int) -> Node:
     return scaled
 
 
-def _float_sum(program: Program, row: Node, ranks: int) -> Node:
+def _float_sum(program: Program, site: Site, ranks: int) -> Node:
     """Add what the linear gives of each rank's part; the first rank's has the bias."""
-    at = 3 if is_call(row, ops.quant_linear) else 2
+    [row] = site.rows
+    at = BIAS.get(row.target, len(row.args))
     bias = row.args[at] if len(row.args) > at else None
     if isinstance(bias, Node):
         first = Expression("first", (expression_of(bias),))
         row.update_arg(at, program.placeholder(f"{bias.name}_first", tensor_type(bias), first))
-    return _collected(program, row, rank_ops.all_reduce, ranks)
+    return _collected(program, site.total, rank_ops.all_reduce, ranks)
 
 
 def _gather(program: Program, node: Node, ranks: int) -> Remark:
@@ -217,7 +272,8 @@ def _gather(program: Program, node: Node, ranks: int) -> Remark:
         raise Unfit(f"{node.name} is no [1, T, width]")
     check(shape[-1], ranks, f"the width of {node.name},")
     is_linear = is_call(node, *LINEAR)
-    operands = node.all_input_nodes[1:] if is_linear else [argument(node, 0)]
+    given = node.all_input_nodes[1:] if is_linear else [argument(node, 0)]
+    operands = [tensor for tensor in given if is_parameter(tensor)]
     for operand in operands:
         _take_part(program, operand, Split(0 if is_linear else 1, ranks), [node], ranks)
     node.meta["type"] = program.infer(node)

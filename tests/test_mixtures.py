@@ -135,6 +135,18 @@ def test_an_expert_that_no_text_reached_says_so_and_its_scales_are_of_its_weight
 
 
 @slow
+def test_every_pass_keeps_its_contract_where_experts_are_divided(quantized):
+    """Each rank quantizes its part of a token by a scale of its own, within the bound of shard."""
+    checkpoint = open_checkpoint(quantized("qwen3_moe"))
+    verdicts = check_passes(checkpoint, capture(checkpoint, torch.float16), Options(ranks=2))
+    assert [verdict.sentence for verdict in verdicts if verdict.sentence] == []
+    [shard] = [verdict for verdict in verdicts if verdict.name == "shard"]
+    sums = [site for site in shard.sites if 1e-6 < site.bound < 1]
+    assert sums
+    assert all(site.figure > 0 for site in sums)  # it is not the same, and this is not vacuous
+
+
+@slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_pass_keeps_its_contract_in_every_phase(quantized, kind, dtype):

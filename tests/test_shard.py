@@ -1,6 +1,7 @@
 """Tensor parallelism: a divided model gives what the whole one gives, code by code."""
 
 import functools
+import math
 from pathlib import Path
 from textwrap import dedent
 
@@ -9,11 +10,11 @@ import torch
 from support import fused_models, ranks
 from support.onnx_models import BOUND, DOUBLE_BOUND, QUANTIZED, captured, quantized
 
-from kvc8.ir import ops, rank_ops
+from kvc8.ir import mixture_ops, ops, rank_ops
 from kvc8.ir.errors import IRError, TargetError
 from kvc8.ir.expression import Expression, make, stored
 from kvc8.ir.precision.widen import widen
-from kvc8.ir.program import Program, expression_of
+from kvc8.ir.program import Program, argument, expression_of, tensor_type
 from kvc8.ir.ranks import bound, of_rank, side_by_side
 from kvc8.ir.text import parse, show
 from kvc8.ir.verify import verify
@@ -26,6 +27,7 @@ SIX = {
     **{"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2},
     **{"hidden_size": 96, "vocab_size": 129},  # 129 words have 3 parts
 }
+NINE = {**SIX, "num_attention_heads": 9, "hidden_size": 144, "intermediate_size": 144}  # SmolLM2's
 SMALL = """
     def quantized(
         x: f16[1, T, 8],
@@ -79,9 +81,11 @@ def divided(program: Program, count: int, sums: str = "int32") -> Program:
     ("kind", "config", "counts"),
     [
         ("llama", EIGHT, (2, 4, 8)),
-        ("qwen2", SIX, (3,)),
-        ("qwen3", EIGHT, (4,)),
-        ("mistral", EIGHT, (8,)),
+        ("llama", NINE, (3, 9)),
+        ("qwen2", SIX, (3, 6)),
+        ("qwen2", EIGHT, (8,)),
+        ("qwen3", EIGHT, (2, 4, 8)),
+        ("mistral", EIGHT, (2, 4, 8)),
     ],
 )
 def test_no_code_differs_in_double_precision(tiny_model, kind, config, counts):
@@ -94,6 +98,42 @@ def test_no_code_differs_in_double_precision(tiny_model, kind, config, counts):
         assert ranks.differing(codes, caches) == 0
         for a, b in zip(got, logits, strict=True):
             assert (a - b).abs().max() <= DOUBLE_BOUND * b.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 8])
+def test_in_float16_int32_sums_give_the_bits_of_one_device(tiny_model, count):
+    """So it is no worse against double precision; 127 words leave lm_head whole."""
+    directory = tiny_model("llama", **EIGHT, vocab_size=127)
+    program, _, _ = whole(directory)
+    logits, caches = ranks.session(program, directory)
+    got, codes = ranks.session(side_by_side(divided(program, count), count), directory)
+    assert ranks.differing(codes, caches) == 0
+    for a, b in zip(got, logits, strict=True):
+        assert torch.equal(a, b)
+
+
+EXPERTS = ("gpt_oss", "granitemoe", "qwen3_moe", "glm4_moe")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_are_divided_by_their_inner_width(tiny_model, kind):
+    """Gate and up apart, in one weight, and taking turns in it; biases once; shared experts."""
+    directory = tiny_model(kind, num_hidden_layers=2)
+    options = {"w8a8": False, "zeros": True}
+    program = fused_models.quantized(directory, torch.float16, **options)
+    made = divided(program, 2)
+    grouped = mixture_ops.grouped_linear
+    for a, b in zip(program.calls(grouped), made.calls(grouped), strict=True):
+        whole_size, size = (tensor_type(argument(n, 1)).shape for n in (a, b))
+        assert 2 * math.prod(size) == math.prod(whole_size)
+    assert show(parse(show(made))) == show(made)
+    logits, caches = ranks.session(widen(program), directory)
+    got, codes = ranks.session(side_by_side(widen(made), 2), directory)
+    assert ranks.differing(codes, caches) == 0
+    for a, b in zip(got, logits, strict=True):
+        assert (a - b).abs().max() <= DOUBLE_BOUND * b.abs().max()
 
 
 @pytest.mark.slow

@@ -2,56 +2,36 @@
 
 Linears that read one value (q, k and v; gate and up) give each rank a part of their outputs. What
 is computed of these is followed, by a rule for each op, up to exactly one linear (o; down), which
-takes its part of the inputs. Whatever has no rule, or mixes parts, leaves all of it whole.
+takes its part of the inputs. Whatever has no rule, or mixes parts, leaves all of it whole. Of a
+mixture of experts each rank has a part of every expert's inner width, and what is summed up is what
+`combine` makes of the rows.
 """
 
 import heapq
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from operator import getitem
 
 import torch
 from torch.fx import Node
 
 from kvc8.ir import mixture_ops, ops
-from kvc8.ir.program import Program, argument, is_cache, is_call, is_parameter, tensor_type
-from kvc8.ir.types import Dim
-
-ATEN = torch.ops.aten
-LINEAR = (ops.quant_linear, ATEN.linear.default)
-# Each value of the result is computed of the values in its place.
-ELEMENTWISE = (
-    *(ATEN.add.Tensor, ATEN.sub.Tensor, ATEN.mul.Tensor, ATEN.div.Tensor, ATEN.neg.default),
-    *(ATEN.pow.Tensor_Scalar, ATEN.rsqrt.default, ATEN.to.dtype, ATEN.silu.default),
-    *(ATEN.gelu.default, ATEN.sigmoid.default, ATEN.tanh.default, ATEN.relu.default),
-    *(ops.quantize, ops.dequantize),
+from kvc8.ir.program import Program, argument, is_call, is_parameter, tensor_type
+from kvc8.passes.matchers.division_rules import (
+    CHUNK,
+    GROUPED,
+    Site,
+    Split,
+    Unfit,
+    checked,
+    dim_of,
+    last_of,
+    rule,
 )
 
-
-class Unfit(Exception):
-    """Why something stays whole."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """A value of which each rank has a part: along `dim`, one of `of` parts.
-
-    With fewer parts than ranks, neighboring ranks have the same one.
-    """
-
-    dim: int
-    of: int
-
-
-@dataclass
-class Site:
-    """What ranks have of their own between the linears that divide and the one that sums."""
-
-    columns: list[Node]
-    at: dict[Node, Split] = field(default_factory=dict)  # calls
-    operands: dict[tuple[Node, Node], Split] = field(default_factory=dict)  # of a call, to divide
-    rows: list[Node] = field(default_factory=list)
+ATEN = torch.ops.aten
+DYNAMIC = (ops.dynamic_linear, mixture_ops.dynamic_grouped_linear)  # with a scale a row of x
+LINEAR = (ops.quant_linear, ops.dynamic_linear, ATEN.linear.default, *GROUPED)
 
 
 def groups(program: Program) -> list[list[Node]]:
@@ -60,6 +40,7 @@ def groups(program: Program) -> list[list[Node]]:
     for linear in program.calls(*LINEAR):
         x = argument(linear, 0)
         x = argument(x, 0) if is_call(x, ops.quantize) else x
+        x = argument(argument(x, 0), 0) if _is_item_of(x, ops.quantize_tokens) else x
         module = str(linear.meta.get("origin", "")).rpartition(".")[0]
         found.setdefault((x, module), []).append(linear)
     return list(found.values())
@@ -69,18 +50,35 @@ def gives_logits(linear: Node) -> bool:
     """Whether a linear is the last one: what is computed of it reaches the output, and no other."""
     after = list(_after(linear))
     ends = any(user.op == "output" for node in (linear, *after) for user in node.users)
-    experts = mixture_ops.grouped_linear, mixture_ops.dynamic_grouped_linear
-    inner = (*LINEAR, *experts, ops.dynamic_linear, ops.paged_attention, ops.cache_write)
+    inner = (*LINEAR, ops.paged_attention, ops.cache_write)
     return ends and not any(is_call(node, *inner) for node in after)
+
+
+def _begun(columns: list[Node], ranks: int) -> Site:
+    """A site of which the outputs of linears are divided."""
+    site = Site(columns)
+    for linear in columns:
+        split = Split(last_of(linear), _parts(linear, ranks), _sections(linear))
+        site.at[linear] = checked(linear, split)
+        for tensor in linear.all_input_nodes[1:]:
+            _take_part(site, linear, tensor, Split(outputs(linear), split.of, split.sections))
+    return site
+
+
+def _take_part(site: Site, linear: Node, tensor: Node, split: Split) -> None:
+    """Let a linear take a part of a parameter, which may be transposed before it is read."""
+    if is_parameter(tensor):
+        site.operands[linear, tensor] = split
+    elif is_call(tensor, ATEN.transpose.int) and is_parameter(argument(tensor, 0)):
+        a, b = (dim_of(arg, tensor) for arg in tensor.args[1:3])
+        site.at[tensor] = split
+        inner = replace(split, dim={a: b, b: a}.get(split.dim, split.dim))
+        site.operands[tensor, argument(tensor, 0)] = inner
 
 
 def divided(columns: list[Node], ranks: int) -> Site:
     """Follow what linears give to the one linear that takes it. Raises Unfit."""
-    site = Site(columns)
-    for linear in columns:
-        site.at[linear] = _checked(linear, Split(_last(linear), _parts(linear, ranks)))
-        for tensor in linear.all_input_nodes[1:]:
-            site.operands[linear, tensor] = Split(0, site.at[linear].of)
+    site = _begun(columns, ranks)
     waiting = [user for linear in columns for user in _readers(linear)]
     heapq.heapify(waiting)  # in the order of the program, so that arguments come first
     while waiting:
@@ -90,7 +88,9 @@ def divided(columns: list[Node], ranks: int) -> Site:
         if is_call(node, *LINEAR):
             _take(site, node, ranks)
             continue
-        site.at[node] = _checked(node, _rule(node, site))
+        if _is_own_scale(node, site):
+            continue
+        site.at[node] = checked(node, rule(node, site))
         for user in _readers(node):
             heapq.heappush(waiting, user)
     if len(site.rows) != 1:
@@ -106,27 +106,48 @@ def _readers(node: Node) -> list[Node]:
     return [user for user in node.users if user.op != "output"]
 
 
-def check(size: Dim, of: int, what: str) -> None:
-    """Raise Unfit where a size has not that many parts."""
-    if not isinstance(size, int) or size % of:
-        raise Unfit(f"{what} of {size} does not divide by {of}")
+def outputs(linear: Node) -> int:
+    """The dimension of outputs in a linear's weight, scale and bias; inputs are the next one."""
+    return 1 if is_call(linear, *GROUPED) else 0
 
 
-def _checked(node: Node, split: Split) -> Split:
-    check(tensor_type(node).shape[split.dim], split.of, f"dimension {split.dim} of {node.name}")
-    return split
+def weight_of(linear: Node) -> Node:
+    """The weight of a linear of any kind."""
+    return argument(linear, 2 if is_call(linear, *DYNAMIC) else 1)
 
 
-def _last(node: Node) -> int:
-    return len(tensor_type(node).shape) - 1
+def _sections(linear: Node) -> int:
+    """Into how many pieces the outputs of a linear are cut, if that is all that reads them."""
+    cuts = {u.args[1] for u in linear.users if is_call(u, CHUNK) and dim_of(u.args[2], linear) > 0}
+    [count, *others] = cuts if all(is_call(u, CHUNK) for u in linear.users) and cuts else {1}
+    return count if isinstance(count, int) and not others else 1
+
+
+def _is_item_of(node: Node, op: Callable[..., object]) -> bool:
+    return is_call(node, getitem) and is_call(argument(node, 0), op)
+
+
+def _is_own_scale(node: Node, site: Site) -> bool:
+    """Whether a value is the scale of a rank's own part of a token, which its own linear takes."""
+    if not _is_item_of(node, ops.quantize_tokens) or node.args[1] != 1:
+        return False
+    codes = argument(node, 0)
+    if site.at[codes].dim != last_of(argument(codes, 0)):
+        return False
+    if not all(is_call(user, *DYNAMIC) for user in node.users):
+        raise Unfit(f"{node.name} is a scale of each rank's own, and no linear takes it")
+    return True
 
 
 def _take(site: Site, row: Node, ranks: int) -> None:
     x = argument(row, 0)
-    if site.at.get(x) != Split(_last(x), ranks):
+    if site.at.get(x) != Split(last_of(x), ranks):
         raise Unfit(f"{row.name} takes another dimension than the divided one")
+    combined = [user for user in row.users if is_call(user, mixture_ops.combine)]
+    if is_call(row, *GROUPED) and (len(combined) != 1 or len(row.users) != 1):
+        raise Unfit(f"the rows of {row.name} are not combined at once")
     site.rows.append(row)
-    site.operands[row, argument(row, 1)] = Split(1, ranks)
+    _take_part(site, row, weight_of(row), Split(outputs(row) + 1, ranks))
 
 
 def _parts(linear: Node, ranks: int) -> int:
@@ -152,111 +173,3 @@ def _after(linear: Node) -> Iterator[Node]:
         yield node
         if not is_call(node, *ends):
             waiting.extend(node.users)
-
-
-def _rule(node: Node, site: Site) -> Split:
-    """Along which dimension a call's result is divided, given what its arguments are."""
-    if node.target in ELEMENTWISE:
-        return _elementwise(node, site)
-    if node.target not in RULES:
-        raise Unfit(f"{node.name}: there is no rule for {node.target}")
-    return RULES[node.target](node, site)
-
-
-def _first(node: Node, site: Site) -> Split:
-    x = argument(node, 0)
-    if x not in site.at:
-        raise Unfit(f"{node.name} reads all of {x.name}")
-    return site.at[x]
-
-
-def _elementwise(node: Node, site: Site) -> Split:
-    """The same place in every argument, counted from the last; what is broadcast there stays."""
-    given = [x for x in node.all_input_nodes if x in site.at]
-    places = {(site.at[x].dim - len(tensor_type(x).shape), site.at[x].of) for x in given}
-    if len(places) != 1:
-        raise Unfit(f"{node.name} takes values that are divided in different ways")
-    [(place, of)] = places
-    for other in node.all_input_nodes:
-        shape = tensor_type(other).shape
-        if other in site.at or len(shape) < -place or shape[place] == 1:
-            continue
-        if not is_parameter(other):
-            raise Unfit(f"{node.name} reads all of {other.name}")
-        site.operands[node, other] = Split(len(shape) + place, of)
-    return Split(len(tensor_type(node).shape) + place, of)
-
-
-def _transpose(node: Node, site: Site) -> Split:
-    split = _first(node, site)
-    a, b = (_dim(arg, node) for arg in node.args[1:3])
-    return Split({a: b, b: a}.get(split.dim, split.dim), split.of)
-
-
-def _unsqueeze(node: Node, site: Site) -> Split:
-    split = _first(node, site)
-    return Split(split.dim + (_dim(node.args[1], node) <= split.dim), split.of)
-
-
-def _dim(arg: object, node: Node) -> int:
-    assert isinstance(arg, int)
-    return arg % len(tensor_type(node).shape)
-
-
-def _reshape(node: Node, site: Site) -> Split:
-    split, new = _first(node, site), tensor_type(node).shape
-    before = math.prod(tensor_type(argument(node, 0)).shape[: split.dim])
-    for dim, size in enumerate(new):
-        if math.prod(new[:dim]) == before and size != 1:
-            return Split(dim, split.of)
-    raise Unfit(f"{node.name} mixes the divided dimension with others")
-
-
-def _along_another(node: Node, site: Site) -> Split:
-    """A slice, or a mean that keeps its dimensions, along other dimensions."""
-    split, x = _first(node, site), argument(node, 0)
-    dims = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
-    if split.dim in [_dim(dim, x) for dim in dims]:
-        raise Unfit(f"{node.name} goes along the divided dimension")
-    if is_call(node, ATEN.mean.dim) and node.args[2] is not True:
-        raise Unfit(f"{node.name} drops dimensions")
-    return split
-
-
-def _cat(node: Node, site: Site) -> Split:
-    splits = {site.at.get(x) for x in node.all_input_nodes}
-    [split, *others] = splits
-    if split is None or others or split.dim == _dim(node.args[1], node):
-        raise Unfit(f"{node.name} joins values along the divided dimension")
-    return split
-
-
-def _cache_write(node: Node, site: Site) -> Split:
-    split, cache = site.at.get(argument(node, 1)), argument(node, 0)
-    if split is None or split.dim != 1 or not is_cache(cache) or len(cache.users) != 1:
-        raise Unfit(f"{node.name} writes other than heads")
-    site.operands[node, cache] = Split(2, split.of)
-    return Split(2, split.of)
-
-
-def _attention(node: Node, site: Site) -> Split:
-    q, k, v = (site.at.get(argument(node, i)) for i in range(3))
-    if q is None or q.dim != 1 or k is None or k != v or k.dim != 2:
-        raise Unfit(f"{node.name} takes other than divided heads")
-    if isinstance(sinks := node.args[9], Node):
-        site.operands[node, sinks] = Split(0, q.of)
-    return q
-
-
-RULES: Mapping[object, Callable[[Node, Site], Split]] = MappingProxyType(
-    {
-        ATEN.transpose.int: _transpose,
-        ATEN.unsqueeze.default: _unsqueeze,
-        ATEN.reshape.default: _reshape,
-        ATEN.slice.Tensor: _along_another,
-        ATEN.mean.dim: _along_another,
-        ATEN.cat.default: _cat,
-        ops.cache_write: _cache_write,
-        ops.paged_attention: _attention,
-    }
-)

@@ -3,20 +3,24 @@
 A node that each rank has a part of is compared with that part of the whole's value, and then takes
 it, so that each call of each rank is judged by itself: a scale of another rank's heads is found
 where it is used first. What each rank sums up alone stands for nothing in the whole model; the sum
-over ranks does.
+over ranks does. Nor do codes that a rank makes of its part of a token by a scale of its own.
 """
 
 import re
 from collections.abc import Iterator
+from operator import getitem
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kvc8.ir.program import Program, is_parameter, type_of
+from kvc8.ir import ops
+from kvc8.ir.program import Program, argument, is_call, is_parameter, tensor_type, type_of
 from kvc8.ir.provenance import Provenance, provenance
 from kvc8.ir.types import TensorType
 from kvc8.tools.verifier.recording import Recording
 
+CHUNK = torch.ops.aten.chunk.default
 OF_RANK = re.compile(r"(.+)_rank(\d+)")
 
 
@@ -31,10 +35,20 @@ def divided(before: Program, after: Program, ranks: int) -> tuple[Provenance, di
     for node in after.graph.nodes:
         named = OF_RANK.fullmatch(node.name)
         was = old.get(named[1]) if named else None
-        if was is not None and not is_parameter(node) and _part(node, was, ranks):
+        if was is None or is_parameter(node) or _is_of_own_scale(node, was):
+            continue
+        if _part(node, was, ranks):
             parts[node] = was
             found.kept[node] = node
     return found, parts
+
+
+def _is_of_own_scale(node: Node, was: Node) -> bool:
+    """Whether a value is what a rank makes of its own part of a token, by a scale of its own."""
+    if not is_call(node, getitem) or not is_call(argument(node, 0), ops.quantize_tokens):
+        return False
+    mine, whole = (argument(argument(item, 0), 0) for item in (node, was))
+    return tensor_type(mine).shape[-1] != tensor_type(whole).shape[-1]
 
 
 def _took(kept: dict[Node, Node]) -> Iterator[tuple[Node, Node]]:
@@ -49,7 +63,12 @@ def _took(kept: dict[Node, Node]) -> Iterator[tuple[Node, Node]]:
 
 
 def _part(node: Node, was: Node, ranks: int) -> tuple[int, int, int] | None:
-    """The dimension, start and size of a rank's part; None where a rank has no part of it."""
+    """The dimension, start and size of a rank's part; None where a rank has no part of it.
+
+    What is cut into sections, of each of which a rank has a part, is judged section by section.
+    """
+    if any(is_call(user, CHUNK) for user in node.users):
+        return None
     mine, whole, named = type_of(node), type_of(was), OF_RANK.fullmatch(node.name)
     if not isinstance(mine, TensorType) or not isinstance(whole, TensorType) or named is None:
         return None

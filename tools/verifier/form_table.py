@@ -91,10 +91,10 @@ def _on_npu(program: Program, options: Options, checkpoint: Checkpoint, tokens: 
 def rank_rows(
     checkpoint: Checkpoint, reference: Program, tokens: Tokens, options: Options
 ) -> list[FormRow]:
-    """A model divided among ranks against the whole one; sums in half may differ from it."""
+    """A model divided among ranks against the whole one, from which it may differ if it says so."""
     base = one_program(widen(reference), checkpoint, tokens)
-    form = RANKS_F64 if options.sums == "int32" else "all ranks, sums in half"
-    made = in_ranks(reference, checkpoint, tokens, options)
+    made, exact = in_ranks(reference, checkpoint, tokens, options)
+    form = RANKS_F64 if exact else f"all ranks, sums in {options.sums}"
     return [compare(form, made, F64, base, tokens)]
 
 

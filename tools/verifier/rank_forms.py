@@ -12,12 +12,19 @@ from kvc8.passes.shard import shard
 from kvc8.tools.verifier.forms import Run, Tokens, one_program
 
 
-def in_ranks(reference: Program, checkpoint: Checkpoint, tokens: Tokens, options: Options) -> Run:
-    """Feed the tokens to a QUANTIZED program divided among ranks, in double precision."""
+def in_ranks(
+    reference: Program, checkpoint: Checkpoint, tokens: Tokens, options: Options
+) -> tuple[Run, bool]:
+    """Feed the tokens to a QUANTIZED program divided among ranks, in double precision.
+
+    Also says whether the ranks promise the codes of the whole: sums in half are rounded one by one,
+    and so are tokens of which each rank quantizes its part by a scale of its own.
+    """
     divided = reference.copy()
-    shard(divided, ranks=options.ranks, sums=options.sums)
+    remarks = shard(divided, ranks=options.ranks, sums=options.sums)
     run = one_program(side_by_side(widen(divided), options.ranks), checkpoint, tokens)
-    return joined(run, reference)
+    scaled = any(remark.contract == "quantizing" for remark in remarks)
+    return joined(run, reference), options.sums == "int32" and not scaled
 
 
 def joined(run: Run, whole: Program) -> Run:
