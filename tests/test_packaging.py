@@ -16,6 +16,7 @@ LAYERS = ["ir", "passes", "backends", "tools"]
 SCRIPTS = {
     "tools/check",
     "tools/check-npu",
+    "tools/check-older",
     "tools/check-portable",
     "tools/check-vllm",
     "tools/demo",
