@@ -115,11 +115,12 @@ def test_a_code_that_differs_on_equal_inputs_is_counted():
 
 @pytest.mark.slow
 def test_the_command_prints_a_table(capsys):
-    options = ["forms", str(LLAMA), "--tokens", "20", "--steps", "3"]
+    options = ["forms", str(LLAMA), "--tokens", "20", "--steps", "3", "--tp", "2"]
     assert command.entry(verify.parser(), verify.work, options) == 0
     said = capsys.readouterr().out
     assert "against reference f32" in said
     assert "against reference f64" in said
+    assert sum(line.startswith("all ranks f64") for line in said.splitlines()) == 2  # with codes
     assert "they were not verified on a device" in said
     assert max(len(line.rstrip()) for line in said.splitlines()) <= 80
 
