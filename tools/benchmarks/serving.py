@@ -7,6 +7,7 @@ Prompts are random and begin differently; every sequence is continued greedily t
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from kvc8.backends.runtime.generate import generate
+from kvc8.backends.runtime.inputs import Rows
+from kvc8.backends.runtime.model import Model
 from kvc8.ir.errors import TargetError
 from kvc8.tools.driver.loading import open_compiled
 
@@ -73,9 +76,27 @@ class Serving:
         self.engine = _engine(args, blocks, size)  # a block is vLLM's own
 
     def cases(self) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
-        """One case: how many times as long the loop takes is vLLM's throughput over the loop's."""
+        """How many times as long the loop takes is vLLM's throughput over the loop's.
+
+        Then a step of every kind of row: a call for each phase, as the plug-in runs it, and the
+        chunk's program for all of them, one call where it tells sequences apart.
+        """
         title = f"{self.args.prompts} of {self.args.length}+{self.args.new}"
         yield title, {"vLLM": self.serve, "kvc8-run's loop": self.loop}
+        rows = self.mixed_rows()
+        both: dict[str, Callable[[], object]] = {"a call a phase": lambda: self.own.mixed(rows)}
+        if isinstance(self.own, Model):
+            both["chunk's program for all"] = partial(self.own.chunk, rows)
+        yield "a mixed step", both
+
+    def mixed_rows(self) -> list[Rows]:
+        """Of four sequences two take a token, one the second half of its prompt, one all of it."""
+        length, blocks = self.args.length, -(-self.args.length // self.own.block_size)
+        starts = (length - 1, length - 1, length // 2, 0)
+        return [
+            Rows(prompt[starts[i % 4] :], starts[i % 4], range(i * blocks, (i + 1) * blocks))
+            for i, prompt in enumerate(self.prompts)
+        ]
 
     def loop(self) -> None:
         """All prompts, to their ends."""
