@@ -18,6 +18,7 @@ from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.evaluator.divergence import ROWS, Figures
 from kvc8.tools.evaluator.forms import Setup, open_float, open_form
 from kvc8.tools.evaluator.plot import AROUND, smoothed
+from kvc8.tools.evaluator.windows import windows_of
 
 CHECKPOINTS = Path(__file__).parent / "golden" / "checkpoints"
 QUANTIZED = CHECKPOINTS / "llama_fp16_m3" / "quant"
@@ -114,9 +115,7 @@ def test_each_window_is_a_prompt_of_its_own(form, compiled):
 def test_each_window_begins_as_the_tokenizer_begins_a_text(tiny_model, text, tmp_path):
     whole = shutil.copytree(tiny_model("llama"), tmp_path / "m")
     tokens = read_tokenizer(whole).encode(TEXT)
-    args = [str(whole), "--against", str(whole), "--text", str(text), "--windows", "3"]
-    given = evaluate.parser().parse_args([*args, "--window", "10"])
-    assert evaluate._windows(given) == [tokens[:10], tokens[10:20], tokens[20:30]]
+    assert windows_of(text, whole, 3, 10) == [tokens[:10], tokens[10:20], tokens[20:30]]
     written = json.loads((whole / "tokenizer.json").read_text())
     parts = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     first = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
@@ -125,7 +124,7 @@ def test_each_window_begins_as_the_tokenizer_begins_a_text(tiny_model, text, tmp
         json.dumps({**written, "post_processor": {**template, "special_tokens": first}})
     )
     windows = [[1, *tokens[start : start + 9]] for start in (0, 9, 18)]
-    assert evaluate._windows(given) == windows
+    assert windows_of(text, whole, 3, 10) == windows
 
 
 @pytest.mark.slow

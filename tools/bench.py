@@ -3,6 +3,7 @@
     python -m kvc8.tools.bench decode C8_DIR FLOAT_DIR
     python -m kvc8.tools.bench quantize FLOAT_DIR --calib-file TEXTS
     python -m kvc8.tools.bench serve ARTIFACT
+    python -m kvc8.tools.bench floor FLOAT_DIR --text TEXT
 
 Candidates take turns, so that whatever else the machine does meets all of them alike; a figure is
 the median over all turns, a ratio the median of the turns' own ratios. Threads are always explicit.
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
 from kvc8.tools.benchmarks import decode as bench_decode
+from kvc8.tools.benchmarks import floor as bench_floor
 from kvc8.tools.benchmarks import quantize as bench_quantize
 from kvc8.tools.benchmarks import serving as bench_serving
 from kvc8.tools.command import entry
@@ -52,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
     bench_quantize.arguments(quantize)
     serve = each.add_parser("serve", help=bench_serving.__doc__)
     bench_serving.arguments(serve)
-    for sub in (decode, quantize, serve):
+    floor = each.add_parser("floor", help=bench_floor.__doc__)
+    bench_floor.arguments(floor)
+    for sub in (decode, quantize, serve, floor):
         sub.add_argument("--threads", type=int, default=2, help="of each candidate; default: 2")
         sub.add_argument("--turns", type=int, default=15, help="default: 15")
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -63,6 +67,9 @@ def work(args: argparse.Namespace) -> int:
     """Run one benchmark and print it."""
     if args.what == "quantize":
         _print_cost(bench_quantize.rows(args), args.json)
+        return 0
+    if args.what == "floor":
+        _print_floor(bench_floor.rows(args), args.json)
         return 0
     if args.what == "serve":
         serving = bench_serving.Serving(args)
@@ -104,6 +111,16 @@ def _print_cost(rows: list[dict[str, object]], as_json: bool) -> None:
     for row in rows:
         cpu, peak, times = (row[key] for key in ("cpu_s", "peak_mb", "ratio"))
         print(f"{row['candidate']!s:<26} {cpu:>7} s of user CPU  {peak:>6} MB  {times:>7}x")
+
+
+def _print_floor(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        name, sides, change, kl, p99, top1 = row.values()
+        what = f"{name!s:<16} {sides!s:>3}  perplexity {change:+.3%}"
+        print(f"{what}  KL {kl:.5f}, 99 % {p99:.4f}  same top token {top1:.2%}")
 
 
 def main() -> int:

@@ -25,15 +25,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from kvc8.ir.checkpoint.model_files import place, shown
 from kvc8.ir.errors import ModelError
 from kvc8.passes.options import Options
 from kvc8.tools.command import entry
 from kvc8.tools.driver.arguments import add_kv_calibrated, add_options
-from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.evaluator.divergence import Figures
 from kvc8.tools.evaluator.forms import Form, Setup, open_float, open_form, with_scales
 from kvc8.tools.evaluator.plot import Curve, draw
+from kvc8.tools.evaluator.windows import windows_of
 from kvc8.tools.quantizer.engine_form import ENGINES, Engine
 from kvc8.tools.verifier.sensitivity import sensitivity
 
@@ -86,7 +85,7 @@ def _count(text: str) -> int:
 
 def work(args: argparse.Namespace) -> int:
     """Evaluate and print; gives the exit status."""
-    windows = _windows(args)
+    windows = windows_of(args.text, args.against, args.windows, args.window)
     base = open_float(args.against, args.window)
     passes = Options(kv_scales=args.kv_scales)
     setup = Setup(DTYPES[args.dtype], passes, args.float_cache, args.kv_calibrated)
@@ -126,37 +125,6 @@ def _curves(
         by_cache = [(cost.cache, cost.kl) for cost in costs]
         curves.append(Curve(str(path), seen.kl_by_position, by_cache))
     return curves
-
-
-def _windows(args: argparse.Namespace) -> list[list[int]]:
-    """The first windows of the text; raises ModelError where it has too few."""
-    try:
-        text = args.text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        what = f"is not text in UTF-8 (byte {error.start})"
-        raise ModelError(place(args.text), what, "save it as UTF-8") from error
-    except OSError as error:
-        why = shown(error.strerror)
-        raise ModelError(place(args.text), f"cannot be read ({why})", "name a text") from error
-    tokenizer = read_tokenizer(args.against)
-    tokens = tokenizer.encode(text)
-    head = _head(tokens, tokenizer.encode(""))
-    tokens, width = tokens[len(head) :], args.window - len(head)
-    starts = range(0, len(tokens) - width + 1, width)[: args.windows] if width > 0 else range(0)
-    if args.window < 2 or len(starts) < args.windows:
-        what = f"gives {len(starts)} windows of {args.window} tokens and {args.windows} are wanted"
-        raise ModelError(place(args.text), what, "give a longer text, or fewer --windows")
-    return [head + tokens[start : start + width] for start in starts]
-
-
-def _head(tokens: list[int], empty: list[int]) -> list[int]:
-    """The tokens that the tokenizer puts before any text, which have a part in each window.
-
-    A window is a prompt of its own. Gemma asks for its first token, and without it does not
-    compute what it was trained to: it then needs another place for what attention has left over.
-    """
-    same = [a == b for a, b in zip(tokens, empty, strict=False)]
-    return tokens[: same.index(False) if False in same else len(same)]
 
 
 @torch.no_grad()
