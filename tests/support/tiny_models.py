@@ -85,6 +85,9 @@ def write_model(
 ) -> None:
     """Write a random model: of a kind or model_type, what `config` has over the usual sizes."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # a test that reads stderr may be the first to want a model
 
     model_type, special = KINDS.get(kind, (kind, {}))
     whole = AutoConfig.for_model(model_type, **{**SIZES, **special, **config})
