@@ -1,7 +1,7 @@
-"""What an int8 KV cache costs at least: scales made from the judged text itself, and other forms.
+"""What forms of an int8 KV cache cost at least: scales made from the judged text itself, and other forms.
 
-No calibration knows a text as well as the text does. What scales made from it lose is what int8
-steps cost, and what a calibrated checkpoint loses beyond that is the price of not knowing:
+No calibration knows a text's ranges as well as the text does, so what scales made from it lose is a
+floor of their form. It is no proof for every scale: none of these is chosen by the KL itself.
 
     min-max         each channel's scale: the text's largest value / 127; nothing is clipped
     least error     that times what of CLIPS has the least squared error: some is clipped
