@@ -1,4 +1,4 @@
-"""What forms of an int8 KV cache cost at least: scales made from the judged text itself, and other forms.
+"""What forms of an int8 KV cache cost at least: with scales of the judged text itself, and others.
 
 No calibration knows a text's ranges as well as the text does, so what scales made from it lose is a
 floor of their form. It is no proof for every scale: none of these is chosen by the KL itself.
