@@ -2,8 +2,8 @@
 
 npu_quantize divides and adds, in float32: the scale as it is, the zero point as int32. What reads
 the cache adds its offset where the checkpoint's convention subtracts: x' = (q + o)*s with o = -z.
-A symmetric cache has no offsets. Shapes are [H*D], the channels of a token. The forms are stated in
-ir/kv_params.py: "divide" for npu_quantize, "anti_quant" for npu_anti_quant.
+A symmetric cache has no offsets. Shapes are [H*D], the channels of a token. What lowers the cache's
+reads and fuses its writes goes on from here: docs/phases.md has the form that each op wants.
 
 before:
     def quantized(
@@ -48,14 +48,13 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir import kv_params, npu, ops
-from kvc8.ir.expression import Expression
+from kvc8.ir import npu, ops
+from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
-PARTS = ("quant_scale", "quant_offset", "dequant_scale", "dequant_offset")
 
 
 @rewrite(takes=Stage.QUANTIZED, gives=Stage.LOWERING, contract="bit_exact")
@@ -78,28 +77,26 @@ def _eight(
     program: Program, cache: str, scale: Node, zero: Argument
 ) -> tuple[Node, Node | None, Node, Node | None]:
     """Scale and offset to quantize, and to dequantize: the four of the eight that are K's or V's."""
-    width = math.prod(map(int, tensor_type(scale).shape))
-    flat = Expression("reshape", (expression_of(scale), (width,)))
-    flat_zero = (
-        Expression("reshape", (expression_of(zero), (width,))) if isinstance(zero, Node) else flat
+    flat = (math.prod(map(int, tensor_type(scale).shape)),)
+
+    def parameter(part: str, expression: Expression, dtype: torch.dtype) -> Node:
+        return program.placeholder(
+            cache.replace("cache", part), TensorType(dtype, flat), expression
+        )
+
+    scales = Expression("reshape", (expression_of(scale), flat))
+    if not isinstance(zero, Node):
+        quant_scale = parameter("quant_scale", scales, torch.float32)
+        return quant_scale, None, parameter("dequant_scale", scales, torch.float32), None
+    zeros = cast(Expression("reshape", (expression_of(zero), flat)), torch.int32)
+    # Negated in int32: float -0.0 is not the zero that runtimes compare with bit by bit.
+    offsets = cast(Expression("neg", (zeros,)), torch.float32)
+    return (
+        parameter("quant_scale", scales, torch.float32),
+        parameter("quant_offset", zeros, torch.int32),
+        parameter("dequant_scale", scales, torch.float32),
+        parameter("dequant_offset", offsets, torch.float32),
     )
-    side = kv_params.SideParams(flat, flat_zero, torch.float32, torch.float32)
-    expressions = (
-        *kv_params.quantizer(side, "divide", torch.float32, 1),
-        *kv_params.dequantizer(side, "anti_quant", torch.float32),
-    )
-    types = (torch.float32, torch.int32, torch.float32, torch.float32)
-    made: list[Node | None] = []
-    for part, expression, dtype in zip(PARTS, expressions, types, strict=True):
-        if part.endswith("offset") and zero is None:
-            made.append(None)
-            continue
-        name = cache.replace("cache", part)
-        made.append(program.placeholder(name, TensorType(dtype, (width,)), expression))
-    quant_scale, quant_offset, dequant_scale, dequant_offset = made
-    assert quant_scale is not None
-    assert dequant_scale is not None
-    return quant_scale, quant_offset, dequant_scale, dequant_offset
 
 
 def _fold_quantize(program: Program, rows: Node, scale: Node, offset: Node | None) -> None:

@@ -15,7 +15,6 @@ from kvc8.ir.capture.names import Names
 from kvc8.ir.checkpoint.reader import Checkpoint, KVScale
 from kvc8.ir.errors import ModelError, ModelWarning
 from kvc8.ir.expression import Expression, cast, stacked, stored, values
-from kvc8.ir.kv_params import whole
 
 
 def parameter_expression(
@@ -177,6 +176,12 @@ def check_kv_scales(checkpoint: Checkpoint) -> list[ModelWarning]:
         return [ModelWarning(checkpoint.path.name, what, do)]
     what = "has a scale that is zero, negative, infinite or not a number"
     raise ModelError(checkpoint.path.name, f"{bad[0]} {what}", "quantize the KV cache again")
+
+
+def whole(offset: Tensor) -> bool:
+    """Whether offsets are codes: whole numbers, not far outside of int8."""
+    wide = offset.float()
+    return bool((wide == wide.round()).all() and wide.abs().max() <= 256)  # no NaN passes this
 
 
 def _sound(checkpoint: Checkpoint, kv: KVScale) -> bool:

@@ -9,8 +9,6 @@ from kvc8.backends.npu.legality import breaks, limits
 from kvc8.ir.checkpoint.layouts import FLOATS
 from kvc8.ir.checkpoint.model_files import listed, shown
 from kvc8.ir.checkpoint.msmodelslim import LABELS, SETTINGS, tied_head
-from kvc8.ir.errors import ModelError
-from kvc8.ir.kv_params import heads_of_rank
 from kvc8.tools.driver.compiling import Target
 from kvc8.tools.inspector.finding import (
     CONFIG,
@@ -215,12 +213,8 @@ def _parallel(seen: Seen) -> Iterator[Finding]:
 
 
 def shares(heads: int, ranks: int) -> bool:
-    """Whether KV heads can be shared out over ranks."""
-    try:
-        heads_of_rank(heads, 0, ranks)
-    except ModelError:
-        return False
-    return True
+    """Whether each rank gets as many KV heads, or each head as many ranks."""
+    return heads % ranks == 0 or ranks % heads == 0
 
 
 def _norm_biases(seen: Seen) -> Iterator[Finding]:
