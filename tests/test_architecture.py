@@ -46,6 +46,7 @@ THIRD_PARTIES = {
     "torch_npu": ["backends/npu/*"],
     "torchair": ["backends/npu/device.py"],  # a part of torch_npu's wheel
     "vllm": ["backends/vllm/*", "tools/benchmarks/serving.py"],  # which measures it
+    "openvino": ["tools/benchmarks/stateful.py"],  # measured against
 }
 ONLY_INSIDE_FUNCTIONS = {"torch_npu", "torchair"}  # importing it needs CANN
 TOP_LEVEL = {

@@ -1,5 +1,6 @@
 """The benchmark measures what it says it does."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from kvc8.tools import bench
 from kvc8.tools.benchmarks import plain as bench_plain
 from kvc8.tools.benchmarks import serving
 from kvc8.tools.benchmarks.decode import TOKEN, step_inputs
+from kvc8.tools.benchmarks.stateful import Stateful
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3"
 
@@ -38,6 +40,18 @@ def test_what_is_timed_is_called_and_counted():
     assert timed.calls == 2
     assert timed.seconds > 0
     assert timed.__name__ == "divmod"
+
+
+def test_openvino_is_asked_for_by_a_model_that_is_there(tmp_path):
+    here = importlib.util.find_spec("openvino")
+    with pytest.raises(TargetError) as caught:
+        Stateful(tmp_path, threads=1)
+    assert str(caught.value) == (
+        f"{tmp_path.name}: holds no openvino_model.xml; export one by optimum-cli export openvino "
+        "--task text-generation-with-past"
+        if here
+        else "openvino: is not installed; pip install openvino"
+    )
 
 
 def test_vllm_is_measured_in_this_process_or_not_at_all(monkeypatch):

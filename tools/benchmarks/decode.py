@@ -1,4 +1,4 @@
-"""One decode step: kvc8's gqa flavor, a plain GroupQueryAttention graph, and transformers."""
+"""One decode step: kvc8's gqa flavor, a plain GroupQueryAttention graph, transformers, OpenVINO."""
 
 import argparse
 import tempfile
@@ -13,6 +13,7 @@ from kvc8.backends.onnx.runner import Session, load
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.tools.benchmarks import plain as bench_plain
+from kvc8.tools.benchmarks.stateful import Stateful
 from kvc8.tools.driver.compiling import quantize
 
 CONTEXTS = (128, 2048, 8192)
@@ -23,6 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """What this benchmark is told."""
     parser.add_argument("directory", type=Path, help="the model in W8A8 with an int8 KV cache")
     parser.add_argument("float_directory", type=Path, help="the float model that it was made of")
+    exported = "the float model as optimum-intel exports it; without it OpenVINO is left out"
+    parser.add_argument("--openvino", type=Path, metavar="DIR", help=exported)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N")
 
 
@@ -32,18 +35,19 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Callable[[]
     checkpoint = open_checkpoint(args.directory)
     plain = bench_plain.Plain(open_checkpoint(args.float_directory), checkpoint, args.threads)
     theirs = _Transformers(args.float_directory)
+    openvino = Stateful(args.openvino, args.threads) if args.openvino else None
     with tempfile.TemporaryDirectory(prefix="kvc8-bench-") as folder:
         session = _compiled(checkpoint, Path(folder) / "out", args.threads)
         for context in args.contexts:
             codes = _codes(session, context)
-            yield (
-                f"context {context}",
-                {
-                    "kvc8 gqa, W8A8": _step(session, codes),
-                    "plain gqa, float weights": plain.step(TOKEN, codes),
-                    "transformers, float32": theirs.step(context),
-                },
-            )
+            candidates = {
+                "kvc8 gqa, W8A8": _step(session, codes),
+                "plain gqa, float weights": plain.step(TOKEN, codes),
+                "transformers, float32": theirs.step(context),
+            }
+            if openvino:
+                candidates["OpenVINO u8, float weights"] = openvino.step(TOKEN, context)
+            yield f"context {context}", candidates
 
 
 def _compiled(checkpoint: Checkpoint, out: Path, threads: int) -> Session:
