@@ -59,17 +59,24 @@ def test_a_rank_of_the_shape_of_70b_holds_an_eighth(tmp_path):
         assert sizes(mine)[False] == pytest.approx(sizes(whole)[False] / 8, rel=0.03)
 
 
-@pytest.mark.parametrize(("sums", "scaled"), [("half", 0), ("int32", 2)])
-def test_a_layer_launches_what_it_did_and_two_sums(tiny_model, sums, scaled):
-    """Int32 sums are scaled after they are added, by a launch for each."""
+@pytest.mark.parametrize(
+    ("sums", "dtype", "scaling"),
+    [
+        ("half", torch.float16, {}),
+        ("int32", torch.float16, {"npu_dequant_bias": 2}),
+        ("int32", torch.bfloat16, {"add": 2, "to": 4, "mul": 2}),
+    ],
+)
+def test_a_layer_launches_what_it_did_and_two_sums(tiny_model, sums, dtype, scaling):
+    """Int32 sums are scaled after they are added: by a launch for each, or in float32 by four."""
     model = tiny_model("llama", tied=True, num_hidden_layers=2, head_dim=32)
-    program = fused_models.quantized(model, torch.float16, w8a8=True, zeros=True)
+    program = fused_models.quantized(model, dtype, w8a8=True, zeros=True)
     alone = fused_models.lowered(program, "on")
     shard(program, ranks=2, sums=sums)
     for phase, divided in fused_models.lowered(program, "on").items():
         legality.check(divided, "ascend910b", 128)
         more = launches(divided)[1] - launches(alone[phase])[1]
-        assert more == +Counter(all_reduce=2, npu_dequant_bias=scaled)
+        assert more == Counter(all_reduce=2, **scaling)
         assert not launches(alone[phase])[1] - launches(divided)[1]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import planted
+from support import c8, planted
 
 from kvc8.ir import rank_ops
 from kvc8.ir.capture.trace import capture
@@ -22,6 +22,10 @@ from kvc8.tools.verifier.verdicts import Verdict
 pytestmark = pytest.mark.slow
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "qwen2_fp16_none_asym" / "quant"
+NZ_SIZES = {
+    **{"hidden_size": 20, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 10, "num_key_value_heads": 1, "head_dim": 128},
+}
 PROMPT = feed([5, 9, 17, 33, 65, 12, 101])
 
 
@@ -87,14 +91,25 @@ def test_a_planted_fault_is_found_in_its_layer(captured, fault, sums, said):
     assert {site.layer for site in verdict.breaches} <= {"layer 1"}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [Options(ranks=2, fold="kv"), Options(ranks=2, sums="half", prefill_kv="int8")],
-    ids=["int32, folded", "half"],
-)
-def test_every_pass_keeps_its_contract_on_a_divided_program(options):
-    checkpoint = open_checkpoint(GOLDEN)
-    verdicts = check_passes(checkpoint, capture(checkpoint), options)
-    assert [verdict.sentence for verdict in verdicts if verdict.sentence] == []
-    steps = [step for shared, own in pipeline.phases(options).values() for step in (*shared, *own)]
-    assert {verdict.name for verdict in verdicts} >= {*map(name_of, steps), "shard"}
+# kind, which linears are W8A8, dtype, options: together all passes have something to do.
+DIVIDED = [
+    ("qwen3", "all", torch.bfloat16, Options(ranks=2, kv_format="nz")),
+    ("qwen3", "all", torch.float16, Options(ranks=2, prefill_kv="int8", fold="kv")),
+    ("qwen2", "w8a8", torch.float16, Options(ranks=2, sums="half")),
+    ("qwen2", "float", torch.float16, Options(ranks=2)),
+]
+OF_MIXTURES = {"lower_dynamic_linear", "lower_router", "lower_mixture"}  # tests/test_mixtures.py
+
+
+def test_every_pass_downstream_keeps_its_contract_on_divided_programs(tiny_model, tmp_path):
+    """With zero points to both ends of int8, and heads that NZ pages may have."""
+    asked, judged = set[str](), set[str]()
+    for i, (kind, linears, dtype, options) in enumerate(DIVIDED):
+        c8.quantize_model(tiny_model(kind, **NZ_SIZES), tmp_path / f"{i}", linears)
+        checkpoint = open_checkpoint(c8.with_offsets(tmp_path / f"{i}", tmp_path / f"{i}-zeros"))
+        verdicts = check_passes(checkpoint, capture(checkpoint, dtype), options)
+        assert [verdict.sentence for verdict in verdicts if verdict.sentence] == []
+        judged |= {verdict.name for verdict in verdicts if verdict.sites}
+        shared_and_own = pipeline.phases(options).values()
+        asked |= {name_of(step) for parts in shared_and_own for part in parts for step in part}
+    assert asked - judged == OF_MIXTURES

@@ -32,7 +32,7 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 # Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
 KINDS = ("llama", "qwen2", "qwen3", "mistral")
 MIXTURES = ("qwen3_moe", "glm4_moe")
-SHARDED, RANKS = ("tiny-llama", "tiny-qwen2-offsets"), 2  # with biases of what is summed, without
+SHARDED, RANKS = ("tiny-llama-offsets", "tiny-qwen2-offsets"), 2  # in bfloat16 too; with biases
 # Of heads that it takes with NZ pages: both ways to write to them.
 NZ_KINDS = ("llama", "qwen3")
 NZ = {

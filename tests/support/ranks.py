@@ -12,6 +12,7 @@ from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.expression import make
 from kvc8.ir.program import Program
 
+Programs = Program | Mapping[str, Program]  # one for every phase, or one for each
 BLOCK = 32
 PHASES = ("prefill", "chunk", "decode")
 A = [5, 9, 17, 33, 65, 12, 101, 7, 44, 3, 25, 18, 90]  # past a window of 8
@@ -19,9 +20,7 @@ B, C = [77, 21, 60], [14, 2, 99, 31]
 TABLES = [[3, 1], [0, 2], [5, 4]]
 
 
-def session(
-    programs: Program | Mapping[str, Program], directory: Path
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+def session(programs: Programs, directory: Path) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Logits and caches of prompts, a chunk, decode steps, and a batch of all three."""
     read = open_checkpoint(directory).read
     phases = dict.fromkeys(PHASES, programs) if isinstance(programs, Program) else programs
