@@ -84,10 +84,12 @@ def compile(
     from pathlib import Path
 
     from kvc8.passes.options import Options
-    from kvc8.tools.driver.compiling import Target, compile_model, open_calibrated
+    from kvc8.tools.driver.compiling import compile_model
+    from kvc8.tools.driver.request import Target, open_calibrated
 
     checkpoint = open_calibrated(Path(directory), kv_calibrated)
-    to = Target(target, soc, block_size, flavor, dtype)
+    name = str(dtype).removeprefix("torch.") if dtype else None
+    to = Target(target, soc, block_size, flavor, name)
     return compile_model(checkpoint, Path(out), to, options or Options())
 
 
@@ -138,7 +140,7 @@ def verify(
     from pathlib import Path
 
     from kvc8.passes.options import Options
-    from kvc8.tools.driver.compiling import open_calibrated
+    from kvc8.tools.driver.request import open_calibrated
     from kvc8.tools.verifier.parts import compare_forms, prompt_of
 
     checkpoint, made = open_calibrated(Path(directory), kv_calibrated), [*map(Path, compiled)]

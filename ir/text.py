@@ -23,6 +23,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
+from kvc8.ir import mixture_ops, ops, rank_ops  # noqa: F401  texts name what they declare
 from kvc8.ir.errors import IRError
 from kvc8.ir.expression import Arg, Expression
 from kvc8.ir.program import Program, Stage, type_of

@@ -70,7 +70,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir import mixture_ops, ops, rank_ops
-from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
 from kvc8.ir.program import (
     Program,
@@ -86,6 +85,7 @@ from kvc8.ir.types import TensorType
 from kvc8.passes.matchers.division import DYNAMIC, LINEAR, divided, gives_logits, weight_of
 from kvc8.passes.matchers.division import groups as linears
 from kvc8.passes.matchers.division_rules import Site, Split, Unfit, check
+from kvc8.passes.matchers.heads import check_ranks
 from kvc8.passes.rewrite import Contract, Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
@@ -121,7 +121,8 @@ def shard(
     program: Program, ranks: int = 2, sums: Literal["int32", "half"] = "int32"
 ) -> Iterator[Remark]:
     """See the module. `sums`, of W8A8 linears: "int32" or "half"."""
-    _check_ranks(program, ranks)
+    attentions = program.calls(ops.paged_attention)
+    check_ranks([(_heads(node), _heads(argument(node, 1))) for node in attentions], ranks)
     summed = set[Node]()
     for group in linears(program):
         if group[0] in summed:
@@ -143,25 +144,8 @@ def shard(
             yield miss(lookup, str(why))
 
 
-def _check_ranks(program: Program, ranks: int) -> None:
-    """Raise TargetError where no attention divides: every rank would hold the whole cache."""
-    attentions = program.calls(ops.paged_attention)
-    heads = [(_heads(node), _heads(argument(node, 1))) for node in attentions]
-    if not heads or any(_fits(ranks, *each) for each in heads):
-        return
-    most = max(query for query, _ in heads)
-    fit = [str(n) for n in range(2, most + 1) if all(_fits(n, *each) for each in heads)]
-    has = " or ".join(f"{query} heads over {kv} KV heads" for query, kv in sorted(set(heads)))
-    use = f"use one of {', '.join(fit)}" if fit else "leave it whole"
-    raise TargetError("shard", f"{has} do not divide among {ranks} ranks", use)
-
-
 def _heads(node: Node) -> int:
     return int(tensor_type(node).shape[-2])
-
-
-def _fits(ranks: int, query: int, kv: int) -> bool:
-    return query % ranks == 0 and (kv % ranks == 0 or ranks % kv == 0)
 
 
 def _divide(program: Program, site: Site, ranks: int, sums: str) -> Remark:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from support.sparse import LLAMA_70B, write_sparse
 
-from kvc8.backends.npu.cost import Device, OpCost, Workload, by_op, total
+from kvc8.backends.npu.cost import OpCost, by_op, total
 from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.backends.workload import Device, Workload
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program

@@ -13,8 +13,8 @@ import pytest
 import torch
 from support.stand_in import FAULTS, open_stand_in
 
-from kvc8.backends.npu.cost import Device
 from kvc8.backends.npu.legality import breaks, limits
+from kvc8.backends.workload import Device
 from kvc8.tools import command, device_check
 from kvc8.tools.device_checker import apply, check, collectives, findings, models, runner, timings
 from kvc8.tools.device_checker.assumptions import NUMBERED, table

@@ -18,7 +18,8 @@ from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import Program, expression_of, tensor_type
 from kvc8.passes.options import Options
 from kvc8.passes.shard import shard
-from kvc8.tools.driver.compiling import Target, compile_model
+from kvc8.tools.driver.compiling import compile_model
+from kvc8.tools.driver.request import Target
 from kvc8.tools.evaluator.forms import Setup, open_form
 
 pytestmark = pytest.mark.slow
@@ -27,7 +28,7 @@ GOLDEN = Path(__file__).parent / "golden" / "checkpoints" / "llama_fp16_m3" / "q
 LAYERS = 4  # of 80, which takes a twentieth of the time
 
 
-def compiled(model: Path, out: Path, ranks: int, dtype: torch.dtype | None = None) -> Path:
+def compiled(model: Path, out: Path, ranks: int, dtype: str | None = None) -> Path:
     compile_model(open_checkpoint(model), out, Target("npu", dtype=dtype), Options(ranks=ranks))
     return out
 

@@ -233,7 +233,9 @@ def test_options_that_an_engine_would_misread(options, sentence, tmp_path, capsy
 def test_a_float32_model_is_in_no_engine(tiny_model, tmp_path, capsys):
     source = tiny_model("llama")
     capsys.readouterr()  # what transformers said when it saved the model
-    arguments = [str(source), "-o", str(tmp_path / "out"), "--calib-file", "none", "--for"]
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The sea is a very large thing.")
+    arguments = [str(source), "-o", str(tmp_path / "out"), "--calib-file", str(texts), "--for"]
     assert command.entry(quantize.parser(), quantize.work, [*arguments, "vllm-ascend"]) == 1
     assert capsys.readouterr().err == (
         f"error: {source}/config.json: says float32, in which vllm-ascend does not compute; "

@@ -15,6 +15,7 @@ from kvc8.ir.run import run
 from kvc8.passes.options import Options
 from kvc8.tools import command, compile, evaluate
 from kvc8.tools.driver.tokenizer import read_tokenizer
+from kvc8.tools.evaluator import evaluating
 from kvc8.tools.evaluator.divergence import ROWS, Figures
 from kvc8.tools.evaluator.forms import Setup, open_float, open_form
 from kvc8.tools.evaluator.plot import AROUND, smoothed
@@ -199,7 +200,7 @@ def test_a_plot_knows_what_each_cache_costs(text, tmp_path, capsys, monkeypatch)
     source = QUANTIZED.parent / "orig"
     options = ("--against", source, "--text", text, "--windows", 1, "--window", 24)
     drawn = []
-    monkeypatch.setattr(evaluate, "draw", lambda *given: drawn.append(given))
+    monkeypatch.setattr(evaluating, "draw", lambda *given: drawn.append(given))
     assert ran(capsys, QUANTIZED, source, *options, "--plot", tmp_path / "kl.png")[0] == 0
     [(_, title, [ours, plain])] = drawn
     assert (title, ours.name) == (f"against {source}, 1 windows", str(QUANTIZED))

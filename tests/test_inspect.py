@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from support.sparse import LLAMA_70B, write_sparse
 from torch import Tensor
 
+from kvc8.ir.checkpoint.reader import read_files
 from kvc8.tools import command
 from kvc8.tools import inspect as tool
 from kvc8.tools.benchmarks.measured import measured
@@ -76,7 +77,7 @@ class Model:
 
 def found(directory: Path) -> dict[str, list[str]]:
     """The findings of each kind as sentences, but for the refusal of a model without a type."""
-    seen = look(directory)
+    seen = look(read_files(directory))
     said: dict[str, list[str]] = {}
     for finding in tool.find(seen):
         said.setdefault(finding.kind, []).append(f"{finding.severity}: {finding}")
@@ -476,7 +477,7 @@ def test_a_file_that_is_not_read_is_found(tmp_path: Path) -> None:
 
 
 def test_a_refusal_that_no_check_knows_is_a_finding(tmp_path: Path) -> None:
-    seen = look(Model().write(tmp_path))
+    seen = look(read_files(Model().write(tmp_path)))
     [first, *_] = tool.find(seen)
     assert f"{first.severity}: {first}".startswith("error: config.json: transformers 5.")
     assert str(first).endswith(
@@ -488,7 +489,7 @@ def test_a_refusal_that_no_check_knows_is_a_finding(tmp_path: Path) -> None:
 def test_the_memory_plan_of_llama_70b(tmp_path: Path) -> None:
     """Worked out by hand: 80 layers, K and V, 8 heads of 128; 70 GiB of weights."""
     weights = 70 * 2**30
-    seen = look(Model().write(tmp_path))
+    seen = look(read_files(Model().write(tmp_path)))
     tensors = {"w": seen.tensors[f"{K0}.weight"]}
     object.__setattr__(tensors["w"], "nbytes", weights)
     files = type(seen.files)(Path(), LLAMA_70B, None, {}, tensors, ())
@@ -603,7 +604,7 @@ def test_what_each_engine_does_with_a_directory(
     """What kvc8 makes of the model plays no part: it is not captured, and so is not refused."""
     model = Model()
     change(model)
-    seen = replace(look(model.write(tmp_path)), refusal=None)
+    seen = replace(look(read_files(model.write(tmp_path))), refusal=None)
     found = verdicts(seen, [])
     said = {name: (v.outcome, *(trap.why for trap in v.traps)) for name, v in found.items()}
     assert said == TOLD[change]
@@ -625,7 +626,7 @@ def test_where_nz_pages_are_not_documented_for_a_model_that_is_said(tmp_path: Pa
     model.config["num_key_value_heads"] = 8
     for name in [name for name in model.tensors if "kv_cache" in name]:
         model.put(name, model.tensors[name][:1].repeat(8 * 64), "C8")
-    seen = replace(look(model.write(tmp_path)), refusal=None)
+    seen = replace(look(read_files(model.write(tmp_path))), refusal=None)
     found = verdicts(seen, [])
     assert found[MINDIE].care == ()
     assert found[OLD].care == found[NEW].care
@@ -649,7 +650,7 @@ def test_a_description_under_another_name_is_not_found(tmp_path: Path) -> None:
     for_mindie(model)
     directory = model.write(tmp_path)
     (directory / DESCRIPTION).rename(directory / "quant_model_description_w8a8.json")
-    seen = replace(look(directory), refusal=None)
+    seen = replace(look(read_files(directory)), refusal=None)
     [trap] = [t for t in verdicts(seen, [])[NEW].traps if "looks for" in t.why]
     assert trap.outcome == "does not load"
 

@@ -13,7 +13,7 @@ from support.pass_docs import load as load_pass
 
 from kvc8.backends.npu import artifact_reader, legality
 from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
-from kvc8.backends.npu.cost import Device, Workload, by_op, total
+from kvc8.backends.npu.cost import by_op, total
 from kvc8.backends.npu.dumps import ValueDump, again, read_dump
 from kvc8.backends.npu.explain import explain
 from kvc8.backends.npu.graphs import Recorder
@@ -22,6 +22,7 @@ from kvc8.backends.runtime.generate import generate
 from kvc8.backends.runtime.inputs import Rows
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.backends.runtime.model import load
+from kvc8.backends.workload import Device, Workload
 from kvc8.ir import npu
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.errors import IRError

@@ -17,8 +17,9 @@ from kvc8.backends.runtime.model import Model, load
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes.options import Options
 from kvc8.tools import run
-from kvc8.tools.driver.compiling import Target, compile_model
+from kvc8.tools.driver.compiling import compile_model
 from kvc8.tools.driver.ranks import joined
+from kvc8.tools.driver.request import Target
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from support.pre_rope import write_pre_rope
 from torch import Tensor
 
 from kvc8.ir.capture.trace import capture
-from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint, read_files
 from kvc8.ir.errors import IRError, ModelError
 from kvc8.ir.expression import Expression, make
 from kvc8.ir.program import Program, expression_of
@@ -19,7 +19,7 @@ from kvc8.passes.repair_rope_scales import __doc__ as document
 from kvc8.passes.repair_rope_scales import repair_rope_scales
 from kvc8.tools import command
 from kvc8.tools import compile as tool
-from kvc8.tools.driver.compiling import open_calibrated
+from kvc8.tools.driver.request import open_calibrated
 from kvc8.tools.inspect import find
 from kvc8.tools.inspector.seen import look
 
@@ -128,7 +128,9 @@ def test_each_architecture_pairs_its_own_channels(name: str, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_layer_without_rope_is_told_by_inspect(tmp_path: Path) -> None:
     write_pre_rope(tmp_path, "smollm3", no_rope_layers=[1, 0], use_sliding_window=False)
-    said = [str(finding) for finding in find(look(tmp_path)) if finding.kind == "no-rope"]
+    said = [
+        str(finding) for finding in find(look(read_files(tmp_path))) if finding.kind == "no-rope"
+    ]
     assert said == [
         "K of layer 1: no RoPE lies between k_proj and the cache, so its scales hold as they are; "
         "leave them alone"
@@ -145,7 +147,7 @@ def test_scales_measured_before_a_norm_are_refused(tmp_path: Path) -> None:
         "model.layers.0.self_attn: its K scales were measured at k_proj and a norm follows it; "
         "quantize again after RoPE"
     )
-    said = [f"{f.severity}: {f}" for f in find(look(tmp_path)) if f.kind == "k-norm"]
+    said = [f"{f.severity}: {f}" for f in find(look(read_files(tmp_path))) if f.kind == "k-norm"]
     assert said == [
         "error: K of layers 0-1: a norm follows k_proj, where the scales were measured, so they "
         "say nothing about what the cache holds; "

@@ -43,7 +43,7 @@ def test_the_hadamard_transform_is_its_matrix():
 @pytest.fixture
 def doubles(monkeypatch):
     """Checkpoints may be stored in float64, which no engine reads and so no reader takes."""
-    monkeypatch.setattr(layouts, "FLOATS", (*layouts.FLOATS, torch.float64))
+    monkeypatch.setattr(layouts, "FLOATS", (*layouts.FLOATS, "float64"))
 
 
 def logits(checkpoint: Checkpoint) -> torch.Tensor:

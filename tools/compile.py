@@ -8,32 +8,24 @@ msModelSlim writes it. OUT is written whole or not at all.
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvc8.backends.npu import artifact
-from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
-from kvc8.ir.program import Program
-from kvc8.passes.pipeline import See
 from kvc8.tools.command import entry
 from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, add_ranks, options_of
-from kvc8.tools.driver.compiling import (
-    DTYPES,
-    Compiled,
-    Target,
-    check_request,
-    compile_model,
-    open_calibrated,
-)
-from kvc8.tools.reporter import costs, pass_dump
-from kvc8.tools.reporter.compiled import write_page
-from kvc8.tools.reporter.heat import Heat
-from kvc8.tools.reporter.pass_facts import Sites, sites_of
-from kvc8.tools.reporter.steps import PassSteps
+from kvc8.tools.driver.request import DTYPES, Target, check_heads, check_request, open_known
+from kvc8.tools.reporter.arguments import add_arguments
+
+if TYPE_CHECKING:  # torch and transformers take seconds: imported when nothing is refused at once
+    from kvc8.ir.checkpoint.reader import Checkpoint
+    from kvc8.ir.program import Program
+    from kvc8.passes.options import Options
+    from kvc8.passes.pipeline import See
+    from kvc8.tools.reporter.heat import Heat
+    from kvc8.tools.reporter.steps import PassSteps
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=DTYPES,
         help="compute in this; if unset config.json's for an NPU, and float32 for ONNX",
     )
     add_options(found)
@@ -67,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         "contract, on a recorded prompt; refuse where one differs",
     )
     found.add_argument("--dump", type=Path, metavar="DIR", help="write what each pass did")
-    costs.add_arguments(found)
+    add_arguments(found)
     return found
 
 
@@ -75,10 +67,22 @@ def work(args: argparse.Namespace) -> int:
     """Compile as the arguments say; gives the exit status."""
     target, options = _target(args), options_of(args)
     check_request(args.output, target, options)  # before a model is opened
-    checkpoint = open_calibrated(args.directory, args.kv_calibrated)
-    steps, heats = PassSteps(), list[Heat]()
+    checkpoint = open_known(args.directory, args.kv_calibrated)
+    check_heads(checkpoint, options.ranks)
+    return _compile(args, checkpoint, target, options)
 
-    def check(checkpoint: Checkpoint, captured: Program) -> None:
+
+def _compile(
+    args: argparse.Namespace, checkpoint: "Checkpoint", target: Target, options: "Options"
+) -> int:
+    from kvc8.tools.driver.compiling import compile_model
+    from kvc8.tools.reporter.pass_facts import sites_of
+    from kvc8.tools.reporter.summary import of_npu, tell
+
+    steps = _steps() if isinstance(args.report, Path) else None
+    heats = list["Heat"]()
+
+    def check(checkpoint: "Checkpoint", captured: "Program") -> None:
         heats.extend(_check_passes(args, target, checkpoint, captured))
 
     compiled = compile_model(
@@ -87,19 +91,26 @@ def work(args: argparse.Namespace) -> int:
         target,
         options,
         check=check if args.check else None,
-        watchers=_watchers(args, steps),
+        watchers=_watchers(args.dump, steps),
     )
     sites = sites_of(compiled.remarks)
-    _tell(args, compiled, sites)
-    if isinstance(args.report, Path):
-        npu = _of_npu(args, compiled, sites) if target.kind == "npu" else None
+    tell(args, compiled, sites)
+    if steps:
+        from kvc8.tools.reporter.compiled import write_page  # jinja2 is for pages alone
+
+        npu = of_npu(args, compiled, sites) if target.kind == "npu" else None
         write_page(args, compiled.quantized, steps, heats, npu)
     return 0
 
 
+def _steps() -> "PassSteps":
+    from kvc8.tools.reporter.steps import PassSteps
+
+    return PassSteps()
+
+
 def _target(args: argparse.Namespace) -> Target:
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    target = Target(args.target, args.soc, args.block_size, args.flavor, dtype)
+    target = Target(args.target, args.soc, args.block_size, args.flavor, args.dtype)
     for option in ("report", "explain", "json"):
         if getattr(args, option) is True and target.kind != "npu":
             raise TargetError(
@@ -108,15 +119,19 @@ def _target(args: argparse.Namespace) -> Target:
     return target
 
 
-def _watchers(args: argparse.Namespace, steps: PassSteps) -> Sequence[See]:
+def _watchers(dump: Path | None, steps: "PassSteps | None") -> "Sequence[See]":
     """What is shown each pass that ran: what writes a dump, and what keeps facts for a page."""
-    watchers = [pass_dump.writer(args.dump)] if args.dump else []
-    return [*watchers, steps.see] if isinstance(args.report, Path) else watchers
+    watchers: list[See] = [steps.see] if steps else []
+    if dump:
+        from kvc8.tools.reporter import pass_dump
+
+        watchers.insert(0, pass_dump.writer(dump))
+    return watchers
 
 
 def _check_passes(
-    args: argparse.Namespace, target: Target, checkpoint: Checkpoint, captured: Program
-) -> list[Heat]:
+    args: argparse.Namespace, target: Target, checkpoint: "Checkpoint", captured: "Program"
+) -> "list[Heat]":
     from kvc8.tools.driver.faithful import check_capture
     from kvc8.tools.reporter.figures import of_passes
     from kvc8.tools.verifier.check_passes import check_passes, watch_values  # all of the emulation
@@ -139,63 +154,10 @@ def _check_passes(
     return of_passes(verdicts, values.passes) if values else []
 
 
-def _tell(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> None:
-    if args.json:
-        print(json.dumps(_as_json(args, compiled, sites), indent=1))
-        return
-    _tell_sites(compiled, sites)
-    if args.explain:
-        print(*costs.explain_lines(_explained(args, compiled, sites)), sep="\n")
-    if args.report is True:
-        print(*costs.report_lines(_report(args, compiled)), sep="\n")
-
-
-def _report(args: argparse.Namespace, compiled: Compiled) -> costs.Report:
-    work, device = costs.workload(args), costs.device(args)
-    return costs.report(compiled.phases, compiled.unfused(), work, device)
-
-
-def _explained(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> costs.Explained:
-    return costs.explained(compiled.phases, sites, args.soc, args.block_size)
-
-
-def _of_npu(
-    args: argparse.Namespace, compiled: Compiled, sites: Sites
-) -> tuple[costs.Report, costs.Explained]:
-    return _report(args, compiled), _explained(args, compiled, sites)
-
-
-def _as_json(args: argparse.Namespace, compiled: Compiled, sites: Sites) -> dict[str, object]:
-    layout, used = compiled.layout, artifact.disk_use(compiled.out)
-    passes = [{"pass": n, "sites": count, "why": why} for (n, why), count in sites.items()]
-    return {
-        "output": str(compiled.out),
-        "bytes": used.extra,
-        "linked_bytes": used.weights,
-        "kv_bytes_a_token": layout.bytes_per_token,
-        "float16_kv_bytes_a_token": layout.float16_bytes_per_token,
-        "passes": passes,
-        "report": asdict(_report(args, compiled)),
-        "explain": _explained(args, compiled, sites).as_json(),
-    }
-
-
-def _tell_sites(compiled: Compiled, sites: Sites) -> None:
-    for (name, why), count in sites.items():
-        counted = f"{count} site{'s' * (count != 1)}"
-        print(f"{name}: {counted} {f'left alone: {why}' if why else 'rewritten'}")
-    layout = compiled.layout
-    ratio = layout.bytes_per_token / layout.float16_bytes_per_token
-    print(f"KV cache: {layout.bytes_per_token:,} bytes a token, {ratio:.2f}x of float16")
-    if compiled.target.kind == "npu":
-        used = artifact.disk_use(compiled.out)
-        links = f"{used.weights / 1e6:,.1f} MB of linked weights"
-        print(f"{compiled.out}: {used.extra / 1e6:.2f} MB beside {links}")
-
-
 def main() -> int:
     """Run kvc8-compile."""
-    # A graph is a cycle that lives to the end: looking for garbage takes a tenth of the time.
+    # A graph is a cycle that lives to the end, and so are modules: looking for garbage takes a
+    # tenth of the time.
     gc.disable()
     return entry(parser(), work)
 

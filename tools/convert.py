@@ -11,13 +11,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvc8.ir.checkpoint.new_directory import refuse_existing
 from kvc8.tools.command import entry
 from kvc8.tools.driver.arguments import add_kv_calibrated
-from kvc8.tools.driver.compiling import open_calibrated
-from kvc8.tools.engines.convert import Converted, convert
-from kvc8.tools.quantizer.engine_form import ENGINES, NAMES
+from kvc8.tools.driver.request import open_calibrated
+from kvc8.tools.quantizer.engines import ENGINES, NAMES
+
+if TYPE_CHECKING:
+    from kvc8.tools.engines.convert import Converted
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,11 +43,15 @@ def work(args: argparse.Namespace) -> int:
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     for warning in checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    from kvc8.tools.engines.convert import (
+        convert,
+    )  # torch takes a second: what is wrong comes first
+
     _tell(args, convert(checkpoint, args.engine, args.output))
     return 0
 
 
-def _tell(args: argparse.Namespace, done: Converted) -> None:
+def _tell(args: argparse.Namespace, done: "Converted") -> None:
     files = f"{done.linked} weights files linked, {done.written} written"
     print(f"{args.output}: for {NAMES[args.engine]}, {files}")
     if done.mended.widened:

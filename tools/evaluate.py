@@ -12,34 +12,24 @@ With `--as vllm-ascend` or `--as mindie` a quantized directory is computed as th
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-
-from kvc8.ir.errors import ModelError
-from kvc8.passes.options import Options
+from kvc8.ir.checkpoint.model_files import file_names
 from kvc8.tools.command import entry
 from kvc8.tools.driver.arguments import add_kv_calibrated, add_options
-from kvc8.tools.evaluator.divergence import Figures
-from kvc8.tools.evaluator.forms import Form, Setup, open_float, open_form, with_scales
-from kvc8.tools.evaluator.plot import Curve, draw
-from kvc8.tools.evaluator.windows import windows_of
-from kvc8.tools.quantizer.engine_form import ENGINES, Engine
-from kvc8.tools.verifier.sensitivity import sensitivity
+from kvc8.tools.evaluator.text import read_text
+from kvc8.tools.quantizer.engines import ENGINES
 
-DTYPES = {"config": None, "float32": torch.float32, "float16": torch.float16}
+if TYPE_CHECKING:
+    from kvc8.ir.checkpoint.reader import Checkpoint
+    from kvc8.passes.options import Options
+
+DTYPES = ("config", "float32", "float16")
 MAPPED = 256  # tokens of the first window, on which each layer's caches are judged alone
 PLOT = f"draw the KL by position, and by each layer's K and V alone ({MAPPED} tokens)"
-EMULATED = "NPU and engine rows are emulated as documented; they were not verified on a device"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=DTYPES,
         default="float32",
         help="what model directories compute in (float32)",
     )
@@ -85,123 +75,22 @@ def _count(text: str) -> int:
 
 def work(args: argparse.Namespace) -> int:
     """Evaluate and print; gives the exit status."""
-    windows = windows_of(args.text, args.against, args.windows, args.window)
-    base = open_float(args.against, args.window)
-    passes = Options(kv_scales=args.kv_scales)
-    setup = Setup(DTYPES[args.dtype], passes, args.float_cache, args.kv_calibrated)
-    setups = [_served(setup, args, engine) for engine in args.engine or ["kvc8"]]
-    forms = [open_form(path, setup, args.window) for path in args.out for setup in setups]
-    with _progress(len(windows) * (1 + len(forms))) as step:
-        figures = _evaluate(base, forms, windows, step)
-    tokens = sum(len(window) - 1 for window in windows)
-    if args.plot:
-        title = f"against {base.name}, {len(windows)} windows"
-        draw(args.plot, title, _curves(args, setup, windows[0], figures[1:]))
-    if args.json:
-        print(json.dumps(_as_json(args, base, forms, figures, tokens), indent=1))
-    else:
-        _print(base, forms, figures, tokens)
-    return 0
+    for path in (args.against, *args.out):
+        file_names(path)  # says so where there is no such directory
+    read_text(args.text)
+    from kvc8.tools.evaluator.evaluating import evaluate  # torch and transformers take seconds
+
+    return evaluate(args, _by_cache)
 
 
-def _served(setup: Setup, args: argparse.Namespace, engine: Engine | Literal["kvc8"]) -> Setup:
-    """The same model, in an engine."""
-    if engine not in ENGINES:
-        return setup
-    for name, given in {"--float-cache": args.float_cache, "--plot": args.plot}.items():
-        if given:
-            raise ModelError(name, f"is not for --as {engine}", "leave one of the two out")
-    return replace(setup, engine=engine, prompt=args.prompt, chunk=args.chunk)
+def _by_cache(
+    checkpoint: "Checkpoint", window: list[int], options: "Options"
+) -> list[tuple[str, float]]:
+    """The KL of each cache alone."""
+    from kvc8.tools.verifier.sensitivity import sensitivity
 
-
-def _curves(
-    args: argparse.Namespace, setup: Setup, window: list[int], figures: Sequence[Figures]
-) -> list[Curve]:
-    """What --plot draws: each OUT by position, and model directories by cache too."""
-    curves = []
-    for path, seen in zip(args.out, figures, strict=True):
-        checkpoint = with_scales(path, setup)
-        costs = sensitivity(checkpoint, window[:MAPPED], setup.passes) if checkpoint else []
-        by_cache = [(cost.cache, cost.kl) for cost in costs]
-        curves.append(Curve(str(path), seen.kl_by_position, by_cache))
-    return curves
-
-
-@torch.no_grad()
-def _evaluate(
-    base: Form, forms: Sequence[Form], windows: Sequence[list[int]], step: Callable[[str], None]
-) -> list[Figures]:
-    """The figures of the float model and of each form. One window's logits are held at a time."""
-    figures = [Figures() for _ in (base, *forms)]
-    for window in windows:
-        tokens = torch.tensor(window)
-        step(base.name)
-        reference = base.logits(window)
-        figures[0].add_alone(reference, tokens)
-        for form, seen in zip(forms, figures[1:], strict=True):
-            step(form.name)
-            logits = form.logits(window)
-            _check_width(form, base, logits.shape[1], reference.shape[1])
-            seen.add(logits, reference, tokens)
-    return figures
-
-
-def _check_width(form: Form, base: Form, ours: int, theirs: int) -> None:
-    if ours != theirs:
-        what = f"gives logits for {ours} tokens and {base.name} for {theirs}"
-        raise ModelError(form.name, what, "name the float model that it was made from")
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on the terminal, if stderr is one."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda name: bar.update(task, advance=1, description=Path(name).name)
-
-
-def _as_json(
-    args: argparse.Namespace,
-    base: Form,
-    forms: Sequence[Form],
-    figures: Sequence[Figures],
-    tokens: int,
-) -> dict[str, object]:
-    rows = [
-        {
-            "model": form.name,
-            "kind": form.kind,
-            "perplexity": seen.perplexity,
-            "perplexity_change": seen.perplexity / figures[0].perplexity - 1,
-            "kl_mean": seen.kl_mean,
-            "kl_p99": seen.kl_p99,
-            "top1_agreement": seen.top1,
-        }
-        for form, seen in zip(forms, figures[1:], strict=True)
-    ]
-    text = {"text": str(args.text), "windows": args.windows, "window": args.window}
-    reference = {"model": base.name, "perplexity": figures[0].perplexity}
-    return {**text, "tokens": tokens, "float": reference, "models": rows}
-
-
-def _print(base: Form, forms: Sequence[Form], figures: Sequence[Figures], tokens: int) -> None:
-    title = f"against {base.name} in float32 on {tokens:,} tokens"
-    table = Table(title=title, title_justify="left")
-    for name in ("", "run as"):
-        table.add_column(name)
-    for name in ("perplexity", "change", "KL, mean", "KL, 99 %", "same top token"):
-        table.add_column(name, justify="right")
-    own = figures[0].perplexity
-    table.add_row(Path(base.name).name, "float", f"{own:.3f}", "", "", "", "")
-    for form, seen in zip(forms, figures[1:], strict=True):
-        change = f"{seen.perplexity / own - 1:+.2%}"
-        kl = (f"{seen.kl_mean:.5f}", f"{seen.kl_p99:.4f}")
-        row = (Path(form.name).name, form.kind, f"{seen.perplexity:.3f}", change, *kl)
-        table.add_row(*row, f"{seen.top1:.2%}")
-    Console(width=110).print(table)
-    if any(not form.kind.startswith(("reference", "float", "ONNX")) for form in forms):
-        print(EMULATED)
+    costs = sensitivity(checkpoint, window[:MAPPED], options)
+    return [(cost.cache, cost.kl) for cost in costs]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

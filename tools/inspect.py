@@ -10,15 +10,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from kvc8.ir.checkpoint.reader import read_files
 from kvc8.tools.command import ERROR, entry
 from kvc8.tools.driver.arguments import add_kv_calibrated
-from kvc8.tools.inspector.finding import Finding, inside
-from kvc8.tools.inspector.kv_findings import KV_CHECKS
-from kvc8.tools.inspector.model_findings import MODEL_CHECKS
-from kvc8.tools.inspector.plan import plan
-from kvc8.tools.inspector.report import as_json, as_text
-from kvc8.tools.inspector.seen import Seen, look
+
+if TYPE_CHECKING:  # torch and transformers take seconds: imported when a directory can be read
+    from kvc8.tools.inspector.finding import Finding
+    from kvc8.tools.inspector.seen import Seen
 
 SOC, BLOCK_SIZE = "ascend910b", 128  # kvc8-compile's defaults
 ORDER = ("error", "warning", "note")
@@ -40,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Inspect a directory; gives 1 where something is wrong that the compiler refuses."""
-    seen = look(args.directory, args.kv_calibrated)
+    files = read_files(args.directory)
+    from kvc8.tools.inspector.plan import plan
+    from kvc8.tools.inspector.report import as_json, as_text
+    from kvc8.tools.inspector.seen import look
+
+    seen = look(files, args.kv_calibrated)
     findings = find(seen)
     show = as_json if args.json else as_text
     text = show(seen, findings, plan(seen))
@@ -56,7 +61,8 @@ def _with_reasons(args: argparse.Namespace, text: str) -> str:
     from kvc8.backends.npu.legality import check  # these take seconds that a plain look need not
     from kvc8.ir.capture.trace import capture
     from kvc8.passes import pipeline
-    from kvc8.tools.driver.compiling import open_calibrated, quantize
+    from kvc8.tools.driver.compiling import quantize
+    from kvc8.tools.driver.request import open_calibrated
     from kvc8.tools.reporter.costs import explain_lines, explained
     from kvc8.tools.reporter.pass_facts import sites_of
 
@@ -71,8 +77,12 @@ def _with_reasons(args: argparse.Namespace, text: str) -> str:
     return "\n".join([text, *explain_lines(found)])
 
 
-def find(seen: Seen) -> list[Finding]:
+def find(seen: "Seen") -> "list[Finding]":
     """Everything that the checks find, errors first; and a refusal that no check explains."""
+    from kvc8.tools.inspector.finding import Finding, inside
+    from kvc8.tools.inspector.kv_findings import KV_CHECKS
+    from kvc8.tools.inspector.model_findings import MODEL_CHECKS
+
     found = [finding for check in (*KV_CHECKS, *MODEL_CHECKS) for finding in check(seen)]
     if seen.refusal and not any(finding.severity == "error" for finding in found):
         where, so = inside(seen.refusal, seen.files.path), "kvc8-compile refuses it"

@@ -15,15 +15,13 @@ program, its tensors, and what it breaks.
 
 import argparse
 import sys
+from importlib.resources import files
 from pathlib import Path
 
-from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
 from kvc8.ir.errors import ModelError
-from kvc8.ir.text import parse, show
-from kvc8.ir.verify import verify
-from kvc8.passes.rewrite import name_of
 from kvc8.tools.command import entry
-from kvc8.tools.driver.spelling import PASSES, steps_of
+
+NO_PASSES = ("__init__", "options", "pipeline", "rewrite")  # files among those of passes
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,10 +37,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="run a repro of kvc8-verify passes --bisect instead; 1 where it breaks its contract",
     )
-    found.add_argument(
-        "--passes", default="", help=f"with commas between: {', '.join(sorted(PASSES))}"
-    )
+    found.add_argument("--passes", default="", help=f"with commas between: {', '.join(names())}")
     return found
+
+
+def names() -> list[str]:
+    """The passes, each of which has a file of its name; to import them all takes seconds."""
+    found = [Path(file.name) for file in files("kvc8.passes").iterdir()]
+    return sorted(f.stem for f in found if f.suffix == ".py" and f.stem not in NO_PASSES)
 
 
 def work(args: argparse.Namespace) -> int:
@@ -51,7 +53,14 @@ def work(args: argparse.Namespace) -> int:
         return _repro(args.run)
     if args.program is None:
         raise ModelError("kvc8-opt", "no program given", "name a file, - or --run DIR")
-    program = parse(_text(args.program))
+    text = _text(args.program)
+    from kvc8.backends.npu import emulation as _emulation  # noqa: F401  CPU kernels
+    from kvc8.ir.text import parse, show
+    from kvc8.ir.verify import verify
+    from kvc8.passes.rewrite import name_of
+    from kvc8.tools.driver.spelling import steps_of
+
+    program = parse(text)
     verify(program)
     for step in steps_of(args.passes):
         for remark in step(program):

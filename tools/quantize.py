@@ -16,16 +16,20 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvc8.ir.checkpoint.model_files import listed, place
+from kvc8.ir.checkpoint.new_directory import refuse_existing
 from kvc8.tools.command import INTERRUPTED, entry
+from kvc8.tools.driver.request import open_known
+from kvc8.tools.quantizer.calibration_data import read_texts
 from kvc8.tools.quantizer.options import add_options, settings_of, source_of
-from kvc8.tools.quantizer.quantizing import Quantized, quantize_model
-from kvc8.tools.quantizer.sensitivity import table
-from kvc8.tools.quantizer.work import Report
+from kvc8.tools.quantizer.settings import Settings, recipe_of
+
+if TYPE_CHECKING:  # torch and transformers take seconds: imported when nothing is refused at once
+    from kvc8.tools.quantizer.quantizing import Quantized
+    from kvc8.tools.quantizer.work import Report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,12 +45,16 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Measure and write; gives the exit status."""
+    source, settings = source_of(args), settings_of(args)
+    _check_request(args, source, settings)
+    from kvc8.tools.quantizer.quantizing import quantize_model
+
     try:
         made = quantize_model(
-            source_of(args),
+            source,
             args.output,
             args.calib_file,
-            settings_of(args),
+            settings,
             resume=args.resume,
             tell=lambda line: print(line, file=sys.stderr),
             progress=_progress,
@@ -58,9 +66,21 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
-def _summarize(made: Quantized) -> None:
+def _check_request(args: argparse.Namespace, source: Path, settings: Settings) -> None:
+    """Refuse what can be refused before torch is imported."""
+    recipe_of(settings)
+    refuse_existing(args.output)
+    open_known(source)
+    read_texts(args.calib_file, settings.samples)
+
+
+def _summarize(made: "Quantized") -> None:
     plan = made.plan
     if made.groups:
+        from rich.console import Console
+
+        from kvc8.tools.quantizer.sensitivity import table
+
         Console(width=100).print(table(made.groups))
     print(
         f"{made.out}: {len(plan.linears)} linears in W8A8, {made.left_float} float, lm_head float"
@@ -75,8 +95,11 @@ def _summarize(made: Quantized) -> None:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Report]:
+def _progress(total: int) -> "Iterator[Report]":
     """A bar on the terminal, if stderr is one, with the layer at work and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvc8.ir.checkpoint.model_files import file_names, place
+from kvc8.ir.errors import TargetError
 from kvc8.tools.command import entry
 from kvc8.tools.driver.ranks import Ranks, joined, local_device
 
@@ -62,9 +64,17 @@ def _positive(text: str) -> int:
 
 def run(given: argparse.Namespace) -> int:
     """Load, generate and print, as the only rank or as one of several."""
+    _check_there(given.artifact)
     device = _device(given)  # before anything that declares the NPU's ops
     with joined(device) as ranks:
         return _run(given, device, ranks)
+
+
+def _check_there(path: Path) -> None:
+    """Refuse at once what is no compiled model at all."""
+    if "manifest.json" not in file_names(path):
+        do = "name what kvc8-compile wrote for npu"
+        raise TargetError(place(path), "has no manifest.json", do)
 
 
 def _run(given: argparse.Namespace, device: "torch.device", ranks: Ranks) -> int:
@@ -117,7 +127,6 @@ def _recording(given: argparse.Namespace, model: "StepModel", ranks: Ranks) -> "
     """What keeps the values of the first step of each phase."""
     from kvc8.backends.npu.dumps import ValueDump
     from kvc8.backends.runtime.model import Model
-    from kvc8.ir.errors import TargetError
 
     if ranks.size > 1:
         raise TargetError("--dump", "is of one rank", "dump what was compiled without --tp")
@@ -132,8 +141,6 @@ def _recording(given: argparse.Namespace, model: "StepModel", ranks: Ranks) -> "
 
 def _device(given: argparse.Namespace) -> "torch.device":
     if given.graph and given.device != "npu":
-        from kvc8.ir.errors import TargetError
-
         raise TargetError("--graph", "is of --device npu", "leave it out, or run on an NPU")
     if given.device == "npu":
         from kvc8.backends.npu.device import load_torch_npu

@@ -33,27 +33,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import TargetError
 from kvc8.tools.command import entry
 from kvc8.tools.driver.arguments import add_kv_calibrated, add_options, add_ranks, options_of
-from kvc8.tools.driver.compiling import open_calibrated
-from kvc8.tools.reporter.costs import page_path
-from kvc8.tools.reporter.figures import of_passes, of_sensitivity
-from kvc8.tools.reporter.heat import Heat
-from kvc8.tools.reporter.verified import write_page
-from kvc8.tools.verifier import dumps
-from kvc8.tools.verifier.form_table import print_rows
-from kvc8.tools.verifier.parts import (
-    FormsResult,
-    compare_forms,
-    compare_phases,
-    hold_passes,
-    prompt_of,
-)
-from kvc8.tools.verifier.pass_table import passes_as_json, print_passes
-from kvc8.tools.verifier.sensitivity import print_costs, sensitivity
+from kvc8.tools.driver.request import check_heads, open_known
+from kvc8.tools.reporter.arguments import page_path
+
+if TYPE_CHECKING:  # torch and transformers take seconds: imported when nothing is refused at once
+    from kvc8.ir.checkpoint.reader import Checkpoint
+    from kvc8.tools.reporter.heat import Heat
+    from kvc8.tools.verifier.parts import FormsResult
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class PartResult:
 
     json: object
     broken: Sequence[str]
-    heats: Sequence[Heat] = ()  # for --report
+    heats: "Sequence[Heat]" = ()  # for --report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,9 +101,12 @@ def _add_prompt(part: argparse.ArgumentParser, name: str) -> None:
 def work(args: argparse.Namespace) -> int:
     """Run what is asked for and print it; gives 1 where something breaks a promise."""
     if args.part == "dump":
+        from kvc8.tools.verifier import dumps
+
         return dumps.work(args)
     _check_directory(args.directory)
-    checkpoint = open_calibrated(args.directory, args.kv_calibrated)
+    checkpoint = open_known(args.directory, args.kv_calibrated)
+    check_heads(checkpoint, options_of(args).ranks)
     names = ("forms", "passes", "sensitivity") if args.part == "all" else (args.part,)
     found = {name: PARTS[name](args, checkpoint) for name in names}
     if args.json:
@@ -122,6 +116,8 @@ def work(args: argparse.Namespace) -> int:
     for problem in broken:
         print(f"error: {problem}", file=sys.stderr)
     if getattr(args, "report", None):
+        from kvc8.tools.reporter.verified import write_page
+
         write_page(args, checkpoint, [heat for part in found.values() for heat in part.heats])
     return 1 if broken else 0
 
@@ -134,22 +130,32 @@ def _check_directory(directory: Path) -> None:
         )
 
 
-def _forms(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
+def _forms(args: argparse.Namespace, checkpoint: "Checkpoint") -> PartResult:
+    from kvc8.tools.verifier.parts import compare_forms
+
     options, prompt = options_of(args), _prompt(args)
     return _told(args, compare_forms(checkpoint, options, prompt, args.steps, args.compiled))
 
 
-def _phases(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
+def _phases(args: argparse.Namespace, checkpoint: "Checkpoint") -> PartResult:
+    from kvc8.tools.verifier.parts import compare_phases
+
     return _told(args, compare_phases(checkpoint, options_of(args), _prompt(args), args.steps))
 
 
-def _told(args: argparse.Namespace, found: FormsResult) -> PartResult:
+def _told(args: argparse.Namespace, found: "FormsResult") -> PartResult:
     if not args.json:
+        from kvc8.tools.verifier.form_table import print_rows
+
         print_rows(found.rows, found.tokens)
     return PartResult([asdict(row) for row in found.rows], found.problems)
 
 
-def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
+def _passes(args: argparse.Namespace, checkpoint: "Checkpoint") -> PartResult:
+    from kvc8.tools.reporter.figures import of_passes
+    from kvc8.tools.verifier.parts import hold_passes
+    from kvc8.tools.verifier.pass_table import passes_as_json, print_passes
+
     found = hold_passes(checkpoint, options_of(args), args.bisect)
     verdicts, values = found.verdicts, found.values
     if not args.json:
@@ -158,7 +164,10 @@ def _passes(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
     return PartResult(passes_as_json(verdicts, values), found.problems, heats)
 
 
-def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult:
+def _sensitivity(args: argparse.Namespace, checkpoint: "Checkpoint") -> PartResult:
+    from kvc8.tools.reporter.figures import of_sensitivity
+    from kvc8.tools.verifier.sensitivity import print_costs, sensitivity
+
     prompt = _prompt(args)
     costs = sensitivity(checkpoint, prompt, options_of(args))
     if not args.json:
@@ -167,11 +176,13 @@ def _sensitivity(args: argparse.Namespace, checkpoint: Checkpoint) -> PartResult
 
 
 def _prompt(args: argparse.Namespace) -> list[int]:
+    from kvc8.tools.verifier.parts import prompt_of
+
     text = args.text.read_text(encoding="utf-8") if args.text else None
     return prompt_of(args.directory, text, args.tokens)
 
 
-PARTS: Mapping[str, Callable[[argparse.Namespace, Checkpoint], PartResult]] = MappingProxyType(
+PARTS: Mapping[str, Callable[[argparse.Namespace, "Checkpoint"], PartResult]] = MappingProxyType(
     {"forms": _forms, "phases": _phases, "passes": _passes, "sensitivity": _sensitivity}
 )
 

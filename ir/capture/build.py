@@ -4,7 +4,6 @@ import copy
 from collections.abc import Sequence
 
 import torch
-import transformers
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -12,6 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvc8.ir.capture import attention
 from kvc8.ir.capture.foreign import FOREIGN, first_line, quiet
+from kvc8.ir.capture.known import unknown
 from kvc8.ir.capture.mixtures import experts
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelError
@@ -31,9 +31,7 @@ def model_config(checkpoint: Checkpoint) -> PretrainedConfig:
     """The config as transformers reads it, without what describes quantization."""
     kind = str(checkpoint.config.get("model_type"))
     if kind not in CONFIG_MAPPING:
-        what = f"transformers {transformers.__version__} knows no model_type {kind!r}"
-        do = "correct it, or install a transformers that does"
-        raise ModelError("config.json", what, do)
+        raise unknown(kind)
     ours = ("quantization_config", "quantize", "auto_map")
     plain = {k: v for k, v in checkpoint.config.items() if k not in ours}
     try:

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-import torch
-
 from kvc8.ir.checkpoint.model_files import listed, place, positive, shown
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import ModelError, ModelWarning
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-OFFSETS = (*FLOATS, torch.int8, torch.int32)
+FLOATS = ("float16", "bfloat16", "float32")
+OFFSETS = (*FLOATS, "int8", "int32")
 
 Activations = Literal["static", "dynamic", "mixed"]
 Granularity = Literal["channel", "tensor"]
@@ -189,13 +187,12 @@ def kv_scales(
     return {layer: (stored(layer, "k"), stored(layer, "v")) for layer in range(len(widths))}
 
 
-def check_dtype(tensor: StoredTensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise ModelError unless `tensor` has one of `dtypes`."""
-    if tensor.dtype not in dtypes:
-        want = " or ".join(_dtype(dtype) for dtype in dtypes)
+def check_dtype(tensor: StoredTensor, kinds: tuple[str, ...]) -> None:
+    """Raise ModelError unless the dtype of `tensor` is one of `kinds`."""
+    if tensor.kind not in kinds:
         raise ModelError(
             place(tensor.file),
-            f"{shown(tensor.name)} is {_dtype(tensor.dtype)} and should be {want}",
+            f"{shown(tensor.name)} is {tensor.kind} and should be {' or '.join(kinds)}",
             "quantize the model again",
         )
 
@@ -213,7 +210,7 @@ def without_labels(tensors: Iterable[StoredTensor], where: str) -> list[ModelWar
 
     Raises ModelError for a weight that is not floating point, as its meaning is not known.
     """
-    odd = [tensor for tensor in tensors if tensor.dtype not in FLOATS]
+    odd = [tensor for tensor in tensors if tensor.kind not in FLOATS]
     if weights := [tensor.name for tensor in odd if tensor.name.endswith("weight")]:
         raise ModelError(
             where,
@@ -222,7 +219,3 @@ def without_labels(tensors: Iterable[StoredTensor], where: str) -> list[ModelWar
         )
     what = f"holds {listed([tensor.name for tensor in odd])}, which is not floating point"
     return [ModelWarning(where, what, "kvc8 takes it for a buffer")] if odd else []
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,8 +12,6 @@ quantization/methods/w8a8_pdmix.py.) weight_offset holds zeros, and bias is the 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import torch
-
 from kvc8.ir.checkpoint.layouts import (
     FLOATS,
     OFFSETS,
@@ -26,15 +24,15 @@ from kvc8.ir.checkpoint.model_files import listed, place, shown
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.errors import ModelError
 
-DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
+DTYPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "weight": (torch.int8,),
+        "weight": ("int8",),
         "weight_scale": FLOATS,
         "weight_offset": OFFSETS,
         "input_scale": FLOATS,
         "input_offset": OFFSETS,
-        "quant_bias": (torch.int32,),
-        "deq_scale": (torch.int64, torch.float32),
+        "quant_bias": ("int32",),
+        "deq_scale": ("int64", "float32"),
         "bias": FLOATS,
     }
 )

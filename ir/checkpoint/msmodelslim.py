@@ -160,7 +160,7 @@ def _unlabeled(
 ) -> list[ModelWarning]:
     """Report the tensors that have no label; raises ModelError for one that is not float."""
     bare = [name for name in tensors if name not in labels]
-    if odd := [name for name in bare if tensors[name].dtype not in FLOATS]:
+    if odd := [name for name in bare if tensors[name].kind not in FLOATS]:
         raise ModelError(
             where,
             f"has no label for {listed(odd)}, which is not floating point",

@@ -4,12 +4,13 @@ What the directory holds tells its layout; no flag does. Nothing in it is execut
 not touched until they are read. An entry that cannot be accounted for is an error or a warning.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from kvc8.ir.checkpoint.compressed_tensors import read_compressed_tensors
 from kvc8.ir.checkpoint.layouts import (
@@ -25,6 +26,9 @@ from kvc8.ir.checkpoint.model_files import file_names, listed, model_file, place
 from kvc8.ir.checkpoint.msmodelslim import NAME, OLD_NAME, read_description
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles, read_header, read_index
 from kvc8.ir.errors import ModelError, ModelWarning
+
+if TYPE_CHECKING:  # takes a second, and only what is read needs it
+    import torch
 
 __all__ = [
     "Calibrated",

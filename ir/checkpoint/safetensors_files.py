@@ -4,7 +4,12 @@ safetensors gives tensors but not their place in the file, which the artifact an
 data need. So the header is read here too, and checked as strictly as safetensors checks it: a JSON
 object after eight bytes of length; each tensor's bytes inside the file, as many as its shape and
 dtype ask for, without overlaps or holes. Only headers are read; weights stay on disk.
+
+torch, which takes a second to import, is imported where a tensor is read: what headers alone tell
+to be wrong is refused before.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -12,8 +17,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from kvc8.ir.checkpoint.model_files import (
@@ -27,20 +32,23 @@ from kvc8.ir.checkpoint.model_files import (
 )
 from kvc8.ir.errors import ModelError, ModelWarning
 
+if TYPE_CHECKING:
+    import torch
+
 SMALL = 1 << 20  # bytes; up to it a tensor is read and not mapped
-DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+DTYPES: Mapping[str, tuple[str, int]] = {  # torch's name, and bytes
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 
 
@@ -50,10 +58,19 @@ class StoredTensor:
 
     name: str
     file: Path
-    dtype: torch.dtype
+    kind: str  # its dtype by torch's name, "float16"
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype, which who asks only whether it is this or that can tell by `kind`."""
+        import torch
+
+        found = getattr(torch, self.kind)
+        assert isinstance(found, torch.dtype)
+        return found
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -95,12 +112,13 @@ def _entry(path: Path, name: str, entry: object, data: int) -> StoredTensor:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         what = f"{shown(name)} has dtype {shown(dtype)}, which kvc8 does not read"
         raise ModelError(where, what, f"save it as one of {', '.join(DTYPES)}")
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    kind, size = DTYPES[dtype]
+    nbytes = math.prod(shape) * size
     if span[1] - span[0] != nbytes:
         span_ = f"those from {span[0]} to {span[1]}"
         what = f"{shown(name)} takes {nbytes} bytes and its header gives it {span_}"
         raise ModelError(where, what, "copy the file again")
-    return StoredTensor(name, path, DTYPES[dtype], shape, data + span[0], nbytes)
+    return StoredTensor(name, path, kind, shape, data + span[0], nbytes)
 
 
 def _sizes(value: object) -> tuple[int, ...] | None:
@@ -173,6 +191,8 @@ def _by_shard(index: Path, weight_map: Mapping[str, object]) -> dict[str, set[st
 
 
 def _read_small(tensor: StoredTensor) -> torch.Tensor:
+    import torch
+
     held = bytearray(tensor.nbytes)
     with tensor.file.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)

@@ -18,7 +18,8 @@ from kvc8.ir.precision.widen import widen
 from kvc8.ir.text import show
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
-from kvc8.tools.driver.compiling import Target, compile_model
+from kvc8.tools.driver.compiling import compile_model
+from kvc8.tools.driver.request import Target
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 

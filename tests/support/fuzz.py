@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint, read_files
 from kvc8.ir.errors import ModelError
 from kvc8.tools.inspect import find
 from kvc8.tools.inspector.seen import look
@@ -173,7 +173,7 @@ def inspect(directory: Path) -> None:
     """Whatever kvc8-inspect finds is told in one line each."""
     refusal, found = "", []
     try:
-        found = find(look(directory))
+        found = find(look(read_files(directory)))
     except ModelError as error:
         refusal = str(error)
     assert SENTENCE.fullmatch(refusal) or found

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kvc8.backends.npu.cost import Device, OpCost, must_send
+from kvc8.backends.npu.cost import OpCost, must_send
+from kvc8.backends.workload import Device
 from kvc8.ir.types import dtype_name
 from kvc8.tools.device_checker.comparison import BY_MORE, EQUAL
 from kvc8.tools.device_checker.machine import Machine

@@ -27,7 +27,8 @@ from kvc8.tools.device_checker.bounds import Within, within
 from kvc8.tools.device_checker.comparison import step
 from kvc8.tools.device_checker.engine_graphs import GraphEngine
 from kvc8.tools.device_checker.machine import CPU, Machine
-from kvc8.tools.driver.compiling import Target, compile_model, open_calibrated
+from kvc8.tools.driver.compiling import compile_model
+from kvc8.tools.driver.request import Target, open_calibrated
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
 
 HIDDEN, WIDTH, HEADS, DIM, VOCABULARY, LAYERS = 80, 96, 10, 128, 128, 2

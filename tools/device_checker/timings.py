@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import getitem
 
-from kvc8.backends.npu.cost import Device, Workload, costs
+from kvc8.backends.npu.cost import costs
+from kvc8.backends.workload import Device, Workload
 from kvc8.ir.program import type_of
 from kvc8.tools.device_checker.calls import SpelledCall, call_of, program_of
 

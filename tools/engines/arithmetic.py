@@ -33,7 +33,7 @@ from torch.fx import Node
 from kvc8.backends.npu.emulation.matmul import npu_trans_quant_param, unpack_scale
 from kvc8.ir import ops
 from kvc8.ir.program import Program, argument, is_call
-from kvc8.tools.quantizer.engine_form import Engine
+from kvc8.tools.quantizer.engines import Engine
 
 
 @dataclass(frozen=True)

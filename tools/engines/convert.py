@@ -26,14 +26,12 @@ from kvc8.ir.expression import STEPS
 from kvc8.tools.engines.mend import Mended, mend
 from kvc8.tools.quantizer.engine_form import (
     DESCRIPTIONS,
-    NAMES,
-    PACKED,
-    Engine,
     check_dtype,
     config_for,
     description_for,
     entries_for,
 )
+from kvc8.tools.quantizer.engines import NAMES, PACKED, Engine
 from kvc8.tools.quantizer.writer import Entry, copy_small_files, write_json, write_tensors
 
 LABELS: Mapping[Activations, str] = {

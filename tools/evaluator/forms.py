@@ -34,9 +34,10 @@ from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.options import Options
 from kvc8.passes.remove_identities import remove_identities
-from kvc8.tools.driver.compiling import open_calibrated
+from kvc8.tools.driver.request import open_calibrated
 from kvc8.tools.engines.arithmetic import as_engine
-from kvc8.tools.quantizer.engine_form import NAMES, Engine, check_dtype
+from kvc8.tools.quantizer.engine_form import check_dtype
+from kvc8.tools.quantizer.engines import NAMES, Engine
 
 LINEARS_ONLY = (remove_identities, insert_linear_quant, insert_dynamic_quant)  # a float cache
 BLOCK = 128  # tokens; a program may take any

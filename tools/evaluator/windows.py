@@ -2,23 +2,16 @@
 
 from pathlib import Path
 
-from kvc8.ir.checkpoint.model_files import place, shown
+from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.errors import ModelError
 from kvc8.tools.driver.tokenizer import read_tokenizer
+from kvc8.tools.evaluator.text import read_text
 
 
 def windows_of(text: Path, model: Path, count: int, size: int) -> list[list[int]]:
     """The first windows of a text, by the tokenizer of a model; ModelError where it has too few."""
-    try:
-        read = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        what = f"is not text in UTF-8 (byte {error.start})"
-        raise ModelError(place(text), what, "save it as UTF-8") from error
-    except OSError as error:
-        why = shown(error.strerror)
-        raise ModelError(place(text), f"cannot be read ({why})", "name a text") from error
     tokenizer = read_tokenizer(model)
-    tokens = tokenizer.encode(read)
+    tokens = tokenizer.encode(read_text(text))
     head = _head(tokens, tokenizer.encode(""))
     tokens, width = tokens[len(head) :], size - len(head)
     starts = range(0, len(tokens) - width + 1, width)[:count] if width > 0 else range(0)

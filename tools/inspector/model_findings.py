@@ -9,7 +9,7 @@ from kvc8.backends.npu.legality import breaks, limits
 from kvc8.ir.checkpoint.layouts import FLOATS
 from kvc8.ir.checkpoint.model_files import listed, shown
 from kvc8.ir.checkpoint.msmodelslim import LABELS, SETTINGS, tied_head
-from kvc8.tools.driver.compiling import Target
+from kvc8.tools.driver.request import Target
 from kvc8.tools.inspector.finding import (
     CONFIG,
     DIRECTORY,
@@ -49,7 +49,7 @@ def _labels(seen: Seen) -> Iterator[Finding]:
         so = "part of the model is missing and kvc8-compile refuses it"
         yield Finding("label-without-tensor", "error", where, what, so, BELONG)
     bare = [name for name in seen.tensors if name not in labels]
-    if odd := [name for name in bare if seen.tensors[name].dtype not in FLOATS]:
+    if odd := [name for name in bare if seen.tensors[name].kind not in FLOATS]:
         what = f"has no label for {listed(odd)}, which is not floating point"
         so = "its meaning is not known and kvc8-compile refuses it"
         yield Finding("tensor-without-label", "error", where, what, so, BELONG)
@@ -64,7 +64,7 @@ def _wrong_labels(seen: Seen, where: str, labels: Mapping[str, object]) -> Itera
     wrong = [
         name
         for name, value in labels.items()
-        if value == "FLOAT" and name in seen.tensors and seen.tensors[name].dtype not in FLOATS
+        if value == "FLOAT" and name in seen.tensors and seen.tensors[name].kind not in FLOATS
     ]
     if wrong:
         what = f"labels {listed(wrong)} FLOAT, which is not floating point"

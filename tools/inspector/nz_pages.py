@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from kvc8.backends.npu.facts import Facts
 from kvc8.backends.npu.legality import Broken, breaks, limits
-from kvc8.tools.driver.compiling import Target
+from kvc8.tools.driver.request import Target
 from kvc8.tools.inspector.seen import Seen, head_dim, kv_heads
 
 CARDS = (1, 2, 4, 8)  # of one server

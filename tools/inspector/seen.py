@@ -8,7 +8,6 @@ between k_proj and the cache, and lowered, to see whether the NPU half takes it.
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from kvc8.ir.checkpoint.layouts import (
     layer_index,
 )
 from kvc8.ir.checkpoint.msmodelslim import calibrated_of, kv_name, layout_of
-from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, Files, read_files, understand
+from kvc8.ir.checkpoint.reader import Calibrated, Checkpoint, Files, understand
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor, TensorFiles
 from kvc8.ir.errors import KVC8Error, ModelError, ModelWarning
 from kvc8.ir.expression import stored_names
@@ -38,7 +37,8 @@ from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
 from kvc8.passes.remove_identities import remove_identities
-from kvc8.tools.driver.compiling import Target, quantize
+from kvc8.tools.driver.compiling import quantize
+from kvc8.tools.driver.request import Target
 
 LARGEST_SCALE = 1 << 20  # numbers; what claims to hold more is no scale of a cache
 
@@ -86,12 +86,8 @@ class Seen:
         return str(found or "float32").removeprefix("torch.")
 
 
-def look(path: Path, calibrated: Calibrated | None = None) -> Seen:
-    """See what the directory at `path` holds; `calibrated` overrules what its layout implies.
-
-    Raises ModelError only where a file is missing or damaged.
-    """
-    files = read_files(path)
+def look(files: Files, calibrated: Calibrated | None = None) -> Seen:
+    """See what the files of a directory mean; `calibrated` overrules what its layout implies."""
     text = files.config.get("text_config")
     config = text if isinstance(text, dict) else files.config
     checkpoint, refusal = _understood(files)

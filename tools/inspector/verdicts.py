@@ -15,7 +15,7 @@ from kvc8.ir.checkpoint.msmodelslim import NAME
 from kvc8.tools.inspector.finding import Finding
 from kvc8.tools.inspector.nz_pages import beyond_documents
 from kvc8.tools.inspector.seen import Seen
-from kvc8.tools.quantizer.engine_form import PACKED
+from kvc8.tools.quantizer.engines import PACKED
 
 MINDIE, OLD, NEW = "MindIE", "vllm-ascend 0.22 to 0.24", "vllm-ascend 0.25 on"
 ASCEND = (OLD, NEW)

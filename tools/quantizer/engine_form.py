@@ -16,20 +16,16 @@ vllm-ascend 0.23.0 (quantization/modelslim_config.py, methods/w8a8_static.py, me
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import torch
 
 from kvc8.ir.checkpoint.msmodelslim import NAME, OLD_NAME
 from kvc8.ir.errors import ModelError
+from kvc8.tools.quantizer.engines import NAMES, PACKED, Engine
 from kvc8.tools.quantizer.writer import Entry
 
-Engine = Literal["vllm-ascend", "mindie"]
-ENGINES: tuple[Engine, ...] = ("vllm-ascend", "mindie")
-NAMES: Mapping[Engine, str] = {"vllm-ascend": "vllm-ascend", "mindie": "MindIE"}
 DESCRIPTIONS: Mapping[Engine, str] = {"vllm-ascend": NAME, "mindie": f"{OLD_NAME}w8a8.json"}
 SERVED = (torch.float16, torch.bfloat16)  # what engines on an NPU compute in
-PACKED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one linear in an engine
 
 
 def check_dtype(dtype: torch.dtype, where: str, engine: Engine) -> None:

@@ -1,7 +1,5 @@
 """How much memory a run takes, and what is left of a budget for activations."""
 
-import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,16 +7,6 @@ from kvc8.ir.checkpoint.unmapped import PIECE
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import tensor_type
 from kvc8.tools.quantizer.layers import LayerCalls
-
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-
-
-def amount(text: str) -> float:
-    """Bytes, from "2G", "1.5g", "800M" or a number of bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)b?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write 2G or 800M")
-    return float(found[1]) * UNITS[found[2].upper()]
 
 
 def needed(stages: Sequence[LayerCalls], longest: int) -> int:

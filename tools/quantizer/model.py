@@ -18,13 +18,8 @@ from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.safetensors_files import StoredTensor
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, expression_of
-from kvc8.tools.quantizer.engine_form import (
-    DESCRIPTIONS,
-    Engine,
-    config_for,
-    description_for,
-    kind_of,
-)
+from kvc8.tools.quantizer.engine_form import DESCRIPTIONS, config_for, description_for, kind_of
+from kvc8.tools.quantizer.engines import Engine
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.writer import Entry, ModelWriter, copy_small_files, write_json
 

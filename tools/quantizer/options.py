@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from kvc8.ir.errors import ModelError
-from kvc8.tools.quantizer.engine_form import ENGINES
-from kvc8.tools.quantizer.memory import amount
+from kvc8.tools.quantizer.engines import ENGINES
 from kvc8.tools.quantizer.settings import MOST_TOKENS, SWEEPS, Settings
 
 ANTI_METHODS = ("none", "m1", "m2", "m3", "m4")
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def add_options(found: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_options(found: argparse.ArgumentParser) -> None:
     _add_vendor(found)
     _add_choice(found)
     _option(found, "resume", action="store_true", help="go on with a run that was killed")
-    _option(found, "memory", type=amount, metavar="SIZE", help="use no more, as 2G or 800M")
+    _option(found, "memory", type=_amount, metavar="SIZE", help="use no more, as 2G or 800M")
     size = "split weights into files of about so many GB"
     _option(found, "part_file_size", type=_gigabytes, metavar="GB", help=size)
 
@@ -103,6 +103,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
     return int(text)
+
+
+def _amount(text: str) -> float:
+    """Bytes, from "2G", "1.5g", "800M" or a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg]?)b?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; write 2G or 800M")
+    return float(found[1]) * UNITS[found[2].upper()]
 
 
 def _gigabytes(text: str) -> float:

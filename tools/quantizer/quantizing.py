@@ -24,6 +24,12 @@ from kvc8.tools.quantizer.float_check import check_float_model
 from kvc8.tools.quantizer.layers import stages
 from kvc8.tools.quantizer.memory import room
 from kvc8.tools.quantizer.model import QuantPlan, not_copied
+from kvc8.tools.quantizer.recipe_settings import (
+    engine_of,
+    kvc8_options,
+    run_dtype,
+    vendor_options,
+)
 from kvc8.tools.quantizer.recipes import kvc8, minmax, msmodelslim
 from kvc8.tools.quantizer.recipes.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.sensitivity import LinearGroup, measure, roll_back
@@ -32,11 +38,7 @@ from kvc8.tools.quantizer.settings import (
     SWEEPS,
     Recipe,
     Settings,
-    engine_of,
-    kvc8_options,
     recipe_of,
-    run_dtype,
-    vendor_options,
     written,
 )
 from kvc8.tools.quantizer.sites import LinearSite, choose, labels, sites, vocabulary

@@ -154,7 +154,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _header(entries: Sequence[Entry]) -> tuple[bytes, dict[str, int], int]:
     """The head of a safetensors file, where each tensor begins, and how long the file is."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {getattr(torch, kind): name for name, (kind, _) in DTYPES.items()}
     fields, starts, end = {}, {}, 0
     for entry in sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name)):
         span = [end, end := end + entry.nbytes]
