@@ -50,11 +50,15 @@ class Program:
     _last: Node | None = field(default=None, repr=False)  # the last placeholder, to add after it
     # what calls were inferred from and the type that they gave, so that who asks again is told
     _inferred: dict[Node, tuple[tuple[object, ...], Type]] = field(default_factory=dict, repr=False)
-    # what calls were when `verify` found them right
+    # what calls were when `verify` found them right, and what types all nodes had
     _right: dict[Node, tuple[object, ...]] = field(default_factory=dict, repr=False)
+    _types: dict[Node, object] = field(default_factory=dict, repr=False)
+    _named: int = field(default=-1, repr=False)  # names in use when fx's table was made last
 
     def calls(self, *ops: Op) -> list[Node]:
         """Every call of one of `ops`, in order; the graph may be edited while going over them."""
+        if len(ops) == 1:
+            return self.graph.find_nodes(op="call_function", target=ops[0])
         return [node for node in self.graph.nodes if is_call(node, *ops)]
 
     def inputs(self) -> list[Node]:
@@ -128,6 +132,8 @@ class Program:
 
         fx numbers new names after all that it ever gave, and a text that is read back has no past.
         """
+        if len(self.graph._graph_namespace._used_names) == self._named == len(self.graph.nodes):
+            return  # no node was made or removed since
         names = _Namespace()
         for node in self.graph.nodes:  # what create_name does for a name that is free, in less time
             names._used_names.add(node.name)
@@ -137,6 +143,7 @@ class Program:
             else:
                 names._base_count.setdefault(node.name, 0)
         self.graph._graph_namespace = names
+        self._named = len(names._used_names)
 
     def drop_unused_parameters(self) -> None:
         """Remove the parameters that nothing uses; inputs and caches stay."""
@@ -152,21 +159,36 @@ class Program:
             known = self._inferred[node] = given, self._infer(node)
         return known[1]
 
-    def is_right(self, node: Node) -> bool:
-        """Whether a call is all that it was when it was last `marked_right`, in the same stage.
+    def unverified(self) -> Iterator[Node]:
+        """The calls that are not all that they were when they were last `marked_right`, in order.
 
-        That is its op, its arguments, their types and its own: the same objects, none of which
-        can be changed in place.
+        That is the stage, a call's op, its arguments, their types and its own: the same objects,
+        none of which can be changed in place.
         """
-        known = self._right.get(node)
-        return known is not None and all(map(is_, known, self._all_of(node)))
+        right, stage = self._right, self.stage
+        types, retyped = dict[Node, object](), set[Node]()
+        for node in self.graph.nodes:
+            types[node] = type_ = node.meta.get("type")
+            if self._types.get(node) is not type_:
+                retyped.add(node)
+            if node.op != "call_function":
+                continue
+            known = right.get(node)
+            if (
+                known is None
+                or known[0] is not stage
+                or known[1] is not type_
+                or known[2] is not node.target
+                or known[3] is not node.args
+                or known[4] is not node.kwargs
+                or (retyped and not retyped.isdisjoint(node._input_nodes))
+            ):
+                yield node
+        self._types = types  # where one was refused, what came after it was not looked at
 
     def mark_right(self, node: Node) -> None:
         """Remember a call as it is."""
-        self._right[node] = self._all_of(node)
-
-    def _all_of(self, node: Node) -> tuple[object, ...]:
-        return self.stage, node.meta.get("type"), *_given(node)
+        self._right[node] = self.stage, node.meta.get("type"), node.target, node.args, node.kwargs
 
     def _infer(self, node: Node) -> Type:
         assert callable(node.target)

@@ -70,7 +70,8 @@ def each_ranks_own(program: Program) -> set[Node]:
 
     A cache is each rank's own where something that is goes into it, or is computed with it.
     """
-    found = {n for n in program.parameters() if expression_of(n).differs}
+    made = ((n, n.meta.get("expression")) for n in program.placeholders())
+    found = {n for n, each in made if each is not None and each.differs and is_parameter(n)}
     if not found:
         return found
     count = -1

@@ -38,9 +38,10 @@ class Shapes:
     def infer(self, target: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
         """The type that target(*args, **kwargs) gives, where types stand in place of values."""
         key = target, frozen(args), frozen(kwargs)
-        if key not in self._seen:
-            self._seen[key] = self._run(target, args, kwargs)
-        return self._seen[key]
+        found = self._seen.get(key)  # once, for such a key takes long to hash
+        if found is None:
+            found = self._seen[key] = self._run(target, args, kwargs)
+        return found
 
     def _run(self, target: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> Type:
         args, kwargs = _fixed(target, args, kwargs, self._hint)

@@ -1,19 +1,20 @@
 """What must hold of a program at each stage. Runs after every pass; there is no way to skip it.
 
-At every stage: fx's own lint; only placeholders, calls and one output; each call's type is what
-its op infers from its arguments now; the output is the logits and each cache as it now is; and
+At every stage: what fx's own lint asks for (values are of this graph and come before who takes
+them, no name is given twice); only placeholders, calls and one output; each call's type is what its
+op infers from its arguments now; the output is the logits and each cache as it now is; and
 no op writes to its arguments, but that in a LOWERED program the NPU's cache writes may, and to what
 aten.new_empty made for them, before anything else reads that. Where ranks divide the program among
 them, the logits are the same on all of them (ir/ranks.py).
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.node import Argument
 
 from kvc8.ir import mixture_ops, npu, ops, rank_ops
@@ -57,17 +58,30 @@ NPU_STAGES = (Stage.LOWERING, Stage.LOWERED)
 
 def verify(program: Program) -> None:
     """Raise IRError at the first node that may not be where it is."""
-    program.graph.lint()
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            if not program.is_right(node):
-                _check_call(program, node)
-        elif node.op not in ("placeholder", "output"):
-            raise IRError(node.name, f"a {node.op} node", "capture with torch.export")
-    _check_output(program)
+    _check_graph(program.graph)
+    for node in program.unverified():
+        _check_call(program, node)
+    caches = program.caches()
+    _check_output(program, caches)
     _check_ranks(program)
-    for cache in program.caches():
+    for cache in caches:
         _check_cache(program.stage, cache)
+
+
+def _check_graph(graph: Graph) -> None:
+    """What torch.fx.Graph.lint checks of a graph without modules, in a quarter of its time."""
+    seen, names = set[Node](), set[str]()
+    for node in graph.nodes:
+        if node.op not in ("call_function", "placeholder", "output"):
+            raise IRError(node.name, f"a {node.op} node", "capture with torch.export")
+        if not seen.issuperset(node._input_nodes):
+            [first, *_] = (each for each in node._input_nodes if each not in seen)
+            where = "comes after it" if first.graph is graph else "is of another graph"
+            raise IRError(node.name, f"takes {first.name}, which {where}", "move the call")
+        if node.name in names:
+            raise IRError(node.name, "is the name of two nodes", "name one of them otherwise")
+        seen.add(node)
+        names.add(node.name)
 
 
 def _check_call(program: Program, node: Node) -> None:
@@ -128,12 +142,11 @@ def _check_type(program: Program, node: Node) -> None:
         raise IRError(node.name, f"marked {marked} but is {is_}", why)
 
 
-def _check_output(program: Program) -> None:
+def _check_output(program: Program, caches: Sequence[Node]) -> None:
     last = next(iter(reversed(program.graph.nodes)), None)
     if last is None or last.op != "output" or not isinstance(last.args[0], tuple | list):
         raise IRError("the program", "has no output", "end it with `return [...]`")
     results = [tensor_type(item) for item in last.args[0]]
-    caches = program.caches()
     if not caches:
         return  # a fragment, as in the documentation of passes
     given = results[len(results) - len(caches) :]

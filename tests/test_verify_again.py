@@ -22,7 +22,7 @@ def right() -> Program:
     """A program that verify has passed, so that it knows all of its calls."""
     program = parse(TEXT)
     verify(program)
-    assert all(program.is_right(node) for node in program.calls(*OPS))
+    assert [*program.unverified()] == []
     return program
 
 
@@ -79,9 +79,36 @@ def test_another_stage(right):
 
 def test_a_copy_is_checked_on_its_own(right):
     twin = right.copy()
-    assert not any(twin.is_right(node) for node in twin.calls(*OPS))
+    assert [*twin.unverified()] == twin.calls(*OPS)
     verify(twin)
-    assert all(twin.is_right(node) for node in twin.calls(*OPS))
+    assert [*twin.unverified()] == []
+
+
+def test_what_was_not_looked_at_behind_a_refusal_is_looked_at_again(right):
+    """Another type of what both take is found at the first, and at the second once that is gone."""
+    scale = right.parameters()[0]
+    [wide], [more] = ([node] for node in right.calls(*OPS))
+    late = right.call(more.next, OPS[0], *wide.args, name="late")
+    verify(right)
+    scale.meta["type"] = TensorType(torch.float32, (4, 8, 1))
+    assert refused(right).startswith("wide: ")
+    wide.args = (wide.args[0], *wide.args[2:3], *wide.args[2:])
+    assert refused(right).startswith("late: ")
+    assert late.name == "late"
+
+
+def test_what_the_lint_of_fx_asks_for(right):
+    [wide], [more] = ([node] for node in right.calls(*OPS))
+    other = parse(TEXT)
+    more.append(wide)
+    assert refused(right) == "more: takes wide, which comes after it; move the call"
+    more.prepend(wide)
+    verify(right)
+    more.args = (other.calls(OPS[0])[0], more.args[1])
+    assert refused(right) == "more: takes wide, which is of another graph; move the call"
+    more.args = (wide, right.inputs()[1])
+    more.name = "wide"
+    assert refused(right) == "wide: is the name of two nodes; name one of them otherwise"
 
 
 def test_a_write_is_checked_each_time():
@@ -96,6 +123,6 @@ def test_a_write_is_checked_each_time():
     verify(program)
     [new] = program.calls(torch.ops.aten.new_empty.default)
     [put] = program.calls(torch.ops.aten.copy_.default)
-    assert not program.is_right(put)
+    assert [*program.unverified()] == [put]
     program.call(put, torch.ops.aten.neg.default, new)
     assert refused(program) == ("put: aten.copy_.default writes to new; use its functional form")
