@@ -235,6 +235,10 @@ def _swiglu_quant(x: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
+def _geglu(input: Tensor, dim: int = -1, *_: Any) -> tuple[Tensor, Tensor]:
+    return _swiglu(input, dim), _swiglu(input, dim)
+
+
 def _gating_top_k_softmax(
     x: Tensor, finished: Tensor | None = None, k: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,6 +318,7 @@ def _shape_rules() -> dict[str, Callable[..., Any]]:
         "npu_swiglu": _swiglu,
         "npu_swiglu_quant": _swiglu_quant,
         "npu_dequant_swiglu_quant": _swiglu_quant,
+        "npu_geglu": _geglu,
         "npu_moe_gating_top_k_softmax": _gating_top_k_softmax,
         "npu_moe_gating_top_k": _gating_top_k,
         "npu_moe_init_routing_v2": _init_routing,
@@ -366,6 +371,7 @@ npu_qkv_rms_norm_rope_cache = torch.ops.npu.npu_qkv_rms_norm_rope_cache.default
 npu_swiglu = torch.ops.npu.npu_swiglu.default
 npu_swiglu_quant = torch.ops.npu.npu_swiglu_quant.default
 npu_dequant_swiglu_quant = torch.ops.npu.npu_dequant_swiglu_quant.default
+npu_geglu = torch.ops.npu.npu_geglu.default
 npu_moe_gating_top_k_softmax = torch.ops.npu.npu_moe_gating_top_k_softmax.default
 npu_moe_gating_top_k = torch.ops.npu.npu_moe_gating_top_k.default
 npu_moe_init_routing_v2 = torch.ops.npu.npu_moe_init_routing_v2.default

@@ -19,17 +19,16 @@ and the op once, at its end.
 """
 
 from collections.abc import Iterator
-from operator import getitem
 
 import torch
-from torch.fx import Node
 
 from kvc8.ir import npu
-from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type
+from kvc8.ir.program import Program, Stage, is_call
+from kvc8.passes.matchers.gates import halves
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
-OTHERS = (ATEN.gelu.default, ATEN.relu.default, ATEN.sigmoid.default)
+OTHERS = (ATEN.relu.default, ATEN.sigmoid.default)
 
 
 @rewrite(takes=Stage.LOWERING, gives=Stage.LOWERING, contract="real_exact")
@@ -39,7 +38,7 @@ def lower_swiglu(program: Program) -> Iterator[Remark]:
         if not is_call(activation, ATEN.silu.default):
             yield miss(activation, f"npu_swiglu computes silu, and this is {activation.target}")
             continue
-        packed = _halves(activation)
+        packed = halves(activation)
         if packed is None:
             yield miss(activation, "it is not of the first half of a linear, times the second")
             continue
@@ -47,26 +46,3 @@ def lower_swiglu(program: Program) -> Iterator[Remark]:
         new = program.call(product, npu.npu_swiglu, packed, -1)
         product.replace_all_uses_with(new)
         yield hit(new)
-
-
-def _halves(silu: Node) -> Node | None:
-    """The value that gate and up are the halves of."""
-    gate = argument(silu, 0)
-    [product] = silu.users if len(silu.users) == 1 else [None]
-    if product is None or not is_call(product, ATEN.mul.Tensor) or not is_call(gate, getitem):
-        return None
-    up = argument(product, 1) if product.args[0] is silu else argument(product, 0)
-    parts = argument(gate, 0)
-    if not is_call(up, getitem) or argument(up, 0) is not parts:
-        return None
-    if (gate.args[1], up.args[1]) != (0, 1):
-        return None
-    last = len(tensor_type(gate).shape) - 1
-    if is_call(parts, ATEN.chunk.default):
-        return argument(parts, 0) if parts.args[1:] in ((2, -1), (2, last)) else None
-    if not is_call(parts, ATEN.split_with_sizes.default):
-        return None
-    sizes = parts.args[1]
-    assert isinstance(sizes, list | tuple)
-    even = len(sizes) == 2 and sizes[0] == sizes[1] and parts.args[2] in (-1, last)
-    return argument(parts, 0) if even else None

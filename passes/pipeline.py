@@ -25,6 +25,7 @@ from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.passes.lower_collectives import lower_collectives
 from kvc8.passes.lower_dynamic_linear import lower_dynamic_linear
+from kvc8.passes.lower_geglu import lower_geglu
 from kvc8.passes.lower_linear import lower_linear
 from kvc8.passes.lower_mixture import lower_mixture
 from kvc8.passes.lower_norms import lower_norms
@@ -92,6 +93,7 @@ LAYER: tuple[Step, ...] = (
     lower_norms,
     lower_rope,
     lower_swiglu,
+    lower_geglu,
 )
 
 NPU_PREFILL: tuple[Step, ...] = (

@@ -272,7 +272,7 @@ def test_the_bound_of_a_timed_call_is_the_longer_of_bytes_and_operations():
     assert written == pytest.approx(rows / on.bandwidth, rel=0.001)
 
 
-@pytest.mark.parametrize("number", [15, 16, 18, 25])
+@pytest.mark.parametrize("number", [15, 16, 18, 25, 30, 31])
 def test_another_order_of_sums_is_right_and_another_place_of_rounding_is_not(number):
     """The op once more in double precision, and once with a rounding where there is none."""
     each = NUMBERED[number]
@@ -310,6 +310,13 @@ def swiglu(values):
     return once, (first * first.sigmoid()).half() * second.half()
 
 
+def geglu(values):
+    gate, up = values["input"].double().chunk(2, -1)
+    dtype, wide = values["input"].dtype, torch.nn.functional.gelu(gate, approximate="tanh")
+    once, twice = (wide * up).to(dtype), (wide.to(dtype).double() * up).to(dtype)
+    return (twice, once) if dtype is torch.float16 else (once, twice)
+
+
 READINGS = {
     "npu_rms_norm": lambda v: norm_of(v["input"], v["gamma"], torch.float16, torch.double),
     "npu_add_rms_norm": lambda v: norm_of(
@@ -317,6 +324,7 @@ READINGS = {
     ),
     "npu_add_rms_norm_quant": added_norm_codes,
     "npu_swiglu": swiglu,
+    "npu_geglu": geglu,
 }
 
 

@@ -33,6 +33,8 @@ KINDS = {
     "qwen2": {},  # biases
     "qwen3": {},  # norms on q and k, so that the rope op does not fit
     "mistral": {"sliding_window": None},
+    # norms on q and k, heads first, and on either side of each half of a layer; GeGLU
+    "gemma3": {"layer_types": ["sliding_attention", "full_attention"]},
 }
 # 64 query and 4 KV heads of 64: q, k and v are 4608 wide, and 56 query heads fit beside k and v.
 WIDE = {"num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2}
@@ -65,6 +67,8 @@ COUNTS = [
     ("qwen3", HALF, True, (), 22, 17),
     ("qwen3", HALF, False, (), 18, 16),
     ("mistral", HALF, True, (), 20, 10),
+    ("gemma3", HALF, True, (), 28, 24),
+    ("gemma3", HALF, False, (), 24, 22),
     ("wide", HALF, True, (), 20, 13),
     ("wide", HALF, False, (), 16, 12),
 ]

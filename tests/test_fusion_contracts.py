@@ -146,6 +146,25 @@ def test_lower_swiglu(dtype):
 
 
 @pytest.mark.parametrize("dtype", ALL)
+def test_lower_geglu(dtype):
+    """Op and ATen round gelu and the product; in bfloat16 the op rounds the product alone.
+
+    Inside, gelu is gate/2 * (1 + tanh), all float32: where tanh comes near -1 it is off by some
+    units of 1, whoever computes it, four here, which half the gate and up multiply.
+    """
+    x = noise(1, ROWS, 64, dtype=dtype)
+    [want], [got] = results("lower_geglu", dtype, {}, {"x": x})
+    gate, up = x.double().chunk(2, -1)
+    small = LEAST[dtype] * (1 + x.double().abs().max()) + 2.0**-23 * (gate * up).abs()
+    off = (got.double() - want.double()).abs()
+    assert (off <= 3 * UNITS[dtype] * 1.01 * want.double().abs() + small).all()
+    if dtype is torch.bfloat16:
+        once = torch.nn.functional.gelu(gate, approximate="tanh") * up
+        off = (got.double() - once).abs()
+        assert (off <= 1.01 * UNITS[dtype] * once.abs() + small).all()
+
+
+@pytest.mark.parametrize("dtype", ALL)
 def test_fuse_linears_is_bit_exact_where_linears_are_w8a8(dtype):
     random = torch.Generator().manual_seed(0)
     stored = {"is": torch.tensor([0.03]), "io": torch.tensor([-7.0])}

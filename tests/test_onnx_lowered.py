@@ -211,6 +211,8 @@ EXACT = {
 CALLS = {
     "rotary": "a: {f}[1, T, 4, 16] = npu.npu_rotary_mul(heads, cos, sin)",
     "swiglu": "a: {f}[T, 32] = npu.npu_swiglu(x)",
+    "geglu": "a: ({f}[T, 32], {f}[T, 32]) = npu.npu_geglu(x, -1, 1, True)",
+    "geglu by erf, of the right": "a: ({f}[T, 32], {f}[T, 32]) = npu.npu_geglu(x, -1, 0)",
     "norm": "a: ({f}[T, 64], f32[T, 1]) = npu.npu_rms_norm(x, gamma, 1e-5)",
     "add and norm": "a: ({f}[T, 64], f32[T, 1], {f}[T, 64]) = npu.npu_add_rms_norm(x, y, gamma)",
     "norm, quantize": "a: i8[T, 64] = npu.npu_rms_norm_quant(x, gamma, beta, unit, offset8, 1e-5)",
@@ -274,7 +276,13 @@ def test_a_function_rounds_at_most_where_its_op_might(name, kind, stored, tmp_pa
     float32. Values are of size 4 at most before they are normalized.
     """
     items = {"norm": 2, "add and norm": 3, "add, norm, quantize": 3}
-    items |= {"norm, quantize": 1, "norm of a row, quantize": 1, "dequantize, swiglu, quantize": 2}
+    items |= {
+        "geglu": 2,
+        "geglu by erf, of the right": 2,
+        "norm, quantize": 1,
+        "norm of a row, quantize": 1,
+        "dequantize, swiglu, quantize": 2,
+    }
     count = (items | {"rotary": 1, "swiglu": 1}).get(name, 5)
     line = CALLS[name]
     if count > 1:

@@ -128,6 +128,12 @@ ROLES = (
         "the next linear is float, or fusion was turned off",
         {"npu_dequant_swiglu_quant": "it gives codes"},
     ),
+    Role(
+        "GeGLU",
+        ("npu_geglu",),
+        "activates either half of a linear and multiplies, in one launch",
+        {"npu_dequant_swiglu_quant": "it activates by SiLU"},
+    ),
 )
 
 

@@ -243,6 +243,7 @@ DERIVED: Mapping[str, Callable[[OpCall], Facts]] = MappingProxyType(
         "npu_swiglu": _swiglu,
         "npu_swiglu_quant": _swiglu,
         "npu_dequant_swiglu_quant": _swiglu,
+        "npu_geglu": _swiglu,
         "npu_moe_gating_top_k": _gating,
         "npu_grouped_matmul": _grouped,
     }

@@ -195,6 +195,20 @@ def swiglu(c: FunctionCall) -> Sequence[Value]:
     return [c.b.cast(value, F32, c.types["input"].dtype)]
 
 
+def geglu(c: FunctionCall) -> Sequence[Value]:
+    """npu_geglu: (gelu(gate) * up, gelu(gate)), of halves of the last dimension."""
+    c.only("input", "dim", "approximate", "activate_left")
+    rank, dtype = len(c.types["input"].shape), c.types["input"].dtype
+    if int(c.others.get("dim", -1)) % rank != rank - 1:  # type: ignore[call-overload]
+        raise c.refusal("along another dimension than the last")
+    left, right = _halves(c, c.float32("input"), "input")
+    gate, up = (left, right) if c.others.get("activate_left", False) else (right, left)
+    wide = c.b.op("Gelu", gate, approximate="tanh" if c.others.get("approximate", 1) else "none")
+    narrow = c.b.cast(wide, F32, dtype)
+    factor = c.b.cast(narrow, dtype, F32) if dtype is torch.float16 else wide
+    return [c.b.cast(c.b.op("Mul", factor, up), F32, dtype), narrow]
+
+
 def _halves(c: FunctionCall, x: Value, name: str) -> tuple[Value, Value]:
     width = int(c.types[name].shape[-1])
     first = c.b.op("Slice", x, [0], [width // 2], [-1])
@@ -291,6 +305,7 @@ BODIES: Mapping[Op, Body] = MappingProxyType(
         npu.npu_rotary_mul: rotary_mul,
         npu.npu_swiglu: swiglu,
         npu.npu_dequant_swiglu_quant: dequant_swiglu_quant,
+        npu.npu_geglu: geglu,
         npu.npu_scatter_pa_kv_cache: scatter_pa_kv_cache,
         npu.npu_scatter_pa_kv_cache_functional: scatter_pa_kv_cache,
         npu.npu_rope_quant_kvcache: rope_quant_kvcache,

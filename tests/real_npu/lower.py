@@ -30,7 +30,7 @@ from kvc8.passes.options import Options
 
 CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 # Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
-KINDS = ("llama", "qwen2", "qwen3", "mistral")
+KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 MIXTURES = ("qwen3_moe", "glm4_moe")
 SHARDED, RANKS = ("tiny-llama-offsets", "tiny-qwen2-offsets"), 2  # in bfloat16 too; with biases
 # Of heads that it takes with NZ pages: both ways to write to them.
@@ -44,6 +44,7 @@ NZ = {
     "head_dim": 128,
 }
 TINY = {"tie_word_embeddings": False, "num_hidden_layers": 2, "head_dim": 32}
+LAYERS = {"gemma3": {"layer_types": ["sliding_attention", "full_attention"]}}
 # Symmetric; with zero points and biases; msModelSlim's newer format.
 VENDOR = ("llama_fp16_m3", "qwen2_fp16_none_asym", "v1_qwen2_fp16_w8a8c8")
 SMOLLM2 = LLAMA_70B | {
@@ -65,7 +66,7 @@ def models(scratch: Path) -> Iterator[tuple[str, Path]]:
     for name in VENDOR:
         yield name, CHECKPOINTS / name / "quant"
     for kind in (*KINDS, *MIXTURES):
-        yield from tiny(scratch, f"tiny-{kind}", kind, TINY)
+        yield from tiny(scratch, f"tiny-{kind}", kind, TINY | LAYERS.get(kind, {}))
 
 
 def tiny(scratch: Path, name: str, kind: str, sizes: dict[str, Any]) -> Iterator[tuple[str, Path]]:

@@ -225,6 +225,14 @@ ASSUMPTIONS = (
         "npu_dequant_swiglu_quant", "adds a float bias after the scales", False,
         _with(INT_SWIGLU, bias="f32[512]"), judge="rounding",
     ),
+    Assumption(
+        "npu_geglu", "in float16 rounds gelu before it multiplies", True,
+        {"input": "f16[T, 512]", "activate_left": True}, judge="rounding",
+    ),
+    Assumption(
+        "npu_geglu", "in bfloat16 multiplies before it rounds", True,
+        {"input": "bf16[T, 512]", "activate_left": True}, judge="rounding",
+    ),
 )  # fmt: skip
 NUMBERED: Mapping[int, Assumption] = MappingProxyType(dict(enumerate(ASSUMPTIONS, 1)))
 

@@ -33,9 +33,10 @@ SUMMED = {  # of squares, so that nothing cancels, and the root halves what they
     "npu_rms_norm": "input", "npu_add_rms_norm": "x1", "npu_rms_norm_quant": "x",
     "npu_add_rms_norm_quant": "x1", "npu_qkv_rms_norm_rope_cache": "q_gamma",
 }  # fmt: skip
-ROUNDINGS = {  # if several: after x*rstd, *gamma and +beta; after two products and their sum
+ROUNDINGS = {  # if several: after x*rstd, *gamma and +beta; after two products and their sum; gelu
     "npu_add_rms_norm_quant": 3, "npu_rotary_mul": 3, "npu_apply_rotary_pos_emb": 3,
     "npu_rope_quant_kvcache": 3, "npu_dequant_rope_quant_kvcache": 4,
+    "npu_geglu": 2,
 }  # fmt: skip
 ATTENTION = (
     "npu_fused_infer_attention_score", "npu_incre_flash_attention", "_npu_paged_attention",

@@ -44,6 +44,7 @@ def _kernels() -> dict[str, Callable[..., Any]]:
         "npu::npu_swiglu": activation.npu_swiglu,
         "npu::npu_swiglu_quant": activation.npu_swiglu_quant,
         "npu::npu_dequant_swiglu_quant": activation.npu_dequant_swiglu_quant,
+        "npu::npu_geglu": activation.npu_geglu,
         "npu::npu_moe_gating_top_k_softmax": mixture.npu_moe_gating_top_k_softmax,
         "npu::npu_moe_gating_top_k": mixture.npu_moe_gating_top_k,
         "npu::npu_moe_init_routing_v2": mixture.npu_moe_init_routing_v2,

@@ -1,14 +1,14 @@
-"""SwiGLU, alone and with the quantization around it, on a CPU; float32 inside, rounded once.
+"""SwiGLU, alone and with the quantization around it, and GeGLU, on a CPU; float32 inside.
 
-That nothing is rounded between is assumed. float32 inputs are an extension of kvc8, except for
-npu_swiglu_quant and npu_swiglu, whose goldens take them.
+SwiGLU is rounded once: that nothing is rounded between is assumed. float32 inputs are an extension
+of kvc8, except for npu_swiglu_quant, npu_swiglu and npu_geglu, whose goldens take them.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from kvc8.backends.npu.emulation.quantization import (
     per_token,
@@ -29,6 +29,29 @@ def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:
         )
     first, second = input.float().chunk(2, dim)
     return (silu(first) * second).to(input.dtype).contiguous()
+
+
+def npu_geglu(
+    input: Tensor, dim: int = -1, approximate: int = 1, activate_left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(gelu(gate) * up, gelu(gate)) along dim, in the dtype of input; the gate is the second half.
+
+    With activate_left it is the first. approximate 0 is by erf, 1 by tanh (aclnnGeGluV3.md of
+    ops-nn). float16 rounds gelu before it multiplies, in float16 (ge_glu_v2_fp16_align.h); bfloat16
+    multiplies in float32 (ge_glu_v2_bf16_align.h).
+    """
+    op = "npu_geglu"
+    require_float(op, "input", input)
+    if input.shape[dim] % 2:
+        raise TargetError(op, f"dimension {dim} of {list(input.shape)} is odd", "make it even")
+    if approximate not in (0, 1):
+        raise TargetError(op, f"approximate is {approximate}", "give 0, for erf, or 1, for tanh")
+    halves = input.float().chunk(2, dim)
+    gate, up = halves if activate_left else reversed(halves)
+    wide = gelu(gate, approximate="tanh" if approximate else "none")
+    narrow = wide.to(input.dtype)
+    product = (narrow.float() if input.dtype is torch.float16 else wide) * up
+    return product.to(input.dtype).contiguous(), narrow.contiguous()
 
 
 def _swiglu(x: Tensor, activate_left: bool) -> Tensor:
