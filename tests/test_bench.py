@@ -1,6 +1,7 @@
 """The benchmark measures what it says it does."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
 from kvc8.passes import pipeline
 from kvc8.tools import bench
+from kvc8.tools.benchmarks import compiling, serving
 from kvc8.tools.benchmarks import plain as bench_plain
-from kvc8.tools.benchmarks import serving
 from kvc8.tools.benchmarks.decode import TOKEN, step_inputs
 from kvc8.tools.benchmarks.stateful import Stateful
 
@@ -90,3 +91,13 @@ def test_the_plain_graph_computes_the_same_model(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(want[1:], codes, strict=True))
 
     on_one_of((1, 2, 3), agree)
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_compile_are_parts_of_the_whole(capsys):
+    given = ["compile", str(GOLDEN / "quant"), "--turns", "1", "--threads", "1", "--json"]
+    assert bench.work(bench.parser().parse_args(given)) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["model"] == "quant"
+    assert 0 < sum(row[stage][0] for stage in compiling.STAGES) < row["all"][0] + 0.05  # rounded
+    assert 100 < row["peak_mb"] < 2000

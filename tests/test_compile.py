@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.sparse import LLAMA_70B, write_sparse
+from support.sparse import LLAMA_70B, LLAMA_405B, write_sparse
 
 from kvc8.backends.npu.artifact import disk_use
 from kvc8.backends.npu.artifact_reader import read
@@ -257,9 +257,7 @@ def test_a_killed_compile_leaves_nothing_or_all(model, tmp_path):
 @pytest.mark.slow
 def test_a_405b_model_of_headers_alone_compiles_in_little_memory(tmp_path):
     """In 0.6 GB."""
-    wide = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126}
-    config = {**LLAMA_70B, **wide, "num_attention_heads": 128}
-    directory, out = write_sparse(tmp_path / "llama405b", config), tmp_path / "out"
+    directory, out = write_sparse(tmp_path / "llama405b", LLAMA_405B), tmp_path / "out"
     code = (  # ru_maxrss would be the parent's, where that has more: a child inherits it
         "from pathlib import Path; from kvc8.tools.compile import main; assert main() == 0; "
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"

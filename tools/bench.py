@@ -1,6 +1,7 @@
 """Measure what kvc8 makes against what else there is, side by side in one run.
 
     python -m kvc8.tools.bench decode C8_DIR FLOAT_DIR
+    python -m kvc8.tools.bench compile C8_DIR ...
     python -m kvc8.tools.bench quantize FLOAT_DIR --calib-file TEXTS
     python -m kvc8.tools.bench serve ARTIFACT
     python -m kvc8.tools.bench floor FLOAT_DIR --text TEXT
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import median
 
+from kvc8.tools.benchmarks import compiling as bench_compile
 from kvc8.tools.benchmarks import decode as bench_decode
 from kvc8.tools.benchmarks import floor as bench_floor
 from kvc8.tools.benchmarks import quantize as bench_quantize
@@ -50,13 +52,15 @@ def parser() -> argparse.ArgumentParser:
     each = found.add_subparsers(dest="what", required=True)
     decode = each.add_parser("decode", help=bench_decode.__doc__)
     bench_decode.arguments(decode)
+    compiling = each.add_parser("compile", help=bench_compile.__doc__)
+    bench_compile.arguments(compiling)
     quantize = each.add_parser("quantize", help=bench_quantize.__doc__)
     bench_quantize.arguments(quantize)
     serve = each.add_parser("serve", help=bench_serving.__doc__)
     bench_serving.arguments(serve)
     floor = each.add_parser("floor", help=bench_floor.__doc__)
     bench_floor.arguments(floor)
-    for sub in (decode, quantize, serve, floor):
+    for sub in (decode, compiling, quantize, serve, floor):
         sub.add_argument("--threads", type=int, default=2, help="of each candidate; default: 2")
         sub.add_argument("--turns", type=int, default=15, help="default: 15")
         sub.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -65,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Run one benchmark and print it."""
+    if args.what == "compile":
+        _print_stages(bench_compile.rows(args), args.json)
+        return 0
     if args.what == "quantize":
         _print_cost(bench_quantize.rows(args), args.json)
         return 0
@@ -111,6 +118,17 @@ def _print_cost(rows: list[dict[str, object]], as_json: bool) -> None:
     for row in rows:
         cpu, peak, times = (row[key] for key in ("cpu_s", "peak_mb", "ratio"))
         print(f"{row['candidate']!s:<26} {cpu:>7} s of user CPU  {peak:>6} MB  {times:>7}x")
+
+
+def _print_stages(rows: list[dict[str, object]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    stages = (*bench_compile.STAGES, "all")
+    print("user / wall s".ljust(16), *(stage.rjust(14) for stage in stages), "   peak MB")
+    for row in rows:
+        each = [" / ".join(f"{x:.2f}" for x in row[name]).rjust(14) for name in stages]  # type: ignore[attr-defined]
+        print(str(row["model"]).ljust(16), *each, f"{row['peak_mb']:>10}")
 
 
 def _print_floor(rows: list[dict[str, object]], as_json: bool) -> None:

@@ -1,6 +1,10 @@
-"""Checkpoints of any size that take no room: right headers, and shards that are holes."""
+"""Checkpoints of any size that take no room: right headers, and shards that are holes.
+
+python tests/support/sparse.py 405b DIR
+"""
 
 import json
+import sys
 from pathlib import Path
 
 LLAMA_70B = {
@@ -20,6 +24,17 @@ LLAMA_70B = {
     "quantize": "w8a8",
     "quantization_config": {"kv_quant_type": "C8"},
 }
+LLAMA_8B = {
+    **LLAMA_70B,
+    **{"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "num_attention_heads": 32,
+}
+LLAMA_405B = {
+    **LLAMA_70B,
+    **{"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126},
+    "num_attention_heads": 128,
+}
+SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B, "405b": LLAMA_405B}
 BYTES = {"I8": 1, "F16": 2, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
 Entry = tuple[str, tuple[int, ...], str]  # dtype, shape, label
 
@@ -90,3 +105,7 @@ def write_shard(path: Path, entries: dict[str, Entry]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + at)
+
+
+if __name__ == "__main__":
+    write_sparse(Path(sys.argv[2]), SHAPES[sys.argv[1]])

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class CommandRun:
 
     status: int
     output: str
+    wall: float  # seconds
     user: float  # seconds of processor time
     system: float  # seconds of processor time that the kernel took for it
     peak: float  # MB resident
@@ -40,9 +42,12 @@ def measured(scratch: Path, module: str, *arguments: object, threads: int = 1) -
     command = [sys.executable, "-c", CODE, str(report), module, *map(str, arguments)]
     with (scratch / "output").open("w+") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        start = time.perf_counter()
         child = subprocess.Popen(command, stdout=output, env=environment)
         _, status, used = os.wait4(child.pid, 0)
+        wall = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         peak = int(report.read_text()) * 1024 / 1e6
-        return CommandRun(child.returncode, output.read(), used.ru_utime, used.ru_stime, peak)
+        taken = wall, used.ru_utime, used.ru_stime
+        return CommandRun(child.returncode, output.read(), *taken, peak)

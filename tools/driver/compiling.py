@@ -73,7 +73,7 @@ def compile_model(
     if target.lowered:
         phases, more = pipeline.lower_for_npu(program, options, see)
         remarks += more
-    _write(out, checkpoint, target, options, program, phases)
+    write(out, checkpoint, target, options, program, phases)
     return Compiled(out, target, options, program, phases, remarks)
 
 
@@ -106,7 +106,7 @@ def _all(watchers: Sequence[pipeline.See]) -> pipeline.See:
     return see
 
 
-def _write(
+def write(
     out: Path,
     checkpoint: Checkpoint,
     target: Target,
@@ -114,6 +114,10 @@ def _write(
     program: Program,
     phases: Mapping[str, Program],
 ) -> None:
+    """Write what a target wants of a QUANTIZED program, or of its LOWERED `phases`.
+
+    Raises TargetError where a device would refuse a call of them, before anything is written.
+    """
     if target.kind == "npu":
         beyond = options.nz_heads == "any"
         for phase in phases.values():
