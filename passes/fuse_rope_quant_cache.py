@@ -4,6 +4,10 @@ The op takes q, k and v of a token side by side, at most 4096 wide and a multipl
 are wider, as many query heads as fit go with k and v, and the others are made by a linear of their
 own and rotated by npu_rotary_mul: three launches more, and no copies of parts.
 
+Where q and k are normalized first, as in Qwen3 and Gemma 3, they are put side by side again with v:
+two launches in the place of five. Where that is too wide for the op it is left alone, for a part of
+the queries would have to be cut out and put back.
+
 The op writes to its caches although its schema does not say so, and gives them back; what reads
 them reads what it gives, so that no order is left to chance.
 
@@ -72,7 +76,6 @@ part of the queries made by a linear of its own may sum in another order.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from operator import getitem
 
 import torch
@@ -80,49 +83,24 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu
-from kvc8.ir.packing import divide, parameters, parts
+from kvc8.ir.packing import divide
 from kvc8.ir.program import (
     Program,
     Stage,
     argument,
-    expression_of,
-    is_call,
     tensor_type,
-    unshaped,
 )
 from kvc8.passes.matchers.cache_write import (
-    codes_of,
     flat_angle,
-    has_angles_of_tokens,
     offset_of_heads,
     readers,
     scale_of_heads,
 )
+from kvc8.passes.matchers.rope_write import CacheWriteSite, find_site
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 ATEN = torch.ops.aten
 WIDTH, STEP = 4096, 64  # of q, k and v of a token, side by side
-LINEARS = (ATEN.linear.default, npu.npu_quant_matmul)
-
-
-@dataclass
-class CacheWriteSite:
-    """One cache write, and where what it writes comes from."""
-
-    write: Node
-    linear: Node  # gives q, k and v
-    split: Node
-    q: Node  # the rotated queries, [1, T, heads, D]
-    k: Node  # the rotated keys, [1, T, kv_heads, D]
-    v: Node  # the values, as they come out of the split
-    quantize_k: Node
-    quantize_v: Node
-
-    @property
-    def heads(self) -> tuple[int, int, int]:
-        """Query heads, kv heads, and channels of a head."""
-        heads, dim = (int(d) for d in tensor_type(self.q).shape[2:])
-        return heads, int(tensor_type(self.k).shape[2]), dim
 
 
 @rewrite(takes=Stage.LOWERED, gives=Stage.LOWERED, contract="real_exact")
@@ -130,72 +108,26 @@ def fuse_rope_quant_cache(program: Program) -> Iterator[Remark]:
     """See the module."""
     flat: dict[Node, Node] = {}
     for write in program.calls(npu.npu_scatter_pa_kv_cache):
-        site = _site(write)
+        site = find_site(write)
         if isinstance(site, str):
             yield miss(write, site)
             continue
         heads, kv_heads, dim = site.heads
         most = _heads_that_fit(heads, kv_heads, dim)
-        if not most:
-            what = (
-                f"q, k and v are {(heads + 2 * kv_heads) * dim} wide, and no number of heads fits"
-            )
-            yield miss(write, f"{what} the op's {WIDTH} and is a multiple of {STEP}")
+        if not most or (site.normed and most < heads):
+            yield miss(write, _too_wide((heads + 2 * kv_heads) * dim, normed=site.normed))
             continue
         yield hit(
             _fuse(program, site, most, flat), "" if most == heads else f"{most} of {heads} heads"
         )
 
 
-def _site(write: Node) -> CacheWriteSite | str:
-    """The site of a cache write, or why it is none."""
-    codes = codes_of(write, "Norm", "its cache is in NZ format, which the op does not write")
-    if isinstance(codes, str):
-        return codes
-    turned, v = (unshaped(argument(node, 0)) for node in codes)
-    if not is_call(turned, npu.npu_rotary_mul):
-        return "its keys do not come out of npu_rotary_mul"
-    k = unshaped(argument(turned, 0))
-    if not is_call(k, getitem) or not is_call(argument(k, 0), ATEN.split_with_sizes.default):
-        return f"its keys pass through {_called(k)} before they are rotated"
-    return _queries(write, turned, k, v, codes)
-
-
-def _queries(
-    write: Node, turned: Node, k: Node, v: Node, codes: list[Node]
-) -> CacheWriteSite | str:
-    split = argument(k, 0)
-    items = {item.args[1]: item for item in split.users}
-    if [k, v] != [items.get(1), items.get(2)] or 0 not in items:
-        return "its q, k and v are not made by one linear"
-    of_q = readers(items[0])
-    [q] = of_q if len(of_q) == 1 else [None]
-    if q is None or not is_call(q, npu.npu_rotary_mul) or q.args[1:] != turned.args[1:]:
-        return "its queries are not rotated as its keys are"
-    if readers(k) != {turned}:
-        return "its keys are read before they are rotated"
-    if not has_angles_of_tokens(turned):
-        return "its cosines are not those of [1, T, 1, D]"
-    if not is_call(argument(split, 0), *LINEARS) or not _fits_parts(split, turned, write):
-        return "its q, k and v are not made by one linear"
-    return CacheWriteSite(write, argument(split, 0), split, q, turned, v, *codes)
-
-
-def _fits_parts(split: Node, turned: Node, write: Node) -> bool:
-    """Whether k and v are alike and the linear's parameters lie q, k, v."""
-    sizes = split.args[1]
-    assert isinstance(sizes, list | tuple)
-    shapes = [tensor_type(argument(write, i)).shape[2:] for i in (2, 3)]
-    tensors = parameters(argument(split, 0))
-    packed = all(len(parts(expression_of(node))) == len(sizes) for node in tensors)
-    return len(sizes) == 3 and shapes[0] == shapes[1] == tensor_type(turned).shape[2:] and packed
-
-
-def _called(node: Node) -> str:
-    source = argument(node, 0) if is_call(node, getitem) else node
-    return (
-        source.name if source.op == "placeholder" else str(source.target).removesuffix(".default")
-    )
+def _too_wide(width: int, *, normed: bool) -> str:
+    if normed:
+        what = f"q and k are normalized, and with v {width} wide"
+        return f"{what}; the op takes {WIDTH} at most, in multiples of {STEP}"
+    limit = f"the op's {WIDTH} and is a multiple of {STEP}"
+    return f"q, k and v are {width} wide, and no number of heads fits {limit}"
 
 
 def _heads_that_fit(heads: int, kv_heads: int, dim: int) -> int:
@@ -210,8 +142,12 @@ def _is_legal(width: int) -> bool:
 
 def _fuse(program: Program, site: CacheWriteSite, most: int, flat: dict[Node, Node]) -> Node:
     heads, kv_heads, dim = site.heads
-    first, rest = (site.linear, None) if most == heads else _divide(program, site, most)
-    rows = program.call(site.split, ATEN.reshape.default, first, [-1, (most + 2 * kv_heads) * dim])
+    here = site.here
+    if site.normed:
+        first, rest = _side_by_side(program, site), None
+    else:
+        first, rest = (site.linear, None) if most == heads else _divide(program, site, most)
+    rows = program.call(here, ATEN.reshape.default, first, [-1, (most + 2 * kv_heads) * dim])
     cos, sin = (flat_angle(program, flat, site.k, i) for i in (1, 2))
     caches = [argument(site.write, 2), argument(site.write, 3)]
     scales = [scale_of_heads(program, q, kv_heads, dim) for q in _quantizers(site)]
@@ -221,7 +157,7 @@ def _fuse(program: Program, site: CacheWriteSite, most: int, flat: dict[Node, No
     options: dict[str, Argument] = {"offset_k": offsets[0], "offset_v": offsets[1]}
     options |= {"kv_output": floats, "cache_mode": "page"}
     args: tuple[Argument, ...] = (rows, cos, sin, *caches, argument(site.write, 4), *scales, sizes)
-    fused = program.call(site.split, npu.npu_rope_quant_kvcache, *args, kwargs=options)
+    fused = program.call(here, npu.npu_rope_quant_kvcache, *args, kwargs=options)
     fused.meta["origin"] = site.write.meta.get("origin", "")
     _take(program, site, fused, rest, floats=floats)
     return fused
@@ -234,8 +170,8 @@ def _take(
     heads, kv_heads, dim = site.heads
 
     def item(index: int, shape: list[int]) -> Node:
-        made = program.call(site.split, getitem, fused, index)
-        return program.call(site.split, ATEN.reshape.default, made, shape) if shape else made
+        made = program.call(site.here, getitem, fused, index)
+        return program.call(site.here, ATEN.reshape.default, made, shape) if shape else made
 
     if rest is None:
         q = item(0, [1, -1, heads, dim])
@@ -245,11 +181,23 @@ def _take(
     site.q.replace_all_uses_with(q)
     if floats:
         site.k.replace_all_uses_with(item(1, [1, -1, kv_heads, dim]))
-        site.v.replace_all_uses_with(item(2, [1, -1, kv_heads * dim]))
+        if not site.normed:  # whose values are read before they are put beside the keys
+            site.v.replace_all_uses_with(item(2, [1, -1, kv_heads * dim]))
     caches = [argument(site.write, 2), argument(site.write, 3)]
     program.graph.erase_node(site.write)
     for i, cache in enumerate(caches, 3):
         cache.replace_all_uses_with(item(i, []), lambda user: user is not fused)
+
+
+def _side_by_side(program: Program, site: CacheWriteSite) -> Node:
+    """Normalized q and k, and v, [1, T, width]."""
+    heads, kv_heads, dim = site.heads
+    parts = ((argument(site.q, 0), heads), (argument(site.k, 0), kv_heads), (site.v, kv_heads))
+    flat = [
+        program.call(site.here, ATEN.reshape.default, part, [1, -1, count * dim])
+        for part, count in parts
+    ]
+    return program.call(site.here, ATEN.cat.default, flat, -1)
 
 
 def _quantizers(site: CacheWriteSite) -> tuple[Node, Node]:

@@ -18,6 +18,9 @@ after:
         getitem: f16[1, T, 64] = npu_rms_norm[0]
         return [getitem]
 
+Heads that were put before tokens, [1, H, T, D], are normalized as they lie, [1, T, H, D], and put
+first afterwards, where lower_rope takes both ways back (Gemma 3).
+
 Gemma multiplies by 1 + w, in float32; the op's weight is that sum, made when the model is loaded.
 
 In float32 the result is the same, bit for bit. In half precision ATen rounds before it multiplies by
@@ -67,8 +70,13 @@ def lower_norms(program: Program) -> Iterator[Remark]:
         if tensor_type(x) != tensor_type(product):
             yield miss(rsqrt, f"it takes {tensor_type(x)} and gives {tensor_type(product)}")
             continue
-        both = program.call(product, npu.npu_rms_norm, x, gamma, epsilon)
-        product.replace_all_uses_with(program.call(product, getitem, both, 0))
+        turned = is_call(x, ATEN.transpose.int) and set(x.args[1:]) == {1, 2}
+        rows = argument(x, 0) if turned and len(tensor_type(x).shape) == 4 else x
+        both = program.call(product, npu.npu_rms_norm, rows, gamma, epsilon)
+        out = program.call(product, getitem, both, 0)
+        if rows is not x:
+            out = program.call(product, ATEN.transpose.int, out, 1, 2)
+        product.replace_all_uses_with(out)
         yield hit(both)
 
 
