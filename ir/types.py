@@ -9,6 +9,7 @@ inputs of a program use (see ir/capture/trace.py):
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeAlias
 
 import sympy
@@ -77,6 +78,7 @@ def dim(expr: object) -> Dim:
     return int(simple) if simple.is_Integer else simple
 
 
+@cache  # printing an expression takes long, and a model has few of them
 def show_dim(d: Dim) -> str:
     """A dimension as text that Python reads back."""
     return str(d)

@@ -77,6 +77,8 @@ def test_what_can_be_refused_at_once_is_refused_before_anything_heavy_is_importe
         "choose another directory or remove it",
         ("compile", LLAMA, *npu, "--flavor", "gqa"): "--flavor: is of --target onnx; "
         "leave it out, or compile for onnx",
+        ("compile", LLAMA, *npu, "--soc", "ascend310p"): "--soc: there are no limits for "
+        "ascend310p; choose one of ascend910b",
         ("compile", LLAMA, *npu, "--tp", "3"): "shard: 8 heads over 2 KV heads do not divide among "
         "3 ranks; use one of 2, 4, 8",
         ("compile", unknown, *npu): f"config.json: transformers {version('transformers')} knows no "

@@ -7,6 +7,7 @@ says what was chosen. The exit status is 1 where a finding is an error.
 """
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -92,6 +93,7 @@ def find(seen: "Seen") -> "list[Finding]":
 
 def main() -> int:
     """Run kvc8-inspect."""
+    gc.disable()  # as kvc8-compile does, for it lowers the model too
     return entry(parser(), work)
 
 

@@ -16,10 +16,8 @@ nearest legal value. All rows are what documents and sources say; no device was 
 torch_npu's own shape functions check much less.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from kvc8.backends.npu.facts import Fact, Facts, facts
+from kvc8.backends.socs import rows_of
 from kvc8.ir import npu
 from kvc8.ir.errors import TargetError
 from kvc8.ir.program import Program, kind_of, op_name
@@ -128,11 +127,7 @@ class Broken:
 
 def limits(soc: str) -> Mapping[str, tuple[Limit, ...]]:
     """The rows of each op on a soc. Raises TargetError for a soc that has no table."""
-    table = json.loads(files("kvc8.backends.npu").joinpath("legality.json").read_text())
-    if soc not in table:
-        known = ", ".join(sorted(table))
-        raise TargetError("--soc", f"there are no limits for {soc}", f"choose one of {known}")
-    return {op: tuple(Limit(**_numbers(row)) for row in rows) for op, rows in table[soc].items()}
+    return {op: tuple(Limit(**_numbers(row)) for row in rows) for op, rows in rows_of(soc).items()}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kvc8.backends.socs import rows_of
 from kvc8.ir.capture.known import check_model_type
 from kvc8.ir.checkpoint.layouts import fact, kv_widths
 from kvc8.ir.checkpoint.model_files import place
@@ -72,9 +73,13 @@ def open_calibrated(directory: Path, calibrated: Calibrated | None = None) -> Ch
 
 
 def check_request(out: Path, target: Target, options: Options) -> None:
-    """Raise TargetError where `out` exists, or options do not go with the target."""
+    """Raise TargetError where `out` exists, no limits of the soc are known, or options do not go
+    with the target.
+    """
     if out.exists():
         raise TargetError(str(out), "exists already", "choose another directory or remove it")
+    if target.kind == "npu":
+        rows_of(target.soc)  # says so where there are none
     if options.kv_format == "nz" and target.kind != "npu":
         raise TargetError(
             "--kv-format", "nz is of --target npu", "leave it out, or compile for npu"
