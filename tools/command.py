@@ -5,6 +5,8 @@
 """
 
 import argparse
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -32,6 +34,8 @@ def entry(
             "--traceback", action="store_true", help="show where in kvc8 an error came from"
         )
     given = parser.parse_args(arguments)
+    # What is left at the end goes with the process: to look for garbage in it takes 1 to 2 s.
+    atexit.register(gc.freeze)
     try:
         with _warnings_as_lines():
             status = work(given)

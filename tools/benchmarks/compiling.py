@@ -5,6 +5,7 @@ prints what each stage took. What the interpreter takes to start and end is in t
 """
 
 import argparse
+import atexit
 import gc
 import json
 import resource
@@ -62,7 +63,8 @@ def _compiled(model: Path, threads: int) -> CommandRun:
 
 def main() -> int:
     """Compile once, as kvc8-compile does with its defaults, and print what each stage took."""
-    gc.disable()  # as kvc8-compile does
+    gc.disable()  # as kvc8-compile does, and as it ends
+    atexit.register(gc.freeze)
     warnings.simplefilter("ignore")  # which it says, and no benchmark
     marks = [_now()]
     from kvc8.ir.capture.trace import capture
