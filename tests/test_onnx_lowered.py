@@ -327,6 +327,17 @@ def test_a_write_in_place_is_seen_by_what_reads_the_cache_after_it(stored, tmp_p
             "y: npu_rotary_mul with rotary_mode has no ONNX function; add it to "
             "backends/onnx/npu_functions.py",
         ),
+        (
+            "y: (f32[T, 8, 2], i32[T, 8, 2], i32[T, 8, 2]) = npu.npu_moe_gating_top_k_softmax(w, "
+            "None, 2)  # model.layers.0.mlp",
+            "model.layers.0.mlp: routes tokens to experts, which --flavor lowered cannot write as "
+            "ONNX yet; use --flavor standard",
+        ),
+        (
+            "y: (i8[T, 8], f32[T]) = npu.npu_dynamic_quant(x)  # model.layers.0.mlp.up_proj",
+            "model.layers.0.mlp.up_proj: quantizes activations by token (W8A8_DYNAMIC), which "
+            "--flavor lowered cannot write as ONNX yet; use --flavor standard",
+        ),
     ],
 )
 def test_what_has_no_function_is_refused_with_the_reason(line, sentence, stored, tmp_path):

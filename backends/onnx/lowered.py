@@ -13,6 +13,7 @@ that a program writes in place is an output as well, `<cache>_new`, as in the ot
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import onnx_ir as ir
 import torch
@@ -40,6 +41,20 @@ from kvc8.ir.program import Program, Stage, expression_of, tensor_type, type_of
 from kvc8.ir.shapes import Op
 from kvc8.ir.types import IntsType, TensorType
 
+# What a model has whose NPU ops no function is written for, and those ops.
+UNWRITTEN: Mapping[str, tuple[Op, ...]] = MappingProxyType(
+    {
+        "routes tokens to experts": (
+            npu.npu_moe_gating_top_k,
+            npu.npu_moe_gating_top_k_softmax,
+            npu.npu_moe_init_routing_v2,
+            npu.npu_grouped_matmul,
+            npu.npu_moe_token_unpermute,
+        ),
+        "quantizes activations by token (W8A8_DYNAMIC)": (npu.npu_dynamic_quant,),
+    }
+)
+
 
 def emit_lowered(programs: Mapping[str, Program], checkpoint: Checkpoint, out: Path) -> None:
     """Write LOWERED programs by phase, "prefill", "chunk" and "decode", to the directory `out`.
@@ -66,6 +81,7 @@ def _model(
         do = "run the passes of the npu target, or choose another flavor"
         raise TargetError(phase, f"is a {program.stage.value} program", do)
     check_caches(program, npu.npu_scatter_pa_kv_cache_functional)
+    _check_written(program)
     b, functions = Builder(), Functions()
     weights = Weights(b, checkpoint, derived)
     inputs = _inputs(program, b)
@@ -79,6 +95,14 @@ def _model(
             lower(b, node, table)
     model = assemble(program, b, inputs, [*functions.made.values()])
     return model, weights
+
+
+def _check_written(program: Program) -> None:
+    for has, missing in UNWRITTEN.items():
+        for node in program.calls(*missing):
+            where = node.meta.get("origin") or node.name
+            what = f"{has}, which --flavor lowered cannot write as ONNX yet"
+            raise TargetError(where, what, "use --flavor standard")
 
 
 def _inputs(program: Program, b: Builder) -> list[Value]:
