@@ -125,6 +125,15 @@ def offsets(m: Model) -> None:
     m.tensors[f"{K0}.kv_cache_offset"] = torch.tensor([-7.0, 0, 12, 0]).half()
 
 
+def capped_offsets(m: Model) -> None:
+    offsets(m)
+    m.config["attn_logit_softcapping"] = 50.0
+
+
+def v_offsets(m: Model) -> None:
+    m.tensors[f"{V1}.kv_cache_offset"] = torch.tensor([3.0, 0, 0, 0]).half()
+
+
 def half_offset(m: Model) -> None:
     m.tensors[f"{V1}.kv_cache_offset"] = torch.tensor([0.5, 0, 0, 0]).half()
 
@@ -257,6 +266,11 @@ TO_MINDIE = (
     "MindIE, which passes on a float's bits, and vllm-ascend, which adds them and never takes them "
     "off, answer wrongly; run it with kvc8, or quantize again with kv_sym=True for those"
 )
+OF_K = (
+    "MindIE, which passes on a float's bits, answers wrongly (in vllm-ascend, which never takes "
+    "them off, softmax does); run it with kvc8 or vllm-ascend, or quantize again without them for "
+    "MindIE"
+)
 BELONG = "copy the description and the weights that belong together"
 ORIGINAL = "correct it from the model's original config.json"
 CASES: dict[Change, tuple[str, str]] = {
@@ -289,8 +303,16 @@ CASES: dict[Change, tuple[str, str]] = {
         "calibrate with texts that reach these channels",
     ),
     offsets: (
+        "k-offset",
+        f"warning: K of layer 0: offsets are not zero (-7 to 12), so {OF_K}",
+    ),
+    capped_offsets: (
         "offset",
         f"warning: K of layer 0: offsets are not zero (-7 to 12), so {TO_MINDIE}",
+    ),
+    v_offsets: (
+        "offset",
+        f"warning: V of layer 1: offsets are not zero (0 to 3), so {TO_MINDIE}",
     ),
     half_offset: (
         "bad-offset",

@@ -21,6 +21,9 @@ from kvc8.ir.expression import STEPS
 # From a weight [out, in] and its scale [out, 1], both float32, to int8 codes in -127..127.
 Rounding = Callable[[Tensor, Tensor], Tensor]
 EPS = 1.1920929e-07  # msModelSlim's least scale: float32's epsilon
+FURTHEST_OFFSET = (
+    256  # that names a code (ir/capture/parameters.py); bfloat16 holds whole numbers up to it
+)
 # Half of what an int32 holds is left to x8·weight, and a quarter to the offset's share.
 LARGEST_BIAS = 2.0**29
 
@@ -51,6 +54,18 @@ def least_scale(dtype: torch.dtype) -> float:
 def kv_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """The symmetric C8 scale of each channel: absmax / 127."""
     return stored_scale(absmax.float() / 127, dtype, least_scale(dtype))
+
+
+def kv_params_with_offset(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The C8 scale and offset [C] whose codes -127..127 hold a range: (hi-lo)/254, round(-mid/s).
+
+    A range far from zero gets a wider step, so that its offset stays from -256 to 256.
+    """
+    middle, half = (low.float() + high.float()) / 2, (high.float() - low.float()) / 2
+    far = (middle.abs() + half) * (127 / (FURTHEST_OFFSET + 127))
+    scale = kv_scale(half.maximum(far), dtype)
+    offset = torch.round(-middle / scale.float()).clamp(-FURTHEST_OFFSET, FURTHEST_OFFSET)
+    return scale, offset.to(dtype)
 
 
 def input_params(seen: Range, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -73,10 +73,21 @@ def _offsets(seen: Seen) -> Iterator[Finding]:
         if used:
             low, high = (int(f(z.float() for z in used.values())) for f in (_least, _most))
             what = f"offsets are not zero ({low} to {high})"
-            so = "MindIE, which passes on a float's bits, and vllm-ascend, which adds them and "
-            so += "never takes them off, answer wrongly"
-            do = "run it with kvc8, or quantize again with kv_sym=True for those"
-            yield Finding("offset", "warning", _place(list(used), side), what, so, do)
+            capped = bool(seen.config.get("attn_logit_softcapping"))
+            yield _used_offsets(_place(list(used), side), side == "k" and not capped, what)
+
+
+def _used_offsets(where: str, taken_off: bool, what: str) -> Finding:
+    """vllm-ascend adds offsets and takes none off: K's move all logits of a row by one number."""
+    if taken_off:
+        so = "MindIE, which passes on a float's bits, answers wrongly (in vllm-ascend, which never "
+        so += "takes them off, softmax does)"
+        do = "run it with kvc8 or vllm-ascend, or quantize again without them for MindIE"
+        return Finding("k-offset", "warning", where, what, so, do)
+    so = "MindIE, which passes on a float's bits, and vllm-ascend, which adds them and "
+    so += "never takes them off, answer wrongly"
+    do = "run it with kvc8, or quantize again with kv_sym=True for those"
+    return Finding("offset", "warning", where, what, so, do)
 
 
 def _least(values: Iterator[Tensor]) -> float:

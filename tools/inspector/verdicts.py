@@ -130,7 +130,7 @@ TRAPS = (
         "answers wrongly",
         "takes offsets by the wrong bits",
         PAGE,
-        _found("offset"),
+        lambda _, kinds: bool(kinds & {"offset", "k-offset"}),
     ),
     Trap(
         ASCEND,

@@ -44,6 +44,7 @@ class Reach:
 
     margins: Sequence[float] = MARGINS
     top: Tensor | None = None  # float32 [C]
+    ends: tuple[Tensor, Tensor] | None = None  # float32 [C]: the least and the largest value
     errors: Tensor | None = None  # float64 [margins, C], summed over rows held back
 
     def add(self, rows: Tensor, held_back: bool) -> None:
@@ -52,8 +53,19 @@ class Reach:
             some = rows[:: -(-len(rows) // MOST_ROWS)]
             found = torch.stack([_cache_error(self.top * m, some) for m in self.margins])
             self.errors = found if self.errors is None else self.errors + found
+        low, high = rows.amin(0).float(), rows.amax(0).float()
+        if self.ends is not None:
+            low, high = low.minimum(self.ends[0]), high.maximum(self.ends[1])
+        self.ends = low, high
         top = rows.abs().amax(0).float()
         self.top = top if self.top is None else self.top.maximum(top)
+
+    def range(self, margin: float) -> tuple[Tensor, Tensor]:
+        """The least and the largest value [C], their distance widened by a margin."""
+        assert self.ends is not None
+        low, high = self.ends
+        wider = (high - low) / 2 * (margin - 1)
+        return low - wider, high + wider
 
     def margin(self, weight: Tensor | None = None, floor: Tensor | None = None) -> Tensor:
         """The margin [C] with the least error, channels weighted, but each at least its `floor`.

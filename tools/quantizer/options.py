@@ -50,6 +50,8 @@ def _add_kvc8(found: argparse.ArgumentParser) -> None:
     what = "recipe kvc8: scales of K for a context of so many tokens (2048)"
     _option(found, "positions", type=_count, default=2048, metavar="N", help=what)
     _option(found, "seed", type=int, default=0, help="recipe kvc8: of its random numbers (0)")
+    what = "recipe kvc8: offsets of K, for kvc8 and vllm-ascend; not for MindIE or ONNX's gqa"
+    _option(found, "k_offsets", action="store_true", help=what)
     what = (
         "recipe kvc8: measure what each linear costs its layer, and leave the worst float, "
         "up to so many percent of their weights"

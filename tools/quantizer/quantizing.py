@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -18,7 +18,7 @@ from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program
 from kvc8.tools.driver.tokenizer import read_tokenizer
-from kvc8.tools.quantizer.calibration_data import encode_texts, read_texts, with_lines
+from kvc8.tools.quantizer.calibration_data import Text, encode_texts, read_texts, with_lines
 from kvc8.tools.quantizer.engine_form import SERVED, entries_for
 from kvc8.tools.quantizer.float_check import check_float_model
 from kvc8.tools.quantizer.layers import stages
@@ -31,6 +31,7 @@ from kvc8.tools.quantizer.recipe_settings import (
     vendor_options,
 )
 from kvc8.tools.quantizer.recipes import kvc8, minmax, msmodelslim
+from kvc8.tools.quantizer.recipes.kinds_of_text import kinds_of_text
 from kvc8.tools.quantizer.recipes.mixtures import choose_experts, experts
 from kvc8.tools.quantizer.sensitivity import LinearGroup, measure, roll_back
 from kvc8.tools.quantizer.settings import (
@@ -104,7 +105,7 @@ def quantize_model(
     read = read_texts(calibration, settings.samples)
     program = capture(checkpoint, run_dtype(settings, checkpoint, recipe))
     tokens = _encoder(source, settings, recipe, vocabulary(program))
-    texts, more = tokens(read), tokens(with_lines(read)) if recipe == "kvc8" else []
+    texts, more = tokens(read), tokens(_widening(read)) if recipe == "kvc8" else []
     cut = stages(program)
     space = room(settings.memory, cut, max(map(len, [*texts, *more])))
     identity = _identity(checkpoint, [*texts, *more])
@@ -127,6 +128,12 @@ def quantize_model(
         note(f"note: {place(source, 'config.json')}: {what}; {do}")
     count = sum(map(len, texts))
     return Quantized(out, recipe, plan, len(texts), count, tuple(groups), tuple(notes))
+
+
+def _widening(read: Sequence[Text]) -> list[Text]:
+    """What only widens the reach of K and V; none where no tokenizer is there to be read."""
+    written = any(text.tokens is None for text in read)
+    return [*with_lines(read), *kinds_of_text()] if written else []
 
 
 def _encoder(

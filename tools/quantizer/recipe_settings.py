@@ -27,6 +27,9 @@ def engine_of(given: Settings, source: Path, recipe: Recipe, dtype: torch.dtype)
     if given.kv_asym:
         what = f"{name} does not take zero points off again"
         raise ModelError("--kv-asym", what, "leave it out, or leave --for out for kvc8 alone")
+    if given.k_offsets and engine == "mindie":
+        what = f"{name} makes every offset 0"
+        raise ModelError("--k-offsets", what, "leave it out, or use --for vllm-ascend")
     if given.dtype == "float32":
         what = f"{name} copies its tensors into parameters of {str(dtype).removeprefix('torch.')}"
         raise ModelError("--dtype float32", what, "leave it out")
@@ -59,4 +62,5 @@ def vendor_options(given: Settings, dtype: torch.dtype) -> msmodelslim.VendorOpt
 
 def kvc8_options(given: Settings) -> kvc8.RecipeOptions:
     """What the recipe kvc8 is told."""
-    return kvc8.RecipeOptions(given.kv_cache, given.rotate == "on", given.positions, given.seed)
+    rotate = given.rotate == "on"
+    return kvc8.RecipeOptions(given.kv_cache, rotate, given.positions, given.seed, given.k_offsets)

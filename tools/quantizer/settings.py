@@ -35,6 +35,7 @@ class Settings:
     rotate: Literal["on", "off"] = "on"  # recipe kvc8
     positions: int = 2048  # recipe kvc8: tokens of context that K's scales are for
     seed: int = 0  # recipe kvc8
+    k_offsets: bool = False  # recipe kvc8: of K's cache, which softmax takes off again
     rollback: float | None = None  # recipe kvc8: percent of weights that may stay float
     act_method: Literal[1, 2, 3] | None = None  # this and the rest: recipe msmodelslim
     anti_method: Literal["none", "m3"] | None = None
@@ -66,10 +67,11 @@ def recipe_of(given: Settings) -> Recipe:
     if recipe == "msmodelslim" and tokens:
         what = f"is not for --recipe {recipe}"
         raise ModelError(tokens[0], what, "leave it out or use --recipe kvc8")
-    if recipe != "kvc8" and given.rollback is not None:
-        raise ModelError(
-            "--rollback", f"is not for --recipe {recipe}", "leave it out or use --recipe kvc8"
-        )
+    only = {"--rollback": given.rollback is not None, "--k-offsets": given.k_offsets}
+    ours = [name for name, here in only.items() if here]
+    if recipe != "kvc8" and ours:
+        what = f"is not for --recipe {recipe}"
+        raise ModelError(ours[0], what, "leave it out or use --recipe kvc8")
     return recipe
 
 

@@ -1,8 +1,9 @@
 """The recipe `kvc8`, the default: a rotated model whose ranges are chosen by the error they cause.
 
     model        rotated (rotation.py), so that no channel stands out; it computes what it did
-    K            symmetric per channel, after RoPE, at many places of the context (positions.py)
-    V            symmetric per channel, turned within each head
+    K            symmetric per channel, after RoPE, at many places of the context (positions.py);
+                 with --k-offsets from its least to its largest value
+    V            symmetric per channel, turned within each head, the first token's apart (sink.py)
     norms        balanced against their linears where the stream could not be turned (balancing.py)
     activations  static per tensor; the range clipped to where the squared error is least; of
                  experts, and of linears that are to be, a scale a token
@@ -10,8 +11,8 @@
 
 K and V reach further on other text than on what was seen. Tokens drawn at random, and the texts
 once more with line breaks, widen what is seen, and a margin is chosen on texts that the ranges do
-not know. Few texts cannot tell how other kinds of text differ from them, so K's margin has a floor,
-a higher one for channels that RoPE hardly turns: those gain nothing from many places. One sweep
+not know. Few texts cannot tell how other kinds of text differ from them, so a margin has a floor, a
+higher one for channels of K that RoPE hardly turns: those gain nothing from many places. One sweep
 over the layers.
 """
 
@@ -33,6 +34,7 @@ from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.checkpoint.w8a8 import (
     Range,
     finite,
+    kv_params_with_offset,
     kv_scale,
     quantize_dynamic,
     quantize_linear,
@@ -51,6 +53,7 @@ from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, har
 from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
 from kvc8.tools.quantizer.transforms.rounding import compensated
+from kvc8.tools.quantizer.transforms.sink import SinkSite, find_sinks, turn_layer
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
 
@@ -58,8 +61,9 @@ NAME = "kvc8: rotated, ranges by error, K after RoPE"
 RANDOM_TEXTS, RANDOM_TOKENS = 2, 256  # of tokens drawn at random
 PLACES = 32  # of the context where each text is put
 ROWS = 4096  # of K turned at a time
-K_MARGIN = 1.1  # at least, on the reach of K's channels
-STILL_MARGIN = 1.3  # and of those that RoPE hardly turns
+MARGIN = 1.1  # at least, on the reach of a cache's channels
+OFFSET_MARGIN = 1.15  # on half the range of K's channels that have offsets
+STILL_MARGIN = 1.3  # and of those of K that RoPE hardly turns
 SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
 
 
@@ -71,6 +75,7 @@ class RecipeOptions:
     rotate: bool = True
     positions: int = 2048  # K's scales are for a context of so many tokens
     seed: int = 0
+    k_offsets: bool = False
 
 
 def rotated(
@@ -110,6 +115,8 @@ def quantize(
     of K and V.
     """
     caches = cached(work.program, work.checkpoint)
+    if options.k_offsets:
+        check_offsets(work.program)
     widths = {cache.name: cache.width for cache in caches} if options.kv else {}
     plan = plan_of(work, chosen, mixed, widths, notes, labels)
     entries = plan.entries()
@@ -120,11 +127,26 @@ def quantize(
         options = replace(options, positions=min(options.positions, most))
     stored = work.checkpoint.tensors
     norms = balancing.norms(work.program, chosen, lambda name: load(stored[name]))
-    recipe = _Recipe(work, plan, writer, chosen, mixed, caches, options, len(widening), norms)
+    turned = options.kv and options.rotate
+    sinks = find_sinks(work.program, work.checkpoint, set(plan.linears)) if turned else []
+    recipe = _Recipe(
+        work, plan, writer, chosen, mixed, caches, options, len(widening), norms, sinks
+    )
     found = work.sweep([*widening, *texts], recipe.layer)
     made = {f"{module}.weight" for module in plan.linears} | balancing.names(norms)
+    made |= {name for site in sinks for name in site.stored()}
     copy_rest(plan, writer, entries, made)
     return with_missed(plan, found)
+
+
+def check_offsets(program: Program) -> None:
+    """Raises ModelError where softmax does not take an offset of K off again."""
+    for call in program.calls(ops.paged_attention):
+        softcap, sinks = call.args[8:10]
+        if softcap or sinks is not None:
+            what = "has a soft cap" if softcap else "has a sink"
+            so = f"{what} in its attention, which an offset of K would move"
+            raise ModelError(f"{call.meta.get('origin')}", so, "leave --k-offsets out")
 
 
 def random_texts(work: Work, seed: int) -> list[list[int]]:
@@ -150,6 +172,7 @@ class _Recipe:
     options: RecipeOptions
     widening: int  # the first so many texts only widen the reach of K and V
     norms: Mapping[Node, Norm]  # to balance, by what they give
+    sinks: Sequence[SinkSite]  # whose V is turned once more
 
     def layer(self, layer: Layer) -> Mapping[str, Tensor]:
         """Measure a layer on all texts, and write it."""
@@ -158,6 +181,7 @@ class _Recipe:
         caches = [c for c in self.caches if c.rows in calls] if self.plan.kv else []
         # Also what float linears read is looked at: a broken layer is found where it breaks.
         read = readers([site for site in sites(self.work.program) if site.linear in calls])
+        self._turn_sinks([site for site in self.sinks if site.rows in calls], layer)
         quantized = {site.source for site in linears}
         seen = _Measurements(self, layer, read, quantized, caches)
         for index in range(len(layer.texts)):
@@ -170,6 +194,15 @@ class _Recipe:
         for cache in caches:
             self._write_cache(cache, seen)
         return {name: x for reached in seen.experts.values() for name, x in reached.found.items()}
+
+    def _turn_sinks(self, found: Sequence[SinkSite], layer: Layer) -> None:
+        """Turn a layer's V in its weights; what stays float is written as it has become."""
+        stored = self.work.checkpoint.tensors
+        turn_layer(layer, found, plain(self.work.checkpoint, attend_in_float32))
+        for name, node in (part for site in found for part in site.stored().items()):
+            module, _, last = name.rpartition(".")
+            if last != "weight" or module not in self.plan.linears:
+                self.writer.put(name, sound(name, layer.weights[node].to(stored[name].dtype)))
 
     def _write(
         self, group: Sequence[LinearSite], seen: "_Measurements", weights: Mapping[Node, Tensor]
@@ -206,11 +239,15 @@ class _Recipe:
     def _write_cache(self, cache: Cached, seen: "_Measurements") -> None:
         reach = seen.reaches[cache.rows]
         assert reach.top is not None
-        margin = reach.margin(seen.queries.get(cache.rows), seen.floors.get(cache.rows))
+        floor = seen.floors.get(cache.rows, torch.full_like(reach.top, MARGIN))
+        margin = reach.margin(seen.queries.get(cache.rows), floor)
         name = f"{cache.name}.kv_cache_scale"
-        scale = sound(name, kv_scale(reach.top * margin, self.plan.dtype))
-        self.writer.put(name, scale)
-        self.writer.put(f"{cache.name}.kv_cache_offset", torch.zeros_like(scale))
+        scale = kv_scale(reach.top * margin, self.plan.dtype)
+        offset = torch.zeros_like(scale)
+        if self.options.k_offsets and cache.side == "k":
+            scale, offset = kv_params_with_offset(*reach.range(OFFSET_MARGIN), self.plan.dtype)
+        self.writer.put(name, sound(name, scale))
+        self.writer.put(f"{cache.name}.kv_cache_offset", offset)
 
 
 @dataclass
@@ -300,7 +337,7 @@ class _Measurements:
         if rows not in self.floors:
             ones = torch.ones(1, 1, output.shape[2])
             still = hardly_turned(place(ones, (0, self.recipe.options.positions - 1)).flatten(1))
-            self.floors[rows] = torch.where(still, STILL_MARGIN, K_MARGIN)
+            self.floors[rows] = torch.where(still, STILL_MARGIN, MARGIN)
 
     def _rows(self, rows: Node, value: Tensor) -> None:
         flat = value.flatten(1).float()

@@ -39,7 +39,11 @@ def find_heads(program: Program, roles: Roles) -> str | None:
     return None if found else why or "the model has no attention"
 
 
-def _turn_layer(call: Node, roles: Roles) -> None:
+def linears_of_v(call: Node) -> tuple[Node, int, Node]:
+    """An attention's linear that makes V, the first of its outputs that are V's, and its reader.
+
+    Raises NotTurned where more than moves lies between them.
+    """
     rows = argument(argument(call, 2), 1)
     heads, dim = (int(str(size)) for size in tensor_type(rows).shape[1:])
     made, start = _made_by(rows, heads * dim)
@@ -48,6 +52,13 @@ def _turn_layer(call: Node, roles: Roles) -> None:
     numbers = torch.arange(sizes[0] * sizes[1], dtype=torch.float64) * STEP
     if not torch.equal(_run(chain, numbers.view(1, *sizes)).flatten(), numbers):
         raise NotTurned(f"{where(call)} changes what attention gives before it is read")
+    return made, start, read
+
+
+def _turn_layer(call: Node, roles: Roles) -> None:
+    rows = argument(argument(call, 2), 1)
+    heads, dim = (int(str(size)) for size in tensor_type(rows).shape[1:])
+    made, start, read = linears_of_v(call)
     # Both are known to be sound before one of them is said.
     span = None if int(str(tensor_type(made).shape[-1])) == heads * dim else (start, heads * dim)
     new = Roles(roles.program)
