@@ -47,8 +47,11 @@ class Reach:
     ends: tuple[Tensor, Tensor] | None = None  # float32 [C]: the least and the largest value
     errors: Tensor | None = None  # float64 [margins, C], summed over rows held back
 
-    def add(self, rows: Tensor, held_back: bool) -> None:
-        """Take a text's rows [T, C]; `held_back`: its error tells something about the margin."""
+    def add(self, rows: Tensor, held_back: bool) -> Tensor:
+        """Take a text's rows [T, C]; `held_back`: its error tells something about the margin.
+
+        Gives how far all channels reach now, float32 [C].
+        """
         if held_back and self.top is not None:
             some = rows[:: -(-len(rows) // MOST_ROWS)]
             found = torch.stack([_cache_error(self.top * m, some) for m in self.margins])
@@ -59,6 +62,7 @@ class Reach:
         self.ends = low, high
         top = rows.abs().amax(0).float()
         self.top = top if self.top is None else self.top.maximum(top)
+        return self.top
 
     def range(self, margin: float) -> tuple[Tensor, Tensor]:
         """The least and the largest value [C], their distance widened by a margin."""

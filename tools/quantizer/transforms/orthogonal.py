@@ -56,7 +56,9 @@ def hadamard(x: Tensor) -> Tensor:
     while span < a:
         halves = x.view(batch, a // (2 * span), 2, span * m)
         first, second = halves[:, :, 0], halves[:, :, 1]
-        x = torch.stack((first + second, first - second), 2)
+        x = torch.empty_like(halves)
+        torch.add(first, second, out=x[:, :, 0])
+        torch.sub(first, second, out=x[:, :, 1])
         span *= 2
     whole: Tensor = x.reshape(batch, a, m) * math.sqrt(1 / a)
     return whole
