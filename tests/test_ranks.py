@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import ranks as sessions
 from support.processes import started
 
 from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.runtime.inputs import Rows
 from kvc8.backends.runtime.model import Model, load
+from kvc8.backends.runtime.ranks import SPOKEN
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.passes.options import Options
 from kvc8.tools import run
@@ -107,6 +109,22 @@ def test_a_rank_that_dies_ends_all_in_a_sentence(compiled, tmp_path, monkeypatch
     assert time.monotonic() - float((tmp_path / "when").read_text()) < 30
     assert said(ended) == ENDED
     assert ended[1 - lost][0] == 1
+
+
+@pytest.mark.parametrize("spoken", [False, True])
+def test_a_rank_that_cannot_join_says_so_unless_another_spoke(
+    compiled, tmp_path, monkeypatch, spoken
+):
+    """As where one has refused and ended while this one still connects to it."""
+
+    def refuse(*_: object, store: dist.Store, **__: object) -> None:
+        if spoken:
+            store.add(SPOKEN, 1)
+        raise RuntimeError("Gloo connectFullMesh failed with [pair.cc:144] no error")
+
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    ended = started(1, lambda rank: generating(compiled[2]), tmp_path)
+    assert ended == [(1, "", "" if spoken else ENDED)]
 
 
 def test_another_number_of_ranks_is_one_sentence(compiled, tmp_path):

@@ -9,6 +9,7 @@ the name "tp".
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -29,12 +30,38 @@ def is_launched() -> bool:
     return bool(dist.is_torchelastic_launched())
 
 
-def join(device: torch.device) -> tuple[int, int]:
-    """Join the group of all processes that torchrun started; gives the rank, and how many."""
-    dist.init_process_group("hccl" if device.type == "npu" else "gloo", timeout=PATIENCE)
+@dataclass(frozen=True)
+class Meeting:
+    """Where the processes that torchrun started find each other, before they are a group."""
+
+    store: dist.Store
+    rank: int
+    size: int
+
+    def may_speak(self) -> bool:
+        """Whether this rank is the first to say what is wrong; the others then say nothing."""
+        try:
+            return int(self.store.add(SPOKEN, 1)) == 1
+        except dist.DistError:  # whoever kept the count has ended
+            return True
+
+
+def meet() -> Meeting:
+    """Find the store that torchrun, or an engine, keeps for its ranks."""
+    return Meeting(*next(iter(dist.rendezvous("env://", timeout=PATIENCE))))
+
+
+def join(device: torch.device, meeting: Meeting) -> None:
+    """Join the group of all processes that meet. Raises RuntimeError where one has ended."""
+    dist.init_process_group(
+        "hccl" if device.type == "npu" else "gloo",
+        store=meeting.store,
+        rank=meeting.rank,
+        world_size=meeting.size,
+        timeout=PATIENCE,
+    )
     assert dist.group.WORLD is not None
     name_group(dist.group.WORLD)
-    return dist.get_rank(), dist.get_world_size()
 
 
 def name_group(group: dist.ProcessGroup) -> None:
@@ -69,22 +96,12 @@ def agreed(tokens: Sequence[int], device: torch.device) -> list[int]:
     return [int(token) for token in chosen.tolist()]
 
 
-def may_speak() -> bool:
-    """Whether this rank is the first to say what is wrong; the others then say nothing."""
-    if not dist.is_initialized():
-        return True
-    try:
-        return int(dist.distributed_c10d._get_default_store().add(SPOKEN, 1)) == 1
-    except dist.DistError:  # whoever kept the count has ended
-        return True
-
-
 @contextmanager
 def lost_ranks_in_a_sentence(where: str, what: str, do: str) -> Iterator[None]:
     """Raise a TargetError where a collective fails because another rank has ended."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
             raise
         raise TargetError(where, what, do) from error

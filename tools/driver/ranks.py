@@ -52,13 +52,14 @@ def joined(device: "torch.device") -> Iterator[Ranks]:
         yield ALONE
         return
     signal.signal(signal.SIGTERM, _end)  # what torchrun sends to those that still run
-    found = Ranks(*ranks.join(device))
+    meeting = ranks.meet()
     try:
         with ranks.lost_ranks_in_a_sentence(*ENDED):
-            yield found
+            ranks.join(device, meeting)  # others may end while this one still connects to them
+            yield Ranks(meeting.rank, meeting.size)
     except KVC8Error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
-        if not ranks.may_speak():
+        if not meeting.may_speak():
             raise SystemExit(1) from None
         raise
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
