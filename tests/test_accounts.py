@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from kvc8.ir.capture.trace import capture
-from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint, read_files
 from kvc8.ir.errors import ModelError
 from kvc8.ir.expression import stored_names
 from kvc8.ir.run import run
@@ -94,7 +94,7 @@ def test_biases_that_anti_outlier_methods_give_to_norms_are_added(
     got = run(program, {**values(program, tmp_path), **step(TOKENS, [0], [8], [[7, 2]])})[0]
     assert (got - want).abs().max() < 1e-5  # as test_capture, of which this is a case
     assert len(re.findall(r"\n +norm_bias\w*: .+ = aten.add.Tensor\(mul", show(program))) == 2
-    said = [f"{f.severity}: {f}" for f in find(look(tmp_path)) if f.kind == "norm-bias"]
+    said = [f"{f.severity}: {f}" for f in find(look(read_files(tmp_path))) if f.kind == "norm-bias"]
     assert said == [
         "note: the directory: model.layers.1.input_layernorm.bias, model.norm.bias of an "
         "anti-outlier method are not zero, so a runtime that leaves out biases of norms answers "
@@ -131,7 +131,9 @@ def test_a_tensor_that_nothing_uses_is_reported(tmp_path: Path) -> None:
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(sentence)}$"):
         capture(open_checkpoint(directory))
-    said = [f"{f.severity}: {f}" for f in find(look(directory)) if f.kind == "unused-tensor"]
+    said = [
+        f"{f.severity}: {f}" for f in find(look(read_files(directory))) if f.kind == "unused-tensor"
+    ]
     assert said == [
         "warning: the directory: holds model.layers.0.self_attn.gate.weight, which the model does "
         "not use, so it has no effect; check that config.json belongs to these weights"

@@ -21,9 +21,8 @@ from kvc8.ir.expression import STEPS
 # From a weight [out, in] and its scale [out, 1], both float32, to int8 codes in -127..127.
 Rounding = Callable[[Tensor, Tensor], Tensor]
 EPS = 1.1920929e-07  # msModelSlim's least scale: float32's epsilon
-FURTHEST_OFFSET = (
-    256  # that names a code (ir/capture/parameters.py); bfloat16 holds whole numbers up to it
-)
+# That names a code (ir/capture/parameters.py); bfloat16 holds whole numbers up to it.
+FURTHEST_OFFSET = 256
 # Half of what an int32 holds is left to x8·weight, and a quarter to the offset's share.
 LARGEST_BIAS = 2.0**29
 
