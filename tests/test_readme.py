@@ -91,8 +91,10 @@ def test_the_readme(smollm2, tmp_path):
     assert "scattering" in everything.lower()  # why the sky is blue, as the compiled model has it
     assert "11,520 bytes, 50% of float16's 23,040" in everything
     # What the default recipe is held to, on a text that it has not seen; and half of what
-    # msModelSlim takes, in MB.
+    # msModelSlim takes on 8 texts of BoolQ (1,316 tokens), in MB. A token more keeps two hidden
+    # states of 576 float32, and is seen twice, the second time with line breaks.
     tokens = read_tokenizer(smollm2).encode(HELD_OUT)
     made = logits(tmp_path / "smol-w8a8c8", tokens, pipeline.QUANTIZE)
     assert divergence(logits(smollm2, tokens, ()), made) < 0.02
-    assert int((tmp_path / "peak").read_text()) * 1024 / 1e6 < 655
+    more = 2 * 2 * 576 * 4 * (4_510 - 1_316) / 1e6
+    assert int((tmp_path / "peak").read_text()) * 1024 / 1e6 < 655 + more
