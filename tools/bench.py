@@ -25,6 +25,7 @@ from kvc8.tools.benchmarks import serving as bench_serving
 from kvc8.tools.command import entry
 
 Clock = Callable[[], float]
+Rows = list[dict[str, object]]  # what --json prints
 
 
 def interleave(
@@ -69,28 +70,33 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Run one benchmark and print it."""
+    rows, table = _measured(args)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        table(rows)
+    return 0
+
+
+def _measured(args: argparse.Namespace) -> tuple[Rows, Callable[[Rows], None]]:
+    """The rows of a benchmark, and what prints them as a table."""
     if args.what == "compile":
-        _print_stages(bench_compile.rows(args), args.json)
-        return 0
+        return bench_compile.rows(args), _print_stages
     if args.what == "quantize":
-        _print_cost(bench_quantize.rows(args), args.json)
-        return 0
+        return bench_quantize.rows(args), _print_cost
     if args.what == "floor":
-        _print_floor(bench_floor.rows(args), args.json)
-        return 0
+        return bench_floor.rows(args), _print_floor
     if args.what == "serve":
         serving = bench_serving.Serving(args)
-        _print([*_timed(serving.cases(), args), *serving.steps()], args.json)
-        return 0
-    _print(_timed(bench_decode.cases(args), args), args.json)
-    return 0
+        return [*_timed(serving.cases(), args), *serving.steps()], _print
+    return _timed(bench_decode.cases(args), args), _print
 
 
 def _timed(
     cases: Iterable[tuple[str, Mapping[str, Callable[[], object]]]], args: argparse.Namespace
-) -> list[dict[str, object]]:
+) -> Rows:
     """A row for each candidate of each case, with the ratio to the case's first."""
-    rows: list[dict[str, object]] = []
+    rows: Rows = []
     for title, candidates in cases:
         taken = interleave(candidates, args.turns)
         ours = next(iter(taken.values()))
@@ -102,28 +108,19 @@ def _timed(
     return rows
 
 
-def _print(rows: list[dict[str, object]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
+def _print(rows: Rows) -> None:
     for row in rows:
         case, candidate, ms, times = (row[key] for key in ("case", "candidate", "ms", "ratio"))
         print(f"{case!s:>16}  {candidate!s:<26} {ms:>9} ms  {times:>7}x")
 
 
-def _print_cost(rows: list[dict[str, object]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
+def _print_cost(rows: Rows) -> None:
     for row in rows:
         cpu, peak, times = (row[key] for key in ("cpu_s", "peak_mb", "ratio"))
         print(f"{row['candidate']!s:<26} {cpu:>7} s of user CPU  {peak:>6} MB  {times:>7}x")
 
 
-def _print_stages(rows: list[dict[str, object]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
+def _print_stages(rows: Rows) -> None:
     stages = (*bench_compile.STAGES, "all")
     print("user / wall s".ljust(16), *(stage.rjust(14) for stage in stages), "   peak MB")
     for row in rows:
@@ -131,10 +128,7 @@ def _print_stages(rows: list[dict[str, object]], as_json: bool) -> None:
         print(str(row["model"]).ljust(16), *each, f"{row['peak_mb']:>10}")
 
 
-def _print_floor(rows: list[dict[str, object]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
+def _print_floor(rows: Rows) -> None:
     for row in rows:
         name, sides, change, kl, p99, top1 = row.values()
         what = f"{name!s:<16} {sides!s:>3}  perplexity {change:+.3%}"

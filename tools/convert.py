@@ -43,9 +43,8 @@ def work(args: argparse.Namespace) -> int:
     checkpoint = open_calibrated(args.directory, args.kv_calibrated)
     for warning in checkpoint.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    from kvc8.tools.engines.convert import (
-        convert,
-    )  # torch takes a second: what is wrong comes first
+    # torch takes a second to import: what is wrong comes first.
+    from kvc8.tools.engines.convert import convert
 
     _tell(args, convert(checkpoint, args.engine, args.output))
     return 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvc8.ir.capture.names import Names
 from kvc8.ir.checkpoint.reader import Checkpoint, KVScale
+from kvc8.ir.checkpoint.w8a8 import whole
 from kvc8.ir.errors import ModelError, ModelWarning
 from kvc8.ir.expression import Expression, cast, stacked, stored, values
 
@@ -176,12 +177,6 @@ def check_kv_scales(checkpoint: Checkpoint) -> list[ModelWarning]:
         return [ModelWarning(checkpoint.path.name, what, do)]
     what = "has a scale that is zero, negative, infinite or not a number"
     raise ModelError(checkpoint.path.name, f"{bad[0]} {what}", "quantize the KV cache again")
-
-
-def whole(offset: Tensor) -> bool:
-    """Whether offsets are codes: whole numbers, not far outside of int8."""
-    wide = offset.float()
-    return bool((wide == wide.round()).all() and wide.abs().max() <= 256)  # no NaN passes this
 
 
 def _sound(checkpoint: Checkpoint, kv: KVScale) -> bool:

@@ -21,8 +21,7 @@ from kvc8.ir.expression import STEPS
 # From a weight [out, in] and its scale [out, 1], both float32, to int8 codes in -127..127.
 Rounding = Callable[[Tensor, Tensor], Tensor]
 EPS = 1.1920929e-07  # msModelSlim's least scale: float32's epsilon
-# That names a code (ir/capture/parameters.py); bfloat16 holds whole numbers up to it.
-FURTHEST_OFFSET = 256
+FURTHEST_OFFSET = 256  # of a cache; bfloat16 holds whole numbers up to it
 # Half of what an int32 holds is left to x8·weight, and a quarter to the offset's share.
 LARGEST_BIAS = 2.0**29
 
@@ -53,6 +52,13 @@ def least_scale(dtype: torch.dtype) -> float:
 def kv_scale(absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """The symmetric C8 scale of each channel: absmax / 127."""
     return stored_scale(absmax.float() / 127, dtype, least_scale(dtype))
+
+
+def whole(offset: Tensor) -> bool:
+    """Whether offsets are codes: whole numbers, not far outside of int8."""
+    wide = offset.float()
+    # No NaN passes this.
+    return bool((wide == wide.round()).all() and wide.abs().max() <= FURTHEST_OFFSET)
 
 
 def kv_params_with_offset(low: Tensor, high: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

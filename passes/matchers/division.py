@@ -28,6 +28,7 @@ from kvc8.passes.matchers.division_rules import (
     last_of,
     rule,
 )
+from kvc8.passes.matchers.heads import share_evenly
 
 ATEN = torch.ops.aten
 DYNAMIC = (ops.dynamic_linear, mixture_ops.dynamic_grouped_linear)  # with a scale a row of x
@@ -156,7 +157,7 @@ def _parts(linear: Node, ranks: int) -> int:
     if not writes:
         return ranks
     heads = int(tensor_type(writes[0]).shape[2])
-    if heads % ranks and ranks % heads:
+    if not share_evenly(heads, ranks):
         raise Unfit(f"{heads} KV heads and {ranks} ranks do not divide one another")
     return min(heads, ranks)
 

@@ -1,4 +1,4 @@
-"""Whether the heads of attention divide among ranks; nothing heavy is imported."""
+"""Whether heads of attention divide among ranks; nothing heavy is imported."""
 
 from collections.abc import Sequence
 
@@ -20,4 +20,9 @@ def check_ranks(heads: Sequence[tuple[int, int]], ranks: int) -> None:
 
 
 def _fits(ranks: int, query: int, kv: int) -> bool:
-    return query % ranks == 0 and (kv % ranks == 0 or ranks % kv == 0)
+    return query % ranks == 0 and share_evenly(kv, ranks)
+
+
+def share_evenly(kv: int, ranks: int) -> bool:
+    """Whether each rank gets as many KV heads, or each KV head as many ranks."""
+    return kv % ranks == 0 or ranks % kv == 0

@@ -38,15 +38,15 @@ class Stateful:
             _, heads, _, dim = state.state.shape
             past = random.standard_normal((1, heads, context - 1, dim), dtype=np.float32)
             state.state = self.tensor(past)
-        before = context - 1
+        length = context - 1
 
         def decode() -> object:
-            nonlocal before
-            before += 1
+            nonlocal length
+            length += 1
             given = {
                 "input_ids": np.array([[token]]),
-                "attention_mask": np.ones((1, before), np.int64),
-                "position_ids": np.array([[before - 1]]),
+                "attention_mask": np.ones((1, length), np.int64),
+                "position_ids": np.array([[length - 1]]),
                 "beam_idx": np.zeros(1, np.int32),
             }
             return self.request.infer(given)

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvc8.ir.capture.parameters import whole
 from kvc8.ir.checkpoint.layouts import SIDES, KVName, Side
+from kvc8.ir.checkpoint.w8a8 import whole
 from kvc8.passes.repair_rope_scales import largest_ratio
 from kvc8.tools.inspector.finding import DIRECTORY, Check, Finding, in_layers, plural
 from kvc8.tools.inspector.seen import Seen, head_dim, short_dtype

@@ -9,6 +9,7 @@ from kvc8.backends.npu.legality import breaks, limits
 from kvc8.ir.checkpoint.layouts import FLOATS
 from kvc8.ir.checkpoint.model_files import listed, shown
 from kvc8.ir.checkpoint.msmodelslim import LABELS, SETTINGS, tied_head
+from kvc8.passes.matchers.heads import share_evenly
 from kvc8.tools.driver.request import Target
 from kvc8.tools.inspector.finding import (
     CONFIG,
@@ -197,7 +198,7 @@ def _tied(seen: Seen) -> Iterator[Finding]:
 
 def _parallel(seen: Seen) -> Iterator[Finding]:
     heads = kv_heads(seen)
-    uneven = [n for n in PARALLEL if heads and not shares(heads, n)]
+    uneven = [n for n in PARALLEL if heads and not share_evenly(heads, n)]
     if uneven:
         what = f"{plural(heads, 'KV head')} cannot be shared by {numbers(uneven)} cards"
         so = "these tensor-parallel sizes do not run"
@@ -210,11 +211,6 @@ def _parallel(seen: Seen) -> Iterator[Finding]:
         so = f"each is kept {beyond[-1] // heads} times on {beyond[-1]} cards"
         do = f"plan for the cache of {plural(heads, 'card')}; more save none of it"
         yield Finding("replicated", "note", CONFIG, what, so, do)
-
-
-def shares(heads: int, ranks: int) -> bool:
-    """Whether each rank gets as many KV heads, or each head as many ranks."""
-    return heads % ranks == 0 or ranks % heads == 0
 
 
 def _norm_biases(seen: Seen) -> Iterator[Finding]:

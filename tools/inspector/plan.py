@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvc8.tools.inspector.model_findings import PARALLEL, shares
+from kvc8.passes.matchers.heads import share_evenly
+from kvc8.tools.inspector.model_findings import PARALLEL
 from kvc8.tools.inspector.seen import Seen, kv_heads
 
 GB = 2**30  # the unit of a card's memory
@@ -39,7 +40,7 @@ def plan(seen: Seen) -> MemoryPlan:
     rows = [_row("float16", 1, 2 * channels, weights), _row("C8", 1, channels, weights)]
     heads = kv_heads(seen)
     for cards in PARALLEL:
-        if heads and shares(heads, cards):
+        if heads and share_evenly(heads, cards):
             here = channels // heads * max(1, heads // cards)
             rows.append(_row("C8", cards, here, weights))
     return MemoryPlan(weights, tuple(rows) if channels else ())

@@ -43,7 +43,6 @@ class Reach:
     """
 
     margins: Sequence[float] = MARGINS
-    top: Tensor | None = None  # float32 [C]
     ends: tuple[Tensor, Tensor] | None = None  # float32 [C]: the least and the largest value
     errors: Tensor | None = None  # float64 [margins, C], summed over rows held back
 
@@ -52,7 +51,7 @@ class Reach:
 
         Gives how far all channels reach now, float32 [C].
         """
-        if held_back and self.top is not None:
+        if held_back and self.ends is not None:
             some = rows[:: -(-len(rows) // MOST_ROWS)]
             found = torch.stack([_cache_error(self.top * m, some) for m in self.margins])
             self.errors = found if self.errors is None else self.errors + found
@@ -60,9 +59,14 @@ class Reach:
         if self.ends is not None:
             low, high = low.minimum(self.ends[0]), high.maximum(self.ends[1])
         self.ends = low, high
-        top = rows.abs().amax(0).float()
-        self.top = top if self.top is None else self.top.maximum(top)
         return self.top
+
+    @property
+    def top(self) -> Tensor:
+        """How far the channels reach from zero, float32 [C], once a text was seen."""
+        assert self.ends is not None
+        low, high = self.ends
+        return low.abs().maximum(high.abs())
 
     def range(self, margin: float) -> tuple[Tensor, Tensor]:
         """The least and the largest value [C], their distance widened by a margin."""
@@ -76,7 +80,6 @@ class Reach:
 
         1 where nothing was held back.
         """
-        assert self.top is not None
         best = 1.0
         if self.errors is not None:
             cost = (self.errors if weight is None else self.errors * weight).sum(1)

@@ -237,7 +237,6 @@ class _Recipe:
 
     def _write_cache(self, cache: Cached, seen: "_Measurements") -> None:
         reach = seen.reaches[cache.rows]
-        assert reach.top is not None
         floor = seen.floors.get(cache.rows, torch.full_like(reach.top, MARGIN))
         margin = reach.margin(seen.queries.get(cache.rows), floor)
         name = f"{cache.name}.kv_cache_scale"
@@ -331,8 +330,8 @@ class _Measurements:
         place = partial(
             rows_at, turning, weights=self.layer.weights, read=lambda n: load(stored[n])
         )
-        made = [place(output, starts[at : at + step]) for at in range(0, PLACES, step)]
-        self._rows(rows, torch.cat(made))
+        parts = (starts[at : at + step] for at in range(0, PLACES, step))
+        self._rows(rows, torch.cat([place(output, part) for part in parts]))
         if rows not in self.floors:
             ones = torch.ones(1, 1, output.shape[2])
             still = hardly_turned(place(ones, (0, self.recipe.options.positions - 1)).flatten(1))
