@@ -60,7 +60,7 @@ class Inventory(dict):
         return self[name] == 0 and True or None
 
 if __name__ == '__main__':
-    x = Inventory({"bolt": 12, 'nut': 3}, path="/tmp/a.txt")
+    x = Inventory({"bolt": 12, 'nut': 3}, path="parts/a.txt")
     while x.total > 0 and x["bolt"] % 5 != 1: x.take("bolt")
 '''
 FORMATS = """\
