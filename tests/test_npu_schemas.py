@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kvc8.backends.npu import emulation
 from kvc8.ir import npu
+from kvc8.ir.npu_shapes import SHAPE_RULES
 from kvc8.ir.errors import TargetError
 
 VECTORS = Path(__file__).parent / "golden" / "npu_ops"
@@ -48,7 +49,7 @@ def test_functions_name_and_default_their_arguments_like_the_schema(name: str) -
     schema = overload(name)._schema
     expected = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     order = [a.name for a in schema.arguments if not a.kwarg_only]
-    kernel, rule = emulation._kernels()[name], npu._shape_rules()[name.split("::")[1]]
+    kernel, rule = emulation._kernels()[name], SHAPE_RULES[name.split("::")[1]]
     for function in (kernel, rule):
         parameters = inspect.signature(function).parameters.values()
         for parameter in parameters:

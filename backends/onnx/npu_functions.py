@@ -13,7 +13,7 @@ from kvc8.backends.onnx.builder import Builder, Value
 from kvc8.backends.onnx.functions import Body, FunctionCall
 from kvc8.backends.onnx.products import point, unsigned
 from kvc8.ir import npu
-from kvc8.ir.npu import codes_of, dtype_of
+from kvc8.ir.npu_shapes import codes_of, dtype_of
 from kvc8.ir.shapes import Op
 
 F32, I64 = torch.float32, torch.int64

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+import kvc8.ir.npu  # noqa: F401  declares the ops whose kernels these are
 from kvc8.backends.npu.emulation import (
     activation,
     attention,

@@ -17,7 +17,7 @@ from kvc8.backends.npu.emulation.quantization import (
     saturate,
 )
 from kvc8.ir.errors import TargetError
-from kvc8.ir.npu import codes_of
+from kvc8.ir.npu_shapes import codes_of
 
 
 def npu_swiglu(input: Tensor, dim: int = -1) -> Tensor:

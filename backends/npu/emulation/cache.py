@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvc8.backends.npu.emulation.quantization import refuse, require_float, saturate
 from kvc8.ir.errors import TargetError
-from kvc8.ir.npu import codes_of
+from kvc8.ir.npu_shapes import codes_of
 
 _SCATTER = "npu_scatter_pa_kv_cache"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvc8.backends.npu.emulation.quantization import refuse, saturate
 from kvc8.ir.errors import TargetError
-from kvc8.ir.npu import dtype_of
+from kvc8.ir.npu_shapes import dtype_of
 
 _OP = "npu_quant_matmul"
 _FP19 = -0x2000  # 0xFFFFE000, the bits of a float32 that FP19 keeps, as an int32

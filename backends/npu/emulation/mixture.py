@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvc8.backends.npu.emulation.quantization import per_token, refuse, require_float
 from kvc8.ir.errors import TargetError
-from kvc8.ir.npu import dtype_of
+from kvc8.ir.npu_shapes import dtype_of
 
 _GATING = "npu_moe_gating_top_k"
 _ROUTING = "npu_moe_init_routing_v2"

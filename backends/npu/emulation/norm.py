@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvc8.backends.npu.emulation.quantization import require_float, saturate
 from kvc8.ir.errors import TargetError
-from kvc8.ir.npu import codes_of
+from kvc8.ir.npu_shapes import codes_of
 
 
 def reciprocal_deviation(x: Tensor, rank: int, epsilon: float) -> Tensor:

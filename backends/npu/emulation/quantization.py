@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvc8.ir.errors import TargetError
-from kvc8.ir.npu import codes_of, dtype_of
+from kvc8.ir.npu_shapes import codes_of, dtype_of
 
 _HALF_OR_FLOAT = (torch.float16, torch.bfloat16, torch.float32)
 
