@@ -17,8 +17,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from kvc8.backends.npu import emulation
 from kvc8.ir import npu
-from kvc8.ir.npu_shapes import SHAPE_RULES
 from kvc8.ir.errors import TargetError
+from kvc8.ir.npu_shapes import SHAPE_RULES
 
 VECTORS = Path(__file__).parent / "golden" / "npu_ops"
 NAMES = [schema.partition("(")[0] for schema in npu.SCHEMAS]
