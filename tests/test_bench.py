@@ -15,8 +15,8 @@ from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
 from kvc8.passes import pipeline
 from kvc8.tools import bench
-from kvc8.tools.benchmarks import compiling, serving
 from kvc8.tools.benchmarks import plain as bench_plain
+from kvc8.tools.benchmarks import rows, serving
 from kvc8.tools.benchmarks.decode import TOKEN, step_inputs
 from kvc8.tools.benchmarks.stateful import Stateful
 
@@ -93,11 +93,28 @@ def test_the_plain_graph_computes_the_same_model(tmp_path):
     on_one_of((1, 2, 3), agree)
 
 
+def test_a_table_has_a_line_a_row_and_80_columns():
+    second = (12.25, 13.04)
+    stages = rows.Stages("llama405b", *[second] * 5, all=second, peak_mb=1536)
+    timing = rows.Timing("a step of vLLM", "chunk's program for all", 10260.25, 1.15, 2, 15)
+    cost = rows.CommandCost("quantize", "msmodelslim, m3, float32", 100.5, 1630, 1.786, 1, 3)
+    loss = rows.CacheLoss("K with offsets", "kv", -0.00121, 0.00051, 0.00402, 0.98766)
+    lines = [rows.STAGES_HEAD, *map(str, (stages, timing, cost, loss))]
+    assert max(map(len, lines)) <= 80
+    assert lines == [
+        "user/wall s      imports   headers   capture    passes     write       all    MB",
+        "llama405b      12.2/13.0 12.2/13.0 12.2/13.0 12.2/13.0 12.2/13.0 12.2/13.0  1536",
+        "  a step of vLLM  chunk's program for all     10260.25 ms     1.15x",
+        "msmodelslim, m3, float32     100.5 s of user CPU    1630 MB    1.786x",
+        "K with offsets    kv  perplexity -0.121%  KL 0.00051, 99 % 0.0040  top-1 98.77%",
+    ]
+
+
 @pytest.mark.slow
 def test_the_stages_of_a_compile_are_parts_of_the_whole(capsys):
     given = ["compile", str(GOLDEN / "quant"), "--turns", "1", "--threads", "1", "--json"]
     assert bench.work(bench.parser().parse_args(given)) == 0
     [row] = json.loads(capsys.readouterr().out)
     assert row["model"] == "quant"
-    assert 0 < sum(row[stage][0] for stage in compiling.STAGES) < row["all"][0] + 0.05  # rounded
+    assert 0 < sum(row[stage][0] for stage in rows.STAGES) < row["all"][0] + 0.05  # rounded
     assert 100 < row["peak_mb"] < 2000

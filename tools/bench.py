@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from statistics import median
 
 from kvc8.tools.benchmarks import compiling as bench_compile
@@ -22,10 +23,10 @@ from kvc8.tools.benchmarks import decode as bench_decode
 from kvc8.tools.benchmarks import floor as bench_floor
 from kvc8.tools.benchmarks import quantize as bench_quantize
 from kvc8.tools.benchmarks import serving as bench_serving
+from kvc8.tools.benchmarks.rows import STAGES_HEAD, Row, Timing
 from kvc8.tools.command import entry
 
 Clock = Callable[[], float]
-Rows = list[dict[str, object]]  # what --json prints
 
 
 def interleave(
@@ -70,69 +71,42 @@ def parser() -> argparse.ArgumentParser:
 
 def work(args: argparse.Namespace) -> int:
     """Run one benchmark and print it."""
-    rows, table = _measured(args)
+    found = rows(args)
     if args.json:
-        print(json.dumps(rows, indent=1))
-    else:
-        table(rows)
+        print(json.dumps([asdict(row) for row in found], indent=1))
+        return 0
+    if args.what == "compile":
+        print(STAGES_HEAD)
+    print(*found, sep="\n")
     return 0
 
 
-def _measured(args: argparse.Namespace) -> tuple[Rows, Callable[[Rows], None]]:
-    """The rows of a benchmark, and what prints them as a table."""
+def rows(args: argparse.Namespace) -> Sequence[Row]:
+    """What a benchmark finds."""
     if args.what == "compile":
-        return bench_compile.rows(args), _print_stages
+        return bench_compile.rows(args)
     if args.what == "quantize":
-        return bench_quantize.rows(args), _print_cost
+        return bench_quantize.rows(args)
     if args.what == "floor":
-        return bench_floor.rows(args), _print_floor
+        return bench_floor.rows(args)
     if args.what == "serve":
         serving = bench_serving.Serving(args)
-        return [*_timed(serving.cases(), args), *serving.steps()], _print
-    return _timed(bench_decode.cases(args), args), _print
+        return [*_timed(serving.cases(), args), *serving.steps()]
+    return _timed(bench_decode.cases(args), args)
 
 
 def _timed(
     cases: Iterable[tuple[str, Mapping[str, Callable[[], object]]]], args: argparse.Namespace
-) -> Rows:
+) -> list[Timing]:
     """A row for each candidate of each case, with the ratio to the case's first."""
-    rows: Rows = []
+    found = list[Timing]()
     for title, candidates in cases:
         taken = interleave(candidates, args.turns)
         ours = next(iter(taken.values()))
         for name, seconds in taken.items():
-            milliseconds = round(median(seconds) * 1e3, 2)
-            times = round(ratio(ours, seconds), 3)
-            row = {"case": title, "candidate": name, "ms": milliseconds, "ratio": times}
-            rows.append(row | {"threads": args.threads, "turns": args.turns})
-    return rows
-
-
-def _print(rows: Rows) -> None:
-    for row in rows:
-        case, candidate, ms, times = (row[key] for key in ("case", "candidate", "ms", "ratio"))
-        print(f"{case!s:>16}  {candidate!s:<26} {ms:>9} ms  {times:>7}x")
-
-
-def _print_cost(rows: Rows) -> None:
-    for row in rows:
-        cpu, peak, times = (row[key] for key in ("cpu_s", "peak_mb", "ratio"))
-        print(f"{row['candidate']!s:<26} {cpu:>7} s of user CPU  {peak:>6} MB  {times:>7}x")
-
-
-def _print_stages(rows: Rows) -> None:
-    stages = (*bench_compile.STAGES, "all")
-    print("user / wall s".ljust(16), *(stage.rjust(14) for stage in stages), "   peak MB")
-    for row in rows:
-        each = [" / ".join(f"{x:.2f}" for x in row[name]).rjust(14) for name in stages]  # type: ignore[attr-defined]
-        print(str(row["model"]).ljust(16), *each, f"{row['peak_mb']:>10}")
-
-
-def _print_floor(rows: Rows) -> None:
-    for row in rows:
-        name, sides, change, kl, p99, top1 = row.values()
-        what = f"{name!s:<16} {sides!s:>3}  perplexity {change:+.3%}"
-        print(f"{what}  KL {kl:.5f}, 99 % {p99:.4f}  same top token {top1:.2%}")
+            milliseconds, times = round(median(seconds) * 1e3, 2), round(ratio(ours, seconds), 3)
+            found.append(Timing(title, name, milliseconds, times, args.threads, args.turns))
+    return found
 
 
 def main() -> int:

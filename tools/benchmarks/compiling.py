@@ -21,8 +21,7 @@ from statistics import median
 
 from kvc8.ir.errors import KVC8Error
 from kvc8.tools.benchmarks.measured import CommandRun, measured
-
-STAGES = ("imports", "headers", "capture", "passes", "write")
+from kvc8.tools.benchmarks.rows import STAGES, Seconds, Stages
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,23 +29,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", type=Path, nargs="+", metavar="DIR", help="with KV scales")
 
 
-def rows(args: argparse.Namespace) -> list[dict[str, object]]:
+def rows(args: argparse.Namespace) -> list[Stages]:
     """One row a model: medians over the turns, which the models take one after the other."""
     taken: dict[Path, list[CommandRun]] = {model: [] for model in args.models}
     for _ in range(args.turns):
         for model in taken:
             taken[model].append(_compiled(model, args.threads))
-    return [{"model": model.name, **_row(each)} for model, each in taken.items()]
+    return [_row(model.name, runs) for model, runs in taken.items()]
 
 
-def _row(runs: Sequence[CommandRun]) -> dict[str, object]:
-    """User and wall seconds of each stage and of all, and MB at the most."""
+def _row(model: str, runs: Sequence[CommandRun]) -> Stages:
     each = [json.loads(run.output) for run in runs]
-    stages = {
-        stage: [round(median(one[stage][i] for one in each), 2) for i in (0, 1)] for stage in STAGES
-    }
-    whole = [round(median(x), 2) for x in ([r.user for r in runs], [r.wall for r in runs])]
-    return {**stages, "all": whole, "peak_mb": round(median(run.peak for run in runs))}
+    stages = {name: _medians([tuple(one[name]) for one in each]) for name in STAGES}
+    whole = _medians([(run.user, run.wall) for run in runs])
+    return Stages(model, **stages, all=whole, peak_mb=round(median(run.peak for run in runs)))
+
+
+def _medians(taken: Sequence[Seconds]) -> Seconds:
+    user, wall = (round(median(seconds), 2) for seconds in zip(*taken, strict=True))
+    return user, wall
 
 
 def _compiled(model: Path, threads: int) -> CommandRun:

@@ -32,6 +32,7 @@ from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.expression import make
 from kvc8.ir.program import Program, argument
+from kvc8.tools.benchmarks.rows import CacheLoss
 from kvc8.tools.evaluator.divergence import Figures
 from kvc8.tools.evaluator.windows import windows_of
 
@@ -213,7 +214,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 @torch.no_grad()
-def rows(args: argparse.Namespace) -> list[dict[str, object]]:
+def rows(args: argparse.Namespace) -> list[CacheLoss]:
     """One row a form and side: K alone, V alone, both."""
     texts = windows_of(args.text, args.model, args.windows, args.window)
     checkpoint = open_checkpoint(args.model)
@@ -249,8 +250,6 @@ def _logits(model: runtime.Model, pages: range, text: list[int]) -> Tensor:
     return model.prefill([text], [pages], every=True)
 
 
-def _row(case: tuple[str, str], seen: Figures, own: float) -> dict[str, object]:
-    name, sides = case
+def _row(case: tuple[str, str], seen: Figures, own: float) -> CacheLoss:
     change = round(seen.perplexity / own - 1, 6)
-    kl = {"kl_mean": round(seen.kl_mean, 6), "kl_p99": round(seen.kl_p99, 5)}
-    return {"scales": name, "rounded": sides, "perplexity_change": change, **kl, "top1": seen.top1}
+    return CacheLoss(*case, change, round(seen.kl_mean, 6), round(seen.kl_p99, 5), seen.top1)

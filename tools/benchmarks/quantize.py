@@ -3,13 +3,14 @@
 import argparse
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from types import MappingProxyType
 
 from kvc8.ir.errors import KVC8Error
 from kvc8.tools.benchmarks.measured import CommandRun, measured
+from kvc8.tools.benchmarks.rows import CommandCost
 
 RECIPES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -30,25 +31,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=8, help="texts of it; default: 8")
 
 
-def rows(args: argparse.Namespace) -> list[dict[str, object]]:
+def rows(args: argparse.Namespace) -> list[CommandCost]:
     """One row a recipe: medians over the turns, which the recipes take one after the other."""
     taken: dict[str, list[CommandRun]] = {name: [] for name in RECIPES}
     for _ in range(args.turns):
         for name, options in RECIPES.items():
             taken[name].append(_quantize(args, options))
-    ours = taken["kvc8"]
-    return [
-        {
-            "case": "quantize",
-            "candidate": name,
-            "cpu_s": round(median(m.user for m in each), 1),
-            "peak_mb": round(median(m.peak for m in each)),
-            "ratio": round(median(m.user / o.user for m, o in zip(each, ours, strict=True)), 3),
-            "threads": args.threads,
-            "turns": args.turns,
-        }
-        for name, each in taken.items()
-    ]
+    return [_row(name, runs, taken["kvc8"], args) for name, runs in taken.items()]
+
+
+def _row(
+    name: str, runs: Sequence[CommandRun], ours: Sequence[CommandRun], args: argparse.Namespace
+) -> CommandCost:
+    cpu, peak = round(median(run.user for run in runs), 1), round(median(run.peak for run in runs))
+    times = round(median(run.user / own.user for run, own in zip(runs, ours, strict=True)), 3)
+    return CommandCost("quantize", name, cpu, peak, times, args.threads, args.turns)
 
 
 def _quantize(args: argparse.Namespace, options: tuple[str, ...]) -> CommandRun:

@@ -20,6 +20,7 @@ from kvc8.backends.runtime.generate import generate
 from kvc8.backends.runtime.inputs import Rows
 from kvc8.backends.runtime.model import Model
 from kvc8.ir.errors import TargetError
+from kvc8.tools.benchmarks.rows import Timing
 from kvc8.tools.driver.loading import open_compiled
 
 
@@ -121,7 +122,7 @@ class Serving:
     def _check(self, generated: int) -> None:
         assert generated == self.args.prompts * self.args.new, generated
 
-    def steps(self) -> list[dict[str, object]]:
+    def steps(self) -> list[Timing]:
         """What a step of vLLM took, on average: whole, the compiled programs, kvc8's plug-in.
 
         The plug-in is all that kvc8 adds to the programs: their inputs, and the hidden states of
@@ -135,16 +136,11 @@ class Serving:
         inside = sum(step.seconds for step in programs)
         plug_in = sum(part.seconds for part in around) - inside
         parts = {"whole": whole, "the programs": inside, "kvc8's plug-in": plug_in}
+        each = [(name, x / around[0].calls * 1e3, x / whole) for name, x in parts.items()]
+        counts = self.args.threads, self.args.turns
         return [
-            {
-                "case": "a step of vLLM",
-                "candidate": name,
-                "ms": round(seconds / around[0].calls * 1e3, 3),
-                "ratio": round(seconds / whole, 4),
-                "threads": self.args.threads,
-                "turns": self.args.turns,
-            }
-            for name, seconds in parts.items()
+            Timing("a step of vLLM", name, round(ms, 3), round(share, 4), *counts)
+            for name, ms, share in each
         ]
 
     def _watch(self) -> tuple[list[Timed], list[Timed]]:
