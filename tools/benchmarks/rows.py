@@ -76,9 +76,8 @@ class CacheLoss:
 
     def __str__(self) -> str:
         what = f"{self.scales:<16} {self.rounded:>3}  perplexity {self.perplexity_change:+.3%}"
-        return (
-            f"{what}  KL {self.kl_mean:.5f}, 99 % {self.kl_p99:.4f}  same top token {self.top1:.2%}"
-        )
+        kl = f"KL {self.kl_mean:.5f}, 99 % {self.kl_p99:.4f}"
+        return f"{what}  {kl}  top-1 {self.top1:.2%}"
 
 
 Row = Timing | CommandCost | Stages | CacheLoss
