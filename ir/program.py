@@ -99,15 +99,26 @@ class Program:
         node.meta["type"] = self.infer(node)
         return node
 
-    def placeholder(self, name: str, type_: Type, expression: Expression | None = None) -> Node:
-        """Add an input after the last input, a parameter or cache after the last of all."""
+    def placeholder(
+        self,
+        name: str,
+        type_: Type,
+        expression: Expression | None = None,
+        before: Node | None = None,
+    ) -> Node:
+        """Add an input after the last input, a parameter or cache after the last of all.
+
+        Or `before` another, as a cache that is to come in its place in the order of the caches.
+        """
         last = (
             self._last_placeholder()
             if expression is not None
             else next(reversed(self.inputs()), None)
         )
-        first = next(iter(self.graph.nodes), None)
-        with self.graph.inserting_after(last) if last else self.graph.inserting_before(first):
+        at = before or (None if last else next(iter(self.graph.nodes), None))
+        with (
+            self.graph.inserting_before(at) if at or not last else self.graph.inserting_after(last)
+        ):
             node = self.graph.placeholder(name)
         if node.next.op != "placeholder":
             self._last = node

@@ -5,7 +5,7 @@ a node of the same name, target and type is the same node after a pass: it was k
 node now reads N in the place where it read O, N took the place of O. A kept node that reads another
 parameter or constant than before was changed; what it gives may differ until the changes of its
 layer have met again. That is a region: all nodes on paths between the changed nodes of one layer
-and the site its remark names.
+and the site its remark names. A cache of another name holds something else, and stands for none.
 
 What a new node came from (`sources`) is read off in the same way: the nodes whose place it took;
 for a parameter, whatever was made of the same stored tensors; else what the nodes that it feeds
@@ -53,13 +53,22 @@ def provenance(before: Program, after: Program, sites: Iterable[str] = ()) -> Pr
     found.changed = [node for node, pairs in places.items() if None in pairs]
     names = set(sites)
     _find_regions(found, [node for node in found.kept if node.name in names], places)
-    seen = set[tuple[Node, Node]]()
+    seen = _of_other_caches(before, after)
     for node, pairs in places.items():
         for pair in pairs:
             if pair is not None and pair not in seen and node not in found.inside:
                 seen.add(pair)
                 found.took.append(pair)
     return found
+
+
+def _of_other_caches(before: Program, after: Program) -> set[tuple[Node, Node]]:
+    """What two programs give as caches that have other names, for they hold other things."""
+    pairs = list(zip(after.caches(), before.caches(), strict=False))
+    results = [program.graph.find_nodes(op="output")[0].args[0] for program in (after, before)]
+    last = list(zip(*results, strict=False))[-len(pairs) :] if pairs else []
+    together = zip(pairs, last, strict=False)
+    return {given for (cache, was), given in together if cache.name != was.name}
 
 
 def sources(before: Program, after: Program) -> dict[Node, tuple[Node, ...]]:

@@ -23,7 +23,8 @@ after:
         neg: f16[N, S, 2, 8] = aten.neg(dequantize)
         return [neg, k_new_0]
 
-A cache for which the checkpoint has no scale is left alone and stays float.
+A cache for which the checkpoint has no scale is left alone and stays float. One of latents
+(passes/fold_latent_attention.py) is too, and a model all of whose caches are such is in order.
 
 Bound: a value within [s*(-128 - z), s*(127 - z)] comes back within s/2 of itself, and then rounded
 once to the dtype of the cache; one outside comes back as the nearer end.
@@ -48,7 +49,8 @@ from kvc8.ir.program import (
     users,
 )
 from kvc8.ir.types import TensorType
-from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+from kvc8.passes.matchers.latent import holds_latent
+from kvc8.passes.rewrite import Remark, hit, keep, miss, rewrite
 
 
 def bound(old: Node, new: Node, look: Callable[[Node], Tensor]) -> Tensor:
@@ -78,6 +80,9 @@ def insert_kv_quant(program: Program) -> Iterator[Remark]:
     """See the module."""
     for write in program.calls(ops.cache_write):
         cache = argument(write, 0)
+        if holds_latent(write):
+            yield keep(write, "it holds latents, which are small and stay float")
+            continue
         if not is_cache(cache) or not expression_of(cache).args:
             yield miss(write, "the checkpoint has no scale for this cache")
             continue

@@ -89,7 +89,7 @@ from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
 from kvc8.ir.expression import Expression
-from kvc8.ir.program import Program, Stage, argument, tensor_type
+from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type
 from kvc8.ir.types import IntsType, TensorType, size
 from kvc8.passes.matchers.attention import (
     TOKENS,
@@ -147,6 +147,8 @@ def lower_paged_attention(
 
 
 def _why_not(node: Node, k: CacheSide | None, v: CacheSide | None) -> str:
+    if is_call(node.args[1], ATEN.cat.default):
+        return "it attends to latents, which kvc8 does not lower for the NPU"
     if k is None or v is None:
         return "its K and V do not come out of a cache that this program writes"
     return NO_SOFT_CAP if node.args[8] else ""

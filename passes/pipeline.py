@@ -11,6 +11,7 @@ from kvc8.ir.program import Program
 from kvc8.passes.fold_k_offset import fold_k_offset
 from kvc8.passes.fold_k_scale import fold_k_scale
 from kvc8.passes.fold_kv_scales import fold_kv_scales
+from kvc8.passes.fold_latent_attention import fold_latent_attention
 from kvc8.passes.fold_v_offset import fold_v_offset
 from kvc8.passes.fold_v_offset_into_codes import fold_v_offset_into_codes
 from kvc8.passes.fold_v_scale import fold_v_scale
@@ -48,6 +49,7 @@ DEFAULT = Options()
 # What a checkpoint means, with its cache in int8: all targets start here, and ONNX ends here.
 QUANTIZE: tuple[Step, ...] = (
     remove_identities,
+    fold_latent_attention,
     insert_linear_quant,
     insert_dynamic_quant,
     repair_rope_scales,
@@ -55,6 +57,7 @@ QUANTIZE: tuple[Step, ...] = (
 )
 AS_IS: tuple[Step, ...] = (
     remove_identities,
+    fold_latent_attention,
     insert_linear_quant,
     insert_dynamic_quant,
     insert_kv_quant,

@@ -38,6 +38,7 @@ class Remark:
     why_not: str = ""
     note: str = ""  # what a reader may want to know of a site that was rewritten
     contract: Contract | None = None  # of this site, where it is not the pass's
+    right: bool = False  # left alone, and as it should be: what is required of a pass is not this
 
     def __str__(self) -> str:
         where = f"{self.node} ({self.origin})" if self.origin else self.node
@@ -54,6 +55,11 @@ def hit(node: Node, note: str = "", contract: Contract | None = None) -> Remark:
 def miss(node: Node, why: str) -> Remark:
     """The site looked right but was left alone."""
     return Remark(node.name, node.meta.get("origin", ""), why)
+
+
+def keep(node: Node, why: str) -> Remark:
+    """The site was left alone, and is as it should be."""
+    return Remark(node.name, node.meta.get("origin", ""), why, right=True)
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,8 @@ class Pass:
                 raise IRError(self.name, what, "correct it")
 
     def _check_hits(self, remarks: list[Remark]) -> None:
-        if self.required and all(remark.why_not for remark in remarks):
+        missed = [remark for remark in remarks if remark.why_not and not remark.right]
+        if self.required and len(missed) == len(remarks):
             why = f" ({remarks[0]})" if remarks else ""
             raise IRError(self.name, f"rewrote nothing{why}", f"{self.required}")
 

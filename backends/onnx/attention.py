@@ -117,6 +117,14 @@ def _table(b: Builder, node: Node, batch: _Batch, table: Value) -> Value:
 def _gathered(b: Builder, node: Node, index: int, table: Value) -> Value:
     """The keys or values of each sequence, [B, L, H, D]."""
     cache = argument(node, index)
+    if is_call(cache, torch.ops.aten.cat.default):  # of caches, whose pages are joined instead
+        parts = [_pages(b, node, part, table) for part in cache.args[0]]  # type: ignore
+        return b.op("Concat", *parts, axis=-1)
+    return _pages(b, node, cache, table)
+
+
+def _pages(b: Builder, node: Node, cache: Node, table: Value) -> Value:
+    """What a cache has of each sequence, [B, L, H, D]."""
     type_ = tensor_type(cache)
     stored = argument(cache, 0) if is_call(cache, ops.dequantize) else cache
     wanted = b.shape([0, -1, *type_.shape[2:]])

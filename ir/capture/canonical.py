@@ -9,6 +9,7 @@ torch.export leaves several spellings of one thing and some that say nothing. A 
     device, layout, pin_memory        -> left out; a program runs where its inputs are
     dropout in evaluation             -> its argument
     topk, in whatever order           -> topk, the largest first
+    a new tensor filled part by part  -> aten.cat of the parts (ir/capture/joined.py)
     div_, scatter_, index_put_, ...   -> what gives the same and writes nowhere; whoever reads the
                                          written tensor after that reads its result
 """
@@ -20,6 +21,7 @@ from torch import SymInt
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from kvc8.ir.capture.joined import joined
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import Program, op_name, substitute, tensor_type
 
@@ -63,7 +65,8 @@ def copy_call(program: Program, node: Node, env: dict[Node, Node], origin: str) 
     if node.target in SAME:
         env[node] = env[node.all_input_nodes[0]]
         return
-    made = _reshape(program, node, env) or _cast(program, node, env) or _plain(program, node, env)
+    made = _reshape(program, node, env) or _cast(program, node, env) or _joined(program, node, env)
+    made = made or _plain(program, node, env)
     if _writes(node):
         env[node.all_input_nodes[0]] = made
     if made.op == "call_function" and "origin" not in made.meta:
@@ -122,3 +125,11 @@ def _cast(program: Program, node: Node, env: dict[Node, Node]) -> Node | None:
     if tensor_type(x).dtype is dtype:
         return x
     return program.append(ATEN.to.dtype, (x, dtype), {}, "to")
+
+
+def _joined(program: Program, node: Node, env: dict[Node, Node]) -> Node | None:
+    found = joined(node)
+    if found is None:
+        return None
+    parts, dim = found
+    return program.append(ATEN.cat.default, ([env[part] for part in parts], dim), {}, "cat")

@@ -102,13 +102,6 @@ def _positive(config: Mapping[str, object], name: str, where: str) -> int:
     return positive({name: fact(config, name)}, name, where)
 
 
-def refuse_latent(config: Mapping[str, object], where: str) -> None:
-    """Raise ModelError where attention is over a latent, cached in the place of K and V."""
-    if config.get("kv_lora_rank"):
-        what = "asks for multi-head latent attention, whose cache kvc8 cannot quantize"
-        raise ModelError(where, what, "use a model that caches K and V")
-
-
 def kv_widths(config: Mapping[str, object], where: str) -> tuple[int, ...]:
     """Work out kv_heads * head_dim of every layer from a config.json that is at `where`.
 

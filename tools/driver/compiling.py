@@ -12,8 +12,6 @@ from kvc8.backends.npu import artifact, legality
 from kvc8.backends.runtime.kv_layout import KVLayout, kv_layout
 from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.capture.trace import capture
-from kvc8.ir.checkpoint.layouts import refuse_latent
-from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import ModelWarning
 from kvc8.ir.expression import Read
@@ -66,8 +64,6 @@ def compile_model(
     check_request(out, target, options)
     for warning in (*checkpoint.warnings, *unsupported(checkpoint)):
         warnings.warn(warning, stacklevel=2)
-    if not checkpoint.kv:  # and kvc8-quantize gives it no scales either
-        refuse_latent(checkpoint.config, place(checkpoint.path, "config.json"))
     program = capture(checkpoint, target.computes_in)
     if check:
         check(checkpoint, program)

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from kvc8.ir import mixture_ops, ops
-from kvc8.ir.checkpoint.layouts import layer_index, refuse_latent
+from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.checkpoint.reader import Checkpoint, kv_widths
 from kvc8.ir.errors import ModelError
@@ -149,7 +149,9 @@ def is_down(site: LinearSite) -> bool:
 def cached(program: Program, checkpoint: Checkpoint) -> list[Cached]:
     """What each layer caches. Raises ModelError where that is no K and V of config.json's width."""
     where = place(checkpoint.path, "config.json")
-    refuse_latent(checkpoint.config, where)
+    if checkpoint.config.get("kv_lora_rank"):
+        what = "asks for multi-head latent attention, whose cache of latents kvc8 keeps in float"
+        raise ModelError(where, what, "compile it as it is")
     widths = kv_widths(checkpoint.config, where)
     found = []
     for write in program.calls(ops.cache_write):
