@@ -7,6 +7,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")  # before torch is i
 import functools
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,28 @@ torch.set_num_threads(1)
 # How long an example takes tells of what else the machine does.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+# Tests of how models are traced and types are inferred, which therefore is done for each anew.
+FRESH = ("test_capture", "test_faithful", "test_npu_schemas", "test_original", "test_shapes")
+
+
+@pytest.fixture(scope="session")
+def once() -> Callable[[], AbstractContextManager[None]]:
+    """Gives a context in which kvc8 traces no model and infers no type a second time."""
+    from support.once import remembering
+
+    return remembering()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What most tests need of torch they get of those before them, but for those of that itself."""
+    if request.path.stem.startswith(FRESH):
+        yield
+        return
+    with request.getfixturevalue("once")():
+        yield
 
 
 @pytest.fixture
