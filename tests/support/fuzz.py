@@ -1,10 +1,8 @@
 """Damage model directories at random from a seed, read each, and say what came of it.
 
-    python tests/fuzz.py SEED COUNT DIRECTORY
-
-prints a JSON list of outcomes: "opened", or the sentence of the refusal. Anything else is a failure
-and ends the process: another exception, a directory that takes over 5 seconds, or one that wants
-over 1 GB of memory beyond what the interpreter and its modules took before the first.
+`main` gives a list of outcomes: "opened", or the sentence of the refusal. Anything else is a
+failure and ends the process: another exception, a directory that takes over 5 seconds, or one that
+wants over 1 GB of memory beyond what the interpreter and its modules took before the first.
 """
 
 import json
@@ -14,7 +12,6 @@ import resource
 import shutil
 import signal
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,7 +201,3 @@ def main(seed: int, count: int, scratch: Path) -> list[str]:
         signal.alarm(0)
         shutil.rmtree(directory)
     return outcomes[1:]
-
-
-if __name__ == "__main__":
-    json.dump(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])), sys.stdout)
