@@ -15,7 +15,7 @@ from kvc8.ir.run import run
 from kvc8.passes.options import Options
 from kvc8.tools import command, compile, evaluate
 from kvc8.tools.driver.tokenizer import read_tokenizer
-from kvc8.tools.evaluator import evaluating
+from kvc8.tools.evaluator import evaluating, forms
 from kvc8.tools.evaluator.divergence import ROWS, Figures
 from kvc8.tools.evaluator.forms import Setup, open_float, open_form
 from kvc8.tools.evaluator.plot import AROUND, smoothed
@@ -63,6 +63,49 @@ def test_figures_are_those_of_the_plain_formulas():
     assert figures.kl_p99 == pytest.approx(float(kl.quantile(0.99)), abs=bound)
     assert figures.top1 == float(same.double().mean())
     assert figures.kl_by_position.shape == (2 * ROWS + 4,)
+    late = figures.between(100, 2 * ROWS + 5)  # of both windows, each of which has 2 * ROWS + 4
+    kept = [torch.cat([part[100:] for part in x.chunk(2)]) for x in (loss, kl)]
+    assert late.perplexity == pytest.approx(float(kept[0].mean().exp()), rel=bound)
+    assert late.kl_mean == pytest.approx(float(kept[1].mean()), abs=bound)
+
+
+@pytest.mark.parametrize(
+    ("window", "cut"),
+    [
+        (24, [(0, 24)]),
+        (1025, [(0, 1025)]),
+        (1026, [(0, 1024), (1024, 1026)]),
+        (8192, [(0, 1024), (1024, 2048), (2048, 4096), (4096, 8192)]),
+    ],
+)
+def test_a_window_is_cut_where_its_context_doubles(window, cut):
+    assert evaluating.spans(window) == cut
+
+
+def test_chunks_of_a_window_give_what_the_whole_gives(tiny_model, text, monkeypatch):
+    source = tiny_model("qwen2")
+    tokens = read_tokenizer(source).encode(TEXT)[:24]
+    whole = open_float(source, 24).logits(tokens)
+    monkeypatch.setattr(forms, "CHUNK", 9)
+    # Two layers have 15 sums of at most 64 terms, which may be taken in another order in float32.
+    bound = 15 * 64 * 2.0**-24 * float(whole.abs().max())
+    assert (open_float(source, 24).logits(tokens) - whole).abs().max() <= bound
+
+
+@pytest.mark.slow
+def test_figures_by_position_make_up_the_whole(text, capsys, monkeypatch):
+    monkeypatch.setattr(evaluating, "NEAR", 6)
+    options = ("--against", QUANTIZED.parent / "orig", "--text", text, "--windows", 1)
+    status, said, _ = ran(capsys, QUANTIZED, *options, "--window", 24, "--json")
+    assert status == 0
+    [row] = json.loads(said)["models"]
+    parts = row["by_position"]
+    assert [(part["start"], part["stop"]) for part in parts] == [(0, 6), (6, 12), (12, 24)]
+    counted = [part["kl_mean"] * size for part, size in zip(parts, (6, 6, 11), strict=True)]
+    assert sum(counted) / 23 == pytest.approx(row["kl_mean"])
+    status, said, _ = ran(capsys, QUANTIZED, *options, "--window", 24)
+    assert "KL, mean, and change of perplexity by position" in said
+    assert f"{parts[2]['kl_mean']:.5f} {parts[2]['perplexity_change']:+.2%}" in said
 
 
 @pytest.mark.slow

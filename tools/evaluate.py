@@ -6,7 +6,7 @@ OUT is a model directory, run as its reference program in float32, an NPU artifa
 ONNX model. The text is cut into windows, and each of them is a prompt of its own, with the tokens
 in front that the tokenizer puts before a text. The float model is computed in float32 and once for
 all OUTs. Figures: perplexity, KL(float || OUT) in nats by its mean and its 99th percentile, and how
-often both think the same token the likeliest.
+often both think the same token the likeliest; for windows over 1,024 tokens by position too.
 
 With `--as vllm-ascend` or `--as mindie` a quantized directory is computed as that engine does.
 """

@@ -46,6 +46,11 @@ class Figures:
         """Mean over the windows of each position's divergence: float64 [T]; windows alike long."""
         return torch.stack(self.kl).mean(0)
 
+    def between(self, start: int, stop: int) -> "Figures":
+        """Those of the tokens from `start` up to `stop` of each window."""
+        each = (self.losses, self.kl, self.same)
+        return Figures(*([part[start:stop] for part in parts] for parts in each))
+
     def add(self, model: Tensor, reference: Tensor, tokens: Tensor) -> None:
         """Take the logits of a window, [T, vocabulary] each, and its tokens [T]."""
         parts = [

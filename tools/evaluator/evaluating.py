@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from kvc8.tools.quantizer.engines import ENGINES, Engine
 
 # The KL of each layer's K and V alone, on a window, by name.
 ByCache = Callable[[Checkpoint, list[int], Options], list[tuple[str, float]]]
+NEAR = 1024  # tokens; figures by position are of the first so many, then of twice as many ...
 EMULATED = "NPU and engine rows are emulated as documented; they were not verified on a device"
 
 
@@ -44,8 +46,10 @@ def evaluate(args: argparse.Namespace, by_cache: ByCache) -> int:
         draw(args.plot, title, _curves(args, setup, windows[0], figures[1:], by_cache))
     if args.json:
         print(json.dumps(_as_json(args, base, forms, figures, tokens), indent=1))
-    else:
-        _print(base, forms, figures, tokens)
+        return 0
+    _print(base, forms, figures, tokens)
+    if args.window > NEAR:
+        _print_by_position(forms, figures, args.window)
     return 0
 
 
@@ -130,12 +134,44 @@ def _as_json(
             "kl_mean": seen.kl_mean,
             "kl_p99": seen.kl_p99,
             "top1_agreement": seen.top1,
+            "by_position": _by_position(figures[0], seen, args.window),
         }
         for form, seen in zip(forms, figures[1:], strict=True)
     ]
     text = {"text": str(args.text), "windows": args.windows, "window": args.window}
     reference = {"model": base.name, "perplexity": figures[0].perplexity}
     return {**text, "tokens": tokens, "float": reference, "models": rows}
+
+
+def spans(window: int) -> list[tuple[int, int]]:
+    """Where a window is cut for figures by position: at `NEAR` tokens, twice as many, and so on."""
+    starts = [0]
+    while (at := max(2 * starts[-1], NEAR)) < window - 1:  # the last token has no successor
+        starts.append(at)
+    return list(pairwise([*starts, window]))
+
+
+def _by_position(base: Figures, seen: Figures, window: int) -> list[dict[str, float]]:
+    found = []
+    for start, stop in spans(window):
+        part, own = seen.between(start, stop), base.between(start, stop).perplexity
+        change = part.perplexity / own - 1
+        found.append(
+            {"start": start, "stop": stop, "kl_mean": part.kl_mean, "perplexity_change": change}
+        )
+    return found
+
+
+def _print_by_position(forms: Sequence[Form], figures: Sequence[Figures], window: int) -> None:
+    table = Table(title="KL, mean, and change of perplexity by position", title_justify="left")
+    table.add_column("")
+    for start, stop in spans(window):
+        table.add_column(f"{start:,} to {stop:,}", justify="right")
+    for form, seen in zip(forms, figures[1:], strict=True):
+        parts = _by_position(figures[0], seen, window)
+        cells = [f"{part['kl_mean']:.5f} {part['perplexity_change']:+.2%}" for part in parts]
+        table.add_row(Path(form.name).name, *cells)
+    Console(width=110).print(table)
 
 
 def _print(base: Form, forms: Sequence[Form], figures: Sequence[Figures], tokens: int) -> None:

@@ -41,6 +41,7 @@ from kvc8.tools.quantizer.engines import NAMES, Engine
 
 LINEARS_ONLY = (remove_identities, insert_linear_quant, insert_dynamic_quant)  # a float cache
 BLOCK = 128  # tokens; a program may take any
+CHUNK = 1024  # tokens of a reference program at a time: attention takes memory for each pair
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,16 @@ def _in_engine(checkpoint: Checkpoint, engine: Engine, setup: Setup, window: int
 
 
 def _program(program: Program, checkpoint: Checkpoint, window: int) -> Callable[..., Tensor]:
-    programs = {"prefill": program, "decode": program}
-    return _prefill(_load(programs, checkpoint, window), BLOCK)
+    """Its attention reads what the cache gives back of every token, so chunks change nothing."""
+    model = _load({"decode": program}, checkpoint, window)
+
+    def logits(tokens: list[int]) -> Tensor:
+        table = range(_blocks(len(tokens), BLOCK))
+        starts = range(0, len(tokens), CHUNK)
+        chunks = (Rows(tokens[at : at + CHUNK], at, table) for at in starts)
+        return torch.cat([model.step("decode", [rows], every=True) for rows in chunks])
+
+    return logits
 
 
 def _load(programs: Mapping[str, Program], checkpoint: Checkpoint, window: int) -> runtime.Model:
