@@ -1,6 +1,7 @@
 """The shape of the house: who may import whom, and what no file may do."""
 
 import ast
+import functools
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -66,14 +67,26 @@ CONTAINERS = {"list", "dict", "set", "defaultdict", "OrderedDict", "Counter", "d
 
 FILES = sorted(file for layer in MAY_IMPORT for file in (ROOT / layer).rglob("*.py"))
 PASSES = [file for file in FILES if file.parent.name == "passes" and file.stem not in NOT_PASSES]
-each_file = pytest.mark.parametrize(
-    "file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix()
-)
-each_pass = pytest.mark.parametrize("file", PASSES, ids=lambda file: file.stem)
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
+@functools.cache
 def parse(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def place(file: Path) -> str:
+    return file.relative_to(ROOT).as_posix()
+
+
+@functools.cache
+def imports_of(file: Path) -> list[tuple[str, bool]]:
+    return list(imports(parse(file)))
+
+
+def taken(files: list[Path], modules: set[str]) -> list[tuple[str, str]]:
+    """The imports of some modules, with the file that has one."""
+    return [(place(file), m) for file in files for m, _ in imports_of(file) if m in modules]
 
 
 def imports(node: ast.AST, inside: bool = False) -> Iterator[tuple[str, bool]]:
@@ -151,44 +164,40 @@ def changes(node: ast.AST) -> list[str]:
     return []
 
 
-@each_file
-def test_layers_are_imported_downwards(file: Path) -> None:
-    layer = file.relative_to(ROOT).parts[0]
-    for module, _ in imports(parse(file)):
-        assert not module.startswith("."), f"{module}: import kvc8.… by its whole name"
-        if module.split(".")[0] == "kvc8":
-            other = module.split(".")[1]
-            assert other in MAY_IMPORT[layer], f"{layer} may not import {other}"
+def test_layers_are_imported_downwards() -> None:
+    for file in FILES:
+        here = place(file)
+        for module, _ in imports_of(file):
+            assert not module.startswith("."), f"{here}: {module}: import kvc8.… by its whole name"
+            if module.split(".")[0] == "kvc8":
+                other = module.split(".")[1]
+                assert other in MAY_IMPORT[here.split("/")[0]], f"{here} may not import {other}"
 
 
 ROOMS_OF_IR = ("kvc8.ir.checkpoint", "kvc8.ir.capture")
 CORE = [file for file in FILES if file.parent == ROOT / "ir"]
 COMMANDS = [file for file in FILES if file.parent == ROOT / "tools"]
-TESTS = sorted((ROOT / "tests").rglob("*.py"))
 SHARED_BY_COMMANDS = {"kvc8.tools.command"}
 
 
-@pytest.mark.parametrize("file", CORE, ids=lambda file: file.stem)
-def test_the_core_of_ir_knows_no_checkpoint_and_no_capture(file: Path) -> None:
-    assert [m for m, _ in imports(parse(file)) if m.startswith(ROOMS_OF_IR)] == []
+def test_the_core_of_ir_knows_no_checkpoint_and_no_capture() -> None:
+    found = [(place(file), m) for file in CORE for m, _ in imports_of(file)]
+    assert [each for each in found if each[1].startswith(ROOMS_OF_IR)] == []
 
 
-@pytest.mark.parametrize("file", PASSES, ids=lambda file: file.stem)
-def test_no_pass_imports_a_pass(file: Path) -> None:
-    others = {f"kvc8.passes.{other.stem}" for other in PASSES}
-    assert [m for m, _ in imports(parse(file)) if m in others] == []
+def test_no_pass_imports_a_pass() -> None:
+    assert taken(PASSES, {f"kvc8.passes.{other.stem}" for other in PASSES}) == []
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_no_command_is_imported(file: Path) -> None:
+def test_no_command_is_imported() -> None:
     commands = {f"kvc8.tools.{command.stem}" for command in COMMANDS} - SHARED_BY_COMMANDS
-    assert [m for m, _ in imports(parse(file)) if m in commands] == []
+    assert taken(FILES, commands) == []
 
 
-@pytest.mark.parametrize("file", TESTS, ids=lambda file: file.relative_to(ROOT).as_posix())
-def test_no_test_imports_a_test(file: Path) -> None:
+def test_no_test_imports_a_test() -> None:
     names = {other.stem for other in TESTS if other.stem.startswith("test_")}
-    assert [m for m, _ in imports(parse(file)) if m.split(".")[0] in names] == []
+    found = [(place(file), m) for file in TESTS for m, _ in imports_of(file)]
+    assert [each for each in found if each[1].split(".")[0] in names] == []
 
 
 def test_no_imports_go_in_a_circle() -> None:
@@ -196,7 +205,7 @@ def test_no_imports_go_in_a_circle() -> None:
     modules, rooms = nx.DiGraph(), nx.DiGraph()
     for file in FILES:
         here = file.relative_to(ROOT).with_suffix("").parts
-        for module, _ in imports(parse(file)):
+        for module, _ in imports_of(file):
             there = tuple(module.split(".")[1:])
             if module.startswith("kvc8.") and ROOT.joinpath(*there).with_suffix(".py").exists():
                 modules.add_edge(here, there)
@@ -206,10 +215,10 @@ def test_no_imports_go_in_a_circle() -> None:
     assert [*nx.simple_cycles(rooms)] == []
 
 
-@pytest.mark.parametrize("folder", sorted({file.parent for file in FILES}), ids=str)
-def test_no_room_is_crowded(folder: Path) -> None:
-    if folder.name != "passes":  # a file a pass
-        assert len([*folder.glob("*.py")]) <= MOST_FILES
+def test_no_room_is_crowded() -> None:
+    rooms = Counter(place(file.parent) for file in FILES)
+    del rooms["passes"]  # a file a pass
+    assert [room for room, count in rooms.items() if count > MOST_FILES] == []
 
 
 def test_no_two_classes_have_one_name() -> None:
@@ -222,36 +231,36 @@ def test_no_two_classes_have_one_name() -> None:
     assert [name for name, count in named.items() if count > 1] == []
 
 
-@each_file
-def test_third_parties_are_imported_at_their_addresses(file: Path) -> None:
-    here = file.relative_to(ROOT).as_posix()
-    for module, inside in imports(parse(file)):
-        package = module.split(".")[0]
-        if package == "kvc8" or package in sys.stdlib_module_names:
-            continue
-        allowed = THIRD_PARTIES.get(package, [])
-        assert any(fnmatch(here, pattern) for pattern in allowed), f"{package} only in {allowed}"
-        assert inside or package not in ONLY_INSIDE_FUNCTIONS, f"{package} only inside functions"
+def test_third_parties_are_imported_at_their_addresses() -> None:
+    for file in FILES:
+        here = place(file)
+        for module, inside in imports_of(file):
+            package = module.split(".")[0]
+            if package == "kvc8" or package in sys.stdlib_module_names:
+                continue
+            allowed = THIRD_PARTIES.get(package, [])
+            at_home = any(fnmatch(here, pattern) for pattern in allowed)
+            assert at_home, f"{here}: {package} only in {allowed}"
+            late = inside or package not in ONLY_INSIDE_FUNCTIONS
+            assert late, f"{here}: {package} only inside functions"
 
 
-@each_file
-def test_only_tools_read_the_environment(file: Path) -> None:
-    if file.relative_to(ROOT).parts[0] != "tools":
-        assert environment_reads(parse(file)) == []
+def test_only_tools_read_the_environment() -> None:
+    others = [file for file in FILES if not place(file).startswith("tools/")]
+    assert [(place(f), line) for f in others for line in environment_reads(parse(f))] == []
 
 
-@each_file
-def test_no_module_remembers(file: Path) -> None:
-    assert module_state(parse(file)) == []
+def test_no_module_remembers() -> None:
+    assert [(place(file), what) for file in FILES for what in module_state(parse(file))] == []
 
 
-@each_file
-def test_files_are_short_and_named_for_what_they_hold(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
-    assert file.stem not in NAMELESS
+def test_files_are_short_and_named_for_what_they_hold() -> None:
+    lines = {place(file): file.read_text(encoding="utf-8").count("\n") for file in FILES}
+    assert [here for here, count in lines.items() if count > MOST_LINES] == []
+    assert [place(file) for file in FILES if file.stem in NAMELESS] == []
 
 
-@each_pass
+@pytest.mark.parametrize("file", PASSES, ids=lambda file: file.stem)
 def test_a_pass_is_a_function_of_its_own_name_and_shows_what_it_does(file: Path) -> None:
     tree = parse(file)
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
