@@ -16,7 +16,12 @@ from kvc8.ir.program import Program
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 
-KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+# `tools/check --quick` has one of a kind of layer, and one of two.
+KINDS = (
+    "llama",
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("qwen2", "qwen3", "mistral")),
+    "gemma3",
+)
 
 
 def reference(directory: Path, tokens: list[int]) -> torch.Tensor:

@@ -208,6 +208,7 @@ print(*torch.ops.npu.npu_dynamic_quant(x[None])[0][0].tolist())
 """
 
 
+@pytest.mark.slow
 def test_ops_that_torch_npu_defined_first_are_left_alone() -> None:
     path = str(Path(npu.__file__).with_name("npu_schemas.txt"))
     script = DEFINED_FIRST.format(path=path)
@@ -226,6 +227,7 @@ if not {installed}:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("installed", "says"), [(False, "True True\n1 1\n"), (True, "False False\n")]
 )
