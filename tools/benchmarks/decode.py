@@ -1,23 +1,33 @@
-"""One decode step: kvc8's gqa flavor, a plain GroupQueryAttention graph, transformers, OpenVINO."""
+"""A decode step: kvc8's gqa flavor and emulated artifact, a plain graph, transformers, OpenVINO.
+
+The plain graph is of com.microsoft.GroupQueryAttention and float weights. The artifact computes in
+float16 what the documents of the NPU's ops say.
+"""
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvc8.backends.npu.artifact_reader import read
 from kvc8.backends.onnx.emitter import emit
-from kvc8.backends.onnx.runner import Session, load
+from kvc8.backends.onnx.runner import load
+from kvc8.backends.runtime import model as runtime
 from kvc8.ir.capture.trace import capture
-from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.tools.benchmarks import plain as bench_plain
 from kvc8.tools.benchmarks.stateful import Stateful
-from kvc8.tools.driver.compiling import quantize
+from kvc8.tools.driver.compiling import compile_model, quantize
+from kvc8.tools.driver.request import Target
 
 CONTEXTS = (128, 2048, 8192)
 TOKEN = 5  # any
+Step = Callable[[], object]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,48 +37,97 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     exported = "the float model as optimum-intel exports it; without it OpenVINO is left out"
     parser.add_argument("--openvino", type=Path, metavar="DIR", help=exported)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N")
+    chosen = "what to time; ratios are to the first; default: all"
+    each = tuple(MAKERS)
+    parser.add_argument("--candidates", nargs="+", choices=each, default=each, help=chosen)
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Callable[[], object]]]]:
-    """At each context the candidates, ours first; each call decodes the token that ends it."""
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Step]]]:
+    """At each context the candidates; each call decodes the token that ends it."""
     torch.set_num_threads(args.threads)
-    checkpoint = open_checkpoint(args.directory)
-    plain = bench_plain.Plain(open_checkpoint(args.float_directory), checkpoint, args.threads)
-    theirs = _Transformers(args.float_directory)
-    openvino = Stateful(args.openvino, args.threads) if args.openvino else None
     with tempfile.TemporaryDirectory(prefix="kvc8-bench-") as folder:
-        session = _compiled(checkpoint, Path(folder) / "out", args.threads)
+        made = [MAKERS[name](args, Path(folder)) for name in args.candidates if _known(name, args)]
         for context in args.contexts:
-            codes = _codes(session, context)
-            candidates = {
-                "kvc8 gqa, W8A8": _step(session, codes),
-                "plain gqa, float weights": plain.step(TOKEN, codes),
-                "transformers, float32": theirs.step(context),
-            }
-            if openvino:
-                candidates["OpenVINO u8, float weights"] = openvino.step(TOKEN, context)
-            yield f"context {context}", candidates
+            yield f"context {context}", {each.title: each.step(context) for each in made}
 
 
-def _compiled(checkpoint: Checkpoint, out: Path, threads: int) -> Session:
-    program = capture(checkpoint, torch.float32)
-    quantize(program)
-    emit(program, checkpoint, out, "gqa")
-    return load(out, threads)
+def _known(name: str, args: argparse.Namespace) -> bool:
+    return name != "openvino" or args.openvino is not None
 
 
-def _step(session: Session, codes: list[Tensor]) -> Callable[[], object]:
-    given = step_inputs(codes[0].shape[2])
-    caches = {port.name: x for port, x in zip(session.caches, codes, strict=True)}
-    session.run({**given, **caches})
-    return lambda: session.run(given)
+class _Gqa:
+    """The gqa flavor in ONNX Runtime."""
+
+    title = "kvc8 gqa, W8A8"
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        checkpoint = open_checkpoint(args.directory)
+        program = capture(checkpoint, torch.float32)
+        quantize(program)
+        emit(program, checkpoint, scratch / "gqa", "gqa")
+        self.session = load(scratch / "gqa", args.threads)
+
+    def step(self, context: int) -> Step:
+        sizes = {"B": 1, "L": context}
+        ports = self.session.caches
+        shapes = [[sizes[d] if isinstance(d, str) else d for d in port.shape] for port in ports]
+        caches = {p.name: x for p, x in zip(ports, _codes(shapes), strict=True)}
+        given = step_inputs(context)
+        self.session.run({**given, **caches})
+        return lambda: self.session.run(given)
 
 
-def _codes(session: Session, context: int) -> list[Tensor]:
-    """Caches of one sequence, full of random codes."""
-    random, sizes = torch.Generator().manual_seed(0), {"B": 1, "L": context}
-    shapes = [[sizes[d] if isinstance(d, str) else d for d in p.shape] for p in session.caches]
-    return [torch.randint(-128, 128, shape, generator=random, dtype=torch.int8) for shape in shapes]
+class _Emulated:
+    """The artifact for an NPU, with every op of it computed on a CPU."""
+
+    title = "kvc8 emulated, W8A8"
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        target = Target("npu", dtype="float16")
+        compile_model(open_checkpoint(args.directory), scratch / "npu", target)
+        self.artifact = read(scratch / "npu")
+
+    def step(self, context: int) -> Step:
+        size, decode = self.artifact.block_size, self.artifact.of_rank(0)["decode"]
+        blocks = list(range(-(-context // size)))
+        make = self.artifact.make
+        model = runtime.load({"decode": decode}, make, blocks=len(blocks), block_size=size)
+        caches = list(model.caches.values())
+        for cache, codes in zip(caches, _codes([x.shape for x in caches]), strict=True):
+            cache.copy_(codes)
+        return lambda: model.decode([TOKEN], [context], [blocks])
+
+
+class _Plain:
+    """A hand-written graph with the same attention op."""
+
+    title = "plain gqa, float weights"
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        weights, scales = open_checkpoint(args.float_directory), open_checkpoint(args.directory)
+        self.graph = bench_plain.Plain(weights, scales, args.threads)
+
+    def step(self, context: int) -> Step:
+        return self.graph.step(TOKEN, _codes(self.graph.caches(context)))
+
+
+class _OpenVino:
+    """OpenVINO's own cache."""
+
+    title = "OpenVINO u8, float weights"
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
+        self.model = Stateful(args.openvino, args.threads)
+
+    def step(self, context: int) -> Step:
+        return self.model.step(TOKEN, context)
+
+
+def _codes(shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Random codes, spread as those of normal values are: their deviation is 32."""
+    random = torch.Generator().manual_seed(0)
+    spread = (32 * torch.randn(tuple(shape), generator=random) for shape in shapes)
+    return [x.round().clamp(-128, 127).to(torch.int8) for x in spread]
 
 
 def step_inputs(context: int) -> dict[str, Tensor]:
@@ -86,13 +145,15 @@ def step_inputs(context: int) -> dict[str, Tensor]:
 class _Transformers:
     """The float model as transformers runs it, with its own cache."""
 
-    def __init__(self, directory: Path) -> None:
+    title = "transformers, float32"
+
+    def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        self.model = model.eval()
+        found = AutoModelForCausalLM.from_pretrained(args.float_directory, dtype=torch.float32)
+        self.model = found.eval()
 
-    def step(self, context: int) -> Callable[[], object]:
+    def step(self, context: int) -> Step:
         from transformers import DynamicCache
 
         config = self.model.config
@@ -110,3 +171,23 @@ class _Transformers:
             return made
 
         return decode
+
+
+class Candidate(Protocol):
+    """Something to time, made once."""
+
+    title: str
+
+    def step(self, context: int) -> Step:
+        """What decodes the token that ends a context of so many."""
+
+
+MAKERS: Mapping[str, Callable[[argparse.Namespace, Path], Candidate]] = MappingProxyType(
+    {
+        "gqa": _Gqa,
+        "emulated": _Emulated,
+        "plain": _Plain,
+        "transformers": _Transformers,
+        "openvino": _OpenVino,
+    }
+)

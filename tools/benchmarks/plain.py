@@ -35,6 +35,11 @@ class Plain:
         assert isinstance(found, int)
         return found
 
+    def caches(self, context: int) -> list[list[int]]:
+        """The shapes of K and V by layer, as `step` takes them."""
+        shape = [1, self.size("num_key_value_heads"), context, self._dim()]
+        return [shape] * (2 * self.size("num_hidden_layers"))
+
     def step(self, token: int, codes: Sequence[Tensor]) -> Callable[[], list[ort.OrtValue]]:
         """What decodes one token at the end of caches [1, heads, context, dim], K and V by layer.
 
