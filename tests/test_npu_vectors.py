@@ -38,20 +38,25 @@ def test_nothing_is_left_out_but_what_its_kernel_contradicts() -> None:
     assert len(PRIMARY) == 93
 
 
+DEQUANTIZE = scaled_attention.dequantize
+
+
+def _minus(offset: torch.Tensor | None) -> torch.Tensor | None:
+    return None if offset is None else -offset
+
+
 MUTANTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
     "offset sign in attention": (
-        attention,
+        scaled_attention,
         "dequantize",
-        lambda codes, scale, offset: scaled_attention.dequantize(
-            codes, scale, None if offset is None else -offset
-        ),
+        lambda codes, scale, offset, out: DEQUANTIZE(codes, scale, _minus(offset), out),
         "npu_fused_infer_attention_score__paged_bf16_asym_bs128_d128",
     ),
     "heads interleaved": (
         attention,
-        "attend",
-        lambda q, k, v, *args, **kwargs: scaled_attention.attend(
-            q, k.flip(1), v.flip(1), *args, **kwargs
+        "attend_codes",
+        lambda q, k, v, *args, **kwargs: scaled_attention.attend_codes(
+            q.flip(1), k, v, *args, **kwargs
         ),
         "npu_fused_infer_attention_score__bsh_fp16_sym_gqa4to2",
     ),
@@ -252,3 +257,30 @@ def test_functional_scatter_leaves_its_arguments() -> None:
     assert int(flat.count_nonzero()) == 16
     for cache in (*outs, *caches):
         assert torch.equal(cache.flatten(0, 1), flat)
+
+
+@pytest.mark.parametrize("offset", [None, torch.arange(-32.0, 32).half()])
+@pytest.mark.parametrize("seen", ["all", "window", "mask"])
+def test_codes_are_attended_to_part_by_part_as_floats_all_at_once(monkeypatch, offset, seen):
+    """Logits are small multiples of 2**-10, a channel of V has one row: every sum is exact."""
+    random, length = torch.Generator().manual_seed(0), 2500
+    query = torch.randint(-4, 5, (1, 4, 32), generator=random).half()
+    key = torch.randint(-128, 128, (length, 2, 32), generator=random, dtype=torch.int8)
+    value = torch.zeros_like(key)
+    value.scatter_(0, torch.randint(900, length, (1, 2, 32), generator=random), 99)
+    scale = torch.full((64,), 2.0**-7).half()
+    mask = torch.rand(length, generator=random) < 0.5
+    window = {
+        "all": scaled_attention.Window(),
+        "window": scaled_attention.Window(before=1500),
+        "mask": scaled_attention.Mask(mask),
+    }[seen]
+    codes = scaled_attention.Codes(key, scale, offset), scaled_attention.Codes(value, scale)
+    floats = DEQUANTIZE(key, scale, offset), DEQUANTIZE(value, scale, None)
+    monkeypatch.setattr(scaled_attention, "_FLOATS", 64 * 1000)  # so in three parts
+    for last in (True, False):
+        got = scaled_attention.attend_codes(query, *codes, 0.125, window, divide_last=last)
+        want = scaled_attention.attend(query, *floats, 0.125, window, divide_last=last)
+        assert got[0].any()
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)

@@ -19,7 +19,7 @@ from kvc8.backends.runtime.kv_layout import KVLayout, kv_layout
 from kvc8.ir.errors import TargetError
 from kvc8.ir.expression import Expression
 from kvc8.ir.program import Program, expression_of
-from kvc8.ir.run import Observe, Runner, run
+from kvc8.ir.run import Again, Observe, Runner, run
 
 KV_SCALE = re.compile(r"[kv]_(\w+_)?scale_\d+(_\w+)?")
 
@@ -34,7 +34,7 @@ class Model:
     layout: KVLayout
     block_size: int
     device: torch.device
-    runner: Runner = run  # or a graphs.Recorder
+    runner: Runner = run  # or Again, or a graphs.Recorder
 
     def prefill(
         self,
@@ -126,7 +126,8 @@ def load(
         cache.name: torch.zeros(cache.shape(blocks, block_size), dtype=cache.dtype, device=device)
         for cache in layout.caches
     }
-    return Model(programs, parameters, caches, layout, block_size, device)
+    runner = Again(emulation.KERNELS) if device.type == "cpu" else run
+    return Model(programs, parameters, caches, layout, block_size, device, runner)
 
 
 def make_parameters(

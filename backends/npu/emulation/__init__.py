@@ -1,6 +1,7 @@
 """NPU ops computed on a CPU as their documents have it: not verified on a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,17 +59,22 @@ def _kernels() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _register(libraries: dict[str, torch.library.Library]) -> None:
+def _register(libraries: dict[str, torch.library.Library]) -> Mapping[object, Callable[..., Any]]:
+    """Give PyTorch the kernels that it has none for; which these are, by op."""
+    registered: dict[object, Callable[..., Any]] = {}
     for qualified, kernel in _kernels().items():
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
             namespace, name = qualified.split("::")
             libraries[namespace].impl(name, kernel, "CPU")
+            registered[getattr(getattr(torch.ops, namespace), name).default] = kernel
+    return MappingProxyType(registered)
 
 
 # Kernels live as long as the Library objects do.
 _NPU = torch.library.Library("npu", "IMPL")
 _ATB = torch.library.Library("atb", "IMPL")
-_register({"npu": _NPU, "atb": _ATB})
+# What computes an op on a CPU, for who calls it without PyTorch's dispatcher.
+KERNELS = _register({"npu": _NPU, "atb": _ATB})
 
 
 def module_of(op: str) -> str:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from kvc8.backends.npu.emulation.layouts import NZ_RANK, Layout, Paging
 from kvc8.backends.npu.emulation.quantization import refuse
-from kvc8.backends.npu.emulation.scaled_attention import Mask, Window, attend, dequantize
+from kvc8.backends.npu.emulation.scaled_attention import (
+    Codes,
+    Mask,
+    Window,
+    attend,
+    attend_codes,
+    dequantize,
+)
 from kvc8.ir.errors import TargetError
 
 _FIA = "npu_fused_infer_attention_score"
@@ -101,7 +108,7 @@ def npu_fused_infer_attention_score(
         _check_codes(layout, query, stored, parameters)
     paging = None if block_table is None else Paging(_FIA, block_table, block_size)
     out = torch.zeros(query.shape, dtype=query.dtype)
-    lse = layout.sums(query)
+    lse = layout.sums(query) if softmax_lse_flag else query.new_empty(*query.shape[:-1], 0)
     queries, outs, totals = (
         layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
         for x in (query, out, lse)
@@ -113,10 +120,15 @@ def npu_fused_infer_attention_score(
     seen: Sequence[Window | Mask] = masks or [window] * len(queries)
     for q, k, v, o, total, visible in zip(queries, keys, values, outs, totals, seen, strict=True):
         layout.check_rows(q, k, v)
-        k, v = dequantize(k, *for_key), dequantize(v, *for_value)
-        found, each = attend(q, k, v, scale, visible, divide_last=True)
+        if k.dtype == v.dtype == torch.int8:
+            codes = Codes(k, *for_key), Codes(v, *for_value)
+            found, each = attend_codes(q, *codes, scale, visible, divide_last=True)
+        else:
+            k, v = dequantize(k, *for_key), dequantize(v, *for_value)
+            found, each = attend(q, k, v, scale, visible, divide_last=True)
         o.copy_(found)
-        total.copy_(each)
+        if softmax_lse_flag:
+            total.copy_(each)
     return out, layout.heads_first(lse) if softmax_lse_flag else torch.empty(0)
 
 

@@ -18,29 +18,35 @@ _SCATTER = "npu_scatter_pa_kv_cache"
 
 def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     """Put rows [T, N, D] at slots [T] of cache [blocks, block_size, N, D]; -1 writes nothing."""
-    slots, kept = _kept(slots, cache.shape[0] * cache.shape[1])
-    cache[slots // cache.shape[1], slots % cache.shape[1]] = rows[kept]
+    rows, slots = _kept(rows, slots, cache.shape[0] * cache.shape[1])
+    if cache.is_contiguous():
+        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
+    else:
+        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
 
 
 def write_rows_nz(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
     """Put rows [T, N, D] at slots [T] of cache [blocks, N*D//c, block_size, c] (fractal NZ)."""
-    slots, kept = _kept(slots, cache.shape[0] * cache.shape[2])
-    pieces = rows[kept].reshape(-1, cache.shape[1], cache.shape[3])
+    rows, slots = _kept(rows, slots, cache.shape[0] * cache.shape[2])
+    pieces = rows.reshape(-1, cache.shape[1], cache.shape[3])
     cache[slots // cache.shape[2], :, slots % cache.shape[2]] = pieces
 
 
-def _kept(slots: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    kept = slots >= 0
-    slots = slots[kept].long()
-    if slots.numel() and int(slots.max()) >= capacity:
+def _kept(rows: Tensor, slots: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The rows that have a slot, and their slots."""
+    given = slots.tolist()
+    used = [slot for slot in given if slot >= 0]
+    if used and max(used) >= capacity:
         raise TargetError(
             "cache write",
-            f"slot {int(slots.max())} lies outside a cache of {capacity}",
+            f"slot {max(used)} lies outside a cache of {capacity}",
             "check the block table",
         )
-    if slots.unique().numel() != slots.numel():
+    if len(set(used)) != len(used):
         raise TargetError("cache write", "two rows have one slot", "give unused rows the slot -1")
-    return slots, kept
+    if len(used) == len(given):
+        return rows, slots.long()
+    return rows[slots >= 0], slots[slots >= 0].long()
 
 
 def npu_scatter_pa_kv_cache(

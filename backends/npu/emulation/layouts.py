@@ -77,7 +77,7 @@ class Layout:
             return [x[start:end] for start, end in zip(starts, ends, strict=True)]
         if self.name == "BSH":
             x = x.view(*x.shape[:2], heads, -1)
-        batches = list(x.transpose(1, 2) if self.name == "BNSD" else x)
+        batches = list((x.transpose(1, 2) if self.name == "BNSD" else x).unbind())
         if lengths is None:
             return batches
         lengths = self.checked(lengths, len(batches), argument)
@@ -164,5 +164,5 @@ class Paging:
 
     def sequences(self, rows: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
         """The rows of each sequence, gathered when it is reached."""
-        for table, length in zip(self.table, lengths, strict=True):
+        for table, length in zip(self.table.tolist(), lengths, strict=True):
             yield pages(rows, table, length)

@@ -112,8 +112,9 @@ def npu_add_rms_norm_quant(
     for scales in (scales1, scales2):
         if axis != -1 or (scales is not None and scales.shape != gamma.shape):
             raise TargetError(op, "scales do not have the shape of gamma", "expand them to it")
-    rstd = reciprocal_deviation(x, gamma.ndim, epsilon)
-    normed = (x.float() * rstd).to(x.dtype) * gamma
+    wide = x.float()
+    rstd = reciprocal_deviation(wide, gamma.ndim, epsilon)
+    normed = (wide * rstd).to(x.dtype) * gamma
     if beta is not None:
         normed = normed + beta
     target = codes_of(op, dst_type)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu.emulation.quantization import require_float
-from kvc8.backends.npu.emulation.scaled_attention import Window, attend, dequantize, pages
+from kvc8.backends.npu.emulation.scaled_attention import Codes, Window, attend_codes, pages
 from kvc8.ir.errors import TargetError
 
 _QUANT = "_npu_paged_attention_quant"
@@ -115,10 +115,11 @@ def _attend(
     scale: float,
     out: Tensor,
 ) -> None:
+    tables = block_table.tolist()
     for row, length in enumerate(context_lens.tolist()):
         key, value = (
-            dequantize(pages(cache, block_table[row], length), descale, None)
+            Codes(pages(cache, tables[row], length), descale)
             for cache, descale in zip(caches, scales, strict=True)
         )
         one = query[row : row + 1]
-        out[row] = attend(one, key, value, scale, Window(), divide_last=False)[0][0]
+        out[row] = attend_codes(one, key, value, scale, Window(), divide_last=False)[0][0]

@@ -112,7 +112,8 @@ def npu_rope_quant_kvcache(
     query, key, value = _heads(x, size_splits, k_cache.shape[-1])
     if x.ndim == 2:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    query, key = embed(query, cos, sin), embed(key, cos, sin)
+    turned = embed(torch.cat([query, key], -2), cos, sin)
+    query, key = turned.split([query.shape[-2], key.shape[-2]], -2)
     for cache, rows, scale, offset in (
         (k_cache, key, scale_k, offset_k),
         (v_cache, value, scale_v, offset_v),

@@ -5,6 +5,7 @@ the values, as the goldens of the vendor have it. A device splits int8 products 
 and rounds elsewhere: these results check contracts, not its last bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from kvc8.ir.errors import TargetError
 
 _ROWS = 256  # query rows at a time, so a long prompt does not need all its logits at once
+_FLOATS = 1 << 18  # int8 codes that are floats at one time: a megabyte, which a CPU's cache holds
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,18 @@ class Window:
     before: int | None = None
     after: int | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether everything is seen."""
+        return self.before is None and self.after is None
+
+    def hidden_from_last(self, keys: int) -> Tensor | None:
+        """`hidden` of the last row alone."""
+        return None if self.is_open else self.hidden(torch.zeros(1, dtype=torch.int64), 1, keys)
+
     def hidden(self, rows: Tensor, queries: int, keys: int) -> Tensor | None:
         """Mask [rows, keys], True where a key is out of sight; None if everything is seen."""
-        if self.before is None and self.after is None:
+        if self.is_open:
             return None
         distance = torch.arange(keys) - (rows[:, None] + keys - queries)
         hidden = torch.zeros_like(distance, dtype=torch.bool)
@@ -41,10 +52,72 @@ class Mask:
 
     row: Tensor
 
+    def hidden_from_last(self, keys: int) -> Tensor:
+        """Mask [1, keys], as Window gives it."""
+        return self.row[:keys].unsqueeze(0)
+
     def hidden(self, rows: Tensor, queries: int, keys: int) -> Tensor:
         """Mask [rows, keys], as Window gives it."""
         assert queries == 1
         return self.row[:keys].expand(len(rows), keys)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """int8 rows [k, M, D], and the scale and offset, of M*D values or of one, that they have."""
+
+    rows: Tensor
+    scale: Tensor | None = None
+    offset: Tensor | None = None
+
+    def floats(self, some: slice, memory: Tensor) -> Tensor:
+        """What some rows stand for, made in the first part of `memory`, float32 [n, M, D].
+
+        Memory taken anew for each part would cost as much time as all the rest.
+        """
+        rows = self.rows[some]
+        return dequantize(rows, self.scale, self.offset, memory[: rows.shape[0]])
+
+    def folded(self, query: Tensor) -> tuple["Codes", Tensor]:
+        """Codes and a float32 query [M, G, D] of the same products, with fewer to compute.
+
+        (q * scale) * code is the real number q * (scale * code), and both brackets are exact in
+        float32: a scale in half precision has at most 11 bits, and so has the query it comes with
+        (as long as neither product is too small or large for a float32, whose range bfloat16 has).
+        """
+        if self.offset is not None or self.scale is None or self.scale.dtype == torch.float32:
+            return self, query
+        scale = _per_channel(self.scale, self.rows)
+        return Codes(self.rows), query * (scale if scale.ndim < 2 else scale.unsqueeze(1))
+
+
+def attend_codes(
+    query: Tensor,
+    key: Codes,
+    value: Codes,
+    scale: float,
+    window: Window | Mask,
+    *,
+    divide_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """`attend` of one query row [1, N, D] to int8 codes, of which few are floats at one time."""
+    length, heads = key.rows.shape[:2]
+    if not length or not query.shape[0]:
+        return attend(query, key.rows.float(), value.rows.float(), scale, window, divide_last=True)
+    codes, grouped = key.folded(query[0].float().unflatten(0, (heads, -1)))  # [M, N / M, D]
+    step = min(length, max(1, _FLOATS // key.rows.shape[1:].numel()))
+    parts = [slice(start, start + step) for start in range(0, length, step)]
+    memory = torch.empty((step, *key.rows.shape[1:]), dtype=torch.float32)
+    logits = torch.empty((*grouped.shape[:2], length), dtype=torch.float32)
+    for some in parts:
+        torch.bmm(grouped, codes.floats(some, memory).permute(1, 2, 0), out=logits[..., some])
+    weights, total, largest = _softmax(logits.mul_(scale), window.hidden_from_last(length))
+    weights = (weights if divide_last else weights / total).to(query.dtype).float()
+    sums = torch.zeros_like(grouped)
+    for some in parts:
+        sums.baddbmm_(weights[..., some], value.floats(some, memory).transpose(0, 1))
+    out = (sums / total if divide_last else sums).to(query.dtype)
+    return out.view(1, -1, out.shape[-1]), (largest + total.log()).view(1, -1, 1)
 
 
 def attend(
@@ -86,39 +159,55 @@ def _weights(
     """exp(logits - largest) [M, N / M, q, k], its sums over k, and the largest logits."""
     grouped = query.float().unflatten(1, (key.shape[1], -1)).permute(1, 2, 0, 3)
     logits = grouped.flatten(1, 2) @ key.permute(1, 2, 0) * scale
-    logits = logits.unflatten(1, grouped.shape[1:3])
-    if hidden is not None:
-        logits = logits.masked_fill(hidden, -torch.inf)
-    largest = logits.amax(-1, keepdim=True)
-    weights = (logits - largest.masked_fill(largest == -torch.inf, 0)).exp()
+    return _softmax(logits.unflatten(1, grouped.shape[1:3]), hidden)
+
+
+def _softmax(logits: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - largest) in place, its sums over the last dimension, and the largest logits."""
+    if hidden is None:
+        largest = logits.amax(-1, keepdim=True)
+        weights = logits.sub_(largest).exp_()
+        return weights, weights.sum(-1, keepdim=True), largest
+    largest = logits.masked_fill_(hidden, -torch.inf).amax(-1, keepdim=True)
+    weights = logits.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()
     total = weights.sum(-1, keepdim=True)
     return weights, total.masked_fill(total == 0, 1), largest
 
 
-def pages(cache: Tensor, table: Tensor, length: int) -> Tensor:
-    """The first length rows of a sequence, out of a cache [blocks, block_size, ...]."""
+def pages(cache: Tensor, table: Sequence[int], length: int) -> Tensor:
+    """The first length rows of a sequence, out of a cache [blocks, block_size, ...], to be read.
+
+    They are a part of the cache itself where its blocks lie one after the other, else a copy.
+    """
     used = -(-length // cache.shape[1])
-    blocks = table[:used].long()
-    if len(blocks) < used or not bool(((blocks >= 0) & (blocks < len(cache))).all()):
+    blocks, count = table[:used], cache.shape[0]
+    if len(blocks) < used or not all(0 <= block < count for block in blocks):
         raise TargetError(
             "attention",
-            f"blocks {blocks.tolist()} of {len(cache)} for {length} rows",
+            f"blocks {blocks} of {count} for {length} rows",
             f"give {used} blocks that exist",
         )
-    return cache[blocks].flatten(0, 1)[:length]
+    first = blocks[0] if blocks else 0
+    if blocks == list(range(first, first + used)):
+        return cache[first : first + used].flatten(0, 1)[:length]
+    return cache.index_select(0, torch.tensor(blocks)).flatten(0, 1)[:length]
 
 
-def dequantize(codes: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def dequantize(
+    codes: Tensor, scale: Tensor | None, offset: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """(codes + offset) * scale in float32, codes [k, M, D], parameters of M*D values or of one.
 
-    The offset is minus the zero point. (ATB tests/apitest/kernelstest/mix
-    test_paged_attention_common.py:89-103; ops-transformer's design of IncreFlashAttention.)
+    The offset is minus the zero point. With `out` it is made there. (ATB tests/apitest/kernelstest/
+    mix test_paged_attention_common.py:89-103; ops-transformer's design of IncreFlashAttention.)
     """
-    value = codes.float()
+    if out is None and scale is None and offset is None:
+        return codes.float()
+    value = codes.to(torch.float32, copy=True) if out is None else out.copy_(codes)
     if offset is not None:
-        value = value + _per_channel(offset, codes)
+        value += _per_channel(offset, codes)
     if scale is not None:
-        value = value * _per_channel(scale, codes)
+        value *= _per_channel(scale, codes)
     return value
 
 
