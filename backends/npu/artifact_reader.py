@@ -31,6 +31,7 @@ from kvc8.ir.errors import IRError, TargetError
 from kvc8.ir.expression import Expression, make, stored_names
 from kvc8.ir.program import Program, expression_of
 from kvc8.ir.ranks import of_rank, side_by_side
+from kvc8.ir.shapes import Shapes
 from kvc8.ir.text import parse
 from kvc8.ir.types import dtype_name
 from kvc8.ir.verify import verify
@@ -112,7 +113,8 @@ def read(path: Path) -> Artifact:
     """
     file_names(path)  # says so where there is no such directory
     manifest = _manifest(path)
-    programs = {phase: _program(path, phase) for phase in PHASES}
+    shapes = Shapes()  # of all phases, which make many of the same calls
+    programs = {phase: _program(path, phase, shapes) for phase in PHASES}
     derived = read_header(_file(path, DERIVED))
     artifact = Artifact(
         path=path,
@@ -164,13 +166,13 @@ def _notes(path: Path, manifest: Mapping[str, object]) -> Mapping[str, str]:
     return notes
 
 
-def _program(path: Path, phase: str) -> Program:
+def _program(path: Path, phase: str, shapes: Shapes) -> Program:
     file = _file(path, f"{phase}.py")
     where = place(file)
     try:
         text = file.read_text(encoding="utf-8")
         _check_calls(text)
-        program = parse(text)
+        program = parse(text, shapes)
         verify(program)
     except OSError as error:
         raise TargetError(
