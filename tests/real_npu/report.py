@@ -10,6 +10,7 @@ from propagate import export, is_collective, is_npu, module, plain_sizes, propag
 from torch.fx import Node
 
 from kvc8.ir.program import Program, substitute, type_of
+from kvc8.ir.shapes import Shapes
 from kvc8.ir.text import parse
 
 
@@ -63,8 +64,9 @@ def signature(node: Node) -> str:
 def report(programs: Path) -> int:
     """Print what was found; 1 where anything is not as it should be."""
     exporter, tally = answer_for_cann(), Tally()
+    shapes = Shapes()  # of all programs, for they make many of the same calls
     for path in sorted(programs.glob("*.py")):
-        tally.take(path.stem, parse(path.read_text()), exporter)
+        tally.take(path.stem, parse(path.read_text(), shapes), exporter)
     tally.convert_each(exporter)
     assert "kvc8.ir.npu" not in sys.modules, "kvc8's own declarations came between"
     without = sorted(
