@@ -18,7 +18,7 @@ from kvc8.tools import command, quantize
 from kvc8.tools.quantizer.calibration_data import Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
 from kvc8.tools.quantizer.transforms.positions import find_turning, hardly_turned, rows_at
-from kvc8.tools.quantizer.transforms.rounding import compensated
+from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
 
 TEXTS = [
     "What is kept of a text is its keys and values.",
@@ -80,11 +80,11 @@ def test_compensated_rounding_changes_what_is_read_less():
     def error(codes):
         return float(((codes * scale - weight) @ x.t()).square().sum())
 
-    plain, better = nearest(weight, scale), compensated(weight, scale, x.t() @ x)
+    plain, better = nearest(weight, scale), compensated(weight, scale, inverse_root(x.t() @ x))
     assert better.dtype is torch.int8
     assert error(better) < 0.7 * error(plain)
     # Where no channel tells of another there is nothing to make up for.
-    assert torch.equal(compensated(weight, scale, torch.eye(96)), plain)
+    assert torch.equal(compensated(weight, scale, inverse_root(torch.eye(96))), plain)
 
 
 def test_a_range_is_clipped_where_that_costs_less():

@@ -51,7 +51,7 @@ from kvc8.tools.quantizer.transforms import balancing
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
-from kvc8.tools.quantizer.transforms.rounding import compensated
+from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
 from kvc8.tools.quantizer.transforms.sink import SinkSite, find_sinks, turn_layer
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
@@ -214,7 +214,7 @@ class _Recipe:
         if s is not None:
             matrices = [matrix * s for matrix in matrices]
             hessian = hessian / (s[:, None] * s)
-        rounding = partial(compensated, hessian=hessian)
+        rounding = partial(compensated, inverse=inverse_root(hessian))
         if self.plan.labels.get(group[0].module) == LABEL:
             for site, matrix in zip(group, matrices, strict=True):
                 put_linear(self.writer, site.module, quantize_dynamic(matrix, rounding))
