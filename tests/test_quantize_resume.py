@@ -145,15 +145,6 @@ def test_shards_hold_what_one_file_holds(tiny_model, texts, tmp_path):
         assert torch.equal(found.read(name), tensor)
 
 
-def test_activations_beyond_the_budget_are_read_back(tiny_model, texts, tmp_path, monkeypatch):
-    """A budget without room for any gives the same bytes as one with room for all."""
-    model = tiny_model("llama")
-    assert quantize_(*arguments(model, tmp_path / "all", texts, *VENDOR)) == 0
-    monkeypatch.setattr(quantizing, "room", lambda *_: 0.0)
-    assert quantize_(*arguments(model, tmp_path / "none", texts, *VENDOR)) == 0
-    assert (tmp_path / "all" / WEIGHTS).read_bytes() == (tmp_path / "none" / WEIGHTS).read_bytes()
-
-
 def test_too_small_a_budget_is_refused_with_what_is_needed(tiny_model, texts, tmp_path, capsys):
     given = arguments(tiny_model("llama"), tmp_path / "out", texts, "--memory")
     assert quantize_(*given, "1M") == 1

@@ -3,16 +3,20 @@
 import pytest
 import torch
 from support.tiny_models import write_model
+from torch.fx import Node
 
 from kvc8.ir.capture.original import open_original
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint import layouts
 from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
+from kvc8.ir.program import Program, expression_of, is_parameter, substitute
+from kvc8.ir.verify import verify
 from kvc8.tools.quantizer.transforms.orthogonal import hadamard, random_orthogonal
 from kvc8.tools.quantizer.transforms.rotation import (
     Rotation,
     find_rotation,
     rotate,
+    untie,
     untied_bytes,
 )
 
@@ -128,6 +132,35 @@ def test_where_the_stream_cannot_turn_v_does(kind, why, tmp_path):
     assert (logits(made) - logits(source)).abs().max() < 1e-10
     changed = {n for n in source.tensors if not torch.equal(made.read(n), source.read(n))}
     assert {name.split(".")[-2] for name in changed} == {"v_proj", "o_proj"}
+
+
+def calls(program: Program) -> list[object]:
+    """The calls of a program, with what their parameters are made of."""
+
+    def of(node: Node) -> str:
+        return str(expression_of(node)) if is_parameter(node) else node.name
+
+    return [
+        (node.name, node.target, repr(substitute(node.args, of)), node.meta["origin"])
+        for node in program.graph.nodes
+        if node.op == "call_function"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_untied_program_is_that_of_the_untied_model(dtype, tmp_path):
+    """As it is captured of the rotated directory; also where the stored dtype is another."""
+    config = {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    write_model(tmp_path / "made", "llama", 0, config, dtype)
+    source = open_checkpoint(tmp_path / "made")
+    program = capture(source, torch.float32)
+    rotation = find_rotation(program, True, seed=0)
+    assert isinstance(rotation, Rotation)
+    made = rotate(source, rotation, tmp_path / "rotated")
+    assert calls(program) != calls(capture(made, torch.float32))
+    untie(program, rotation)
+    verify(program)
+    assert calls(program) == calls(capture(made, torch.float32))
 
 
 def test_what_is_not_moved_only_is_not_turned(tmp_path):

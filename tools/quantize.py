@@ -47,8 +47,10 @@ def work(args: argparse.Namespace) -> int:
     """Measure and write; gives the exit status."""
     source, settings = source_of(args), settings_of(args)
     _check_request(args, source, settings)
+    from kvc8.tools.quantizer.memory import keep_large_apart
     from kvc8.tools.quantizer.quantizing import quantize_model
 
+    keep_large_apart()
     try:
         made = quantize_model(
             source,

@@ -1,7 +1,7 @@
-"""What the texts are at the border of two layers: in a file, and in memory up to a budget.
+"""What the texts are at the border of two layers: in a file, from which a killed run goes on.
 
-All of it is in the file, from which a killed run goes on. What a budget of memory has room for is
-also kept, and not read back.
+None of it is held in memory: a text is read back when a layer takes it. The system keeps as much of
+the file in memory as it has to spare, and a run takes no more for many texts than for one.
 """
 
 import os
@@ -30,9 +30,7 @@ class Activations:
     """The values of each text, by the name of their node."""
 
     path: Path
-    room: float  # bytes of memory
     spans: list[list[Span]] = field(default_factory=list)
-    _held: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     _size: int = 0
 
     def add(self, values: Mapping[str, Tensor]) -> None:
@@ -44,14 +42,10 @@ class Activations:
                 file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 self._size += value.nbytes
                 at.append(span)
-        if self._size <= self.room:
-            self._held[len(self.spans)] = values
         self.spans.append(at)
 
     def get(self, index: int) -> Mapping[str, Tensor]:
         """The values of a text."""
-        if index in self._held:
-            return self._held[index]
         with self.path.open("rb") as file:
             return {span.name: _read(file.fileno(), span) for span in self.spans[index]}
 
@@ -61,15 +55,14 @@ class Activations:
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """Remove the file and let go of what is held."""
-        self._held.clear()
+        """Remove the file."""
         self.path.unlink(missing_ok=True)
 
 
-def reopen(path: Path, room: float, index: list[list[list[object]]]) -> Activations:
+def reopen(path: Path, index: list[list[list[object]]]) -> Activations:
     """Open a file that an earlier run has written, by its spans as JSON gives them."""
     spans = [[Span(*entry) for entry in text] for text in index]  # type: ignore[arg-type]
-    return Activations(path, room, spans)
+    return Activations(path, spans)
 
 
 def _read(descriptor: int, span: Span) -> Tensor:

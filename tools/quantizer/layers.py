@@ -15,7 +15,7 @@ from torch.fx import Node
 from kvc8.ir import mixture_ops, ops
 from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.reader import Checkpoint
-from kvc8.ir.checkpoint.unmapped import load
+from kvc8.ir.checkpoint.unmapped import load, rows
 from kvc8.ir.expression import make, stored_names
 from kvc8.ir.program import (
     Program,
@@ -158,7 +158,9 @@ def plain(checkpoint: Checkpoint, attend: Evaluate) -> Evaluate:
 def embedded(checkpoint: Checkpoint, table: Node, tokens: Value) -> Tensor:
     """The rows of an embedding that belong to tokens; the rest of it is never read."""
     assert isinstance(tokens, Tensor)
-    return make(expression_of(table), lambda name: checkpoint.read(name)[tokens])
+    stored, flat = checkpoint.tensors, tokens.flatten()
+    found = make(expression_of(table), lambda name: rows(stored[name], flat))
+    return found.unflatten(0, tokens.shape)
 
 
 def streamed(call: Node) -> bool:

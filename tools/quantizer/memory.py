@@ -1,5 +1,6 @@
-"""How much memory a run takes, and what is left of a budget for activations."""
+"""How much memory a run takes, and whether a budget has it."""
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,9 @@ from kvc8.ir.checkpoint.unmapped import PIECE
 from kvc8.ir.errors import ModelError
 from kvc8.ir.program import tensor_type
 from kvc8.tools.quantizer.layers import LayerCalls
+
+APART = 1 << 20  # bytes from which a block of memory is had from the system, and given back
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 def needed(stages: Sequence[LayerCalls], longest: int) -> int:
@@ -45,12 +49,27 @@ def resident() -> int:
     return pages * 4096
 
 
-def room(budget: float | None, stages: Sequence[LayerCalls], longest: int) -> float:
-    """What a budget leaves for activations. Raises ModelError where a layer does not fit."""
+def check_budget(budget: float | None, stages: Sequence[LayerCalls], longest: int) -> None:
+    """Raises ModelError where a layer does not fit into what a budget leaves."""
     if budget is None:
-        return float("inf")
+        return
     least = resident() + needed(stages, longest)
     if least > budget:
         what = f"{budget / 1e9:.2f} GB is not enough for this model and texts of {longest} tokens"
         raise ModelError("--memory", what, f"give at least {least / (1 << 20):.0f}M")
-    return budget - least
+
+
+def keep_large_apart() -> None:
+    """Have each large block of this process given back to the system when it is freed.
+
+    Left to itself glibc does so with fewer blocks the larger the ones are that it has seen freed,
+    up to 32 MB, and what tensors of many sizes leave behind is in pieces too small to be used.
+    """
+    if change := getattr(ctypes.CDLL(None), "mallopt", None):
+        change(M_MMAP_THRESHOLD, APART)
+
+
+def give_back() -> None:
+    """Give back to the system what is free between the small blocks of memory in use."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import torch
-
 from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.model_files import listed, place
@@ -22,7 +20,7 @@ from kvc8.tools.quantizer.calibration_data import Text, encode_texts, read_texts
 from kvc8.tools.quantizer.engine_form import SERVED, entries_for
 from kvc8.tools.quantizer.float_check import check_float_model
 from kvc8.tools.quantizer.layers import stages
-from kvc8.tools.quantizer.memory import room
+from kvc8.tools.quantizer.memory import check_budget, give_back
 from kvc8.tools.quantizer.model import QuantPlan, not_copied
 from kvc8.tools.quantizer.recipe_settings import (
     engine_of,
@@ -104,10 +102,10 @@ def quantize_model(
     engine = engine_of(settings, source, recipe, dtype)
     read = read_texts(calibration, settings.samples)
     program = capture(checkpoint, run_dtype(settings, checkpoint, recipe))
-    tokens = _encoder(source, settings, recipe, vocabulary(program))
-    texts, more = tokens(read), tokens(_widening(read)) if recipe == "kvc8" else []
+    texts, more = _tokens(read, source, settings, recipe, vocabulary(program))
+    give_back()  # what the tokenizer took
     cut = stages(program)
-    space = room(settings.memory, cut, max(map(len, [*texts, *more])))
+    check_budget(settings.memory, cut, max(map(len, [*texts, *more])))
     identity = _identity(checkpoint, [*texts, *more])
     check_float_model(checkpoint, program, cut, texts, settings.memory, note)
     with (
@@ -115,10 +113,10 @@ def quantize_model(
         progress((len(cut) - 1) * (SWEEPS[recipe] + (settings.rollback is not None))) as report,
     ):
         if recipe == "kvc8":
-            checkpoint, program = _rotated(settings, checkpoint, program, state, note)
+            checkpoint = _rotated(settings, checkpoint, program, state, note)
         stored = partial(entries_for, dtype=dtype, engine=engine) if engine else list
         size = settings.part_file_size
-        run = Work(checkpoint, program, part.path, state, size, space, report, stored)
+        run = Work(checkpoint, program, part.path, state, size, report, stored)
         run.begin({**written(settings, recipe), **identity})
         plan, groups = _make(run, settings, recipe, texts, more)
         plan.finish(part.path, engine)
@@ -136,18 +134,22 @@ def _widening(read: Sequence[Text]) -> list[Text]:
     return [*with_lines(read), *kinds_of_text()] if written else []
 
 
-def _encoder(
-    source: Path, settings: Settings, recipe: Recipe, words: int
-) -> Callable[..., list[list[int]]]:
-    """What makes tokens of texts; where all texts are tokens no tokenizer is read."""
+def _tokens(
+    read: Sequence[Text], source: Path, settings: Settings, recipe: Recipe, words: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The tokens of the texts, and of those that only widen what is known of K and V.
+
+    Where all texts are tokens no tokenizer is read, and after this none is held.
+    """
     most = settings.max_tokens or (None if recipe == "msmodelslim" else MOST_TOKENS)
     tokenizer = cache(partial(read_tokenizer, source))
-    return partial(
+    encode = partial(
         encode_texts,
         encode=lambda content: tokenizer().encode_any(content),
         most=most,
         vocabulary=words,
     )
+    return encode(read), encode(_widening(read)) if recipe == "kvc8" else []
 
 
 def _check_float(checkpoint: Checkpoint, note: Tell) -> None:
@@ -173,8 +175,8 @@ def _identity(checkpoint: Checkpoint, texts: Texts) -> Mapping[str, object]:
 
 def _rotated(
     settings: Settings, checkpoint: Checkpoint, program: Program, state: Path, note: Tell
-) -> tuple[Checkpoint, Program]:
-    """The model that the recipe kvc8 quantizes, and its program; says what that is."""
+) -> Checkpoint:
+    """The model that the recipe kvc8 quantizes, of which `program` becomes; says what it is."""
     linears = choose(sites(program), settings.disable, settings.down_proj)
     options = kvc8_options(settings)
     found, left = kvc8.rotated(checkpoint, program, bool(linears), options, state / "rotated")
@@ -183,9 +185,7 @@ def _rotated(
     if more := untied_bytes(checkpoint, found):
         what = f"its lm_head is rotated apart from the embedding, {more / 1e6:.1f} MB more"
         note(f"note: {place(checkpoint.path)}: {what}")
-    if found.config == checkpoint.config:  # its tensors have the names and shapes they had
-        return found, program
-    return found, capture(found, torch.float32)
+    return found
 
 
 def _make(

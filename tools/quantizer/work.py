@@ -67,7 +67,6 @@ class Work:
     directory: Path  # of the model
     state: Path
     shard: float | None  # bytes of a weights file, as near as can be
-    room: float  # bytes of memory for activations
     report: Report
     stored: Callable[[Sequence[Entry]], Sequence[Entry]] = list  # as an engine wants them
     _writers: list[ModelWriter] = field(default_factory=list)
@@ -103,7 +102,7 @@ class Work:
         last = self._entered(sweep, at, texts)
         for index in range(max(at, 0) + 1, len(found)):
             stage = found[index]
-            leaving = Activations(self._file(sweep, index), self.room / 2)
+            leaving = Activations(self._file(sweep, index))
             done = sweep * (len(found) - 1) + index - 1
             tell = partial(self._tell, done, f"layer {stage.layer}")
             layer = Layer(stage, weights_of(stage, self.checkpoint), texts, last, leaving, tell)
@@ -130,8 +129,8 @@ class Work:
         path = self._file(sweep, max(at, 0))
         index = self._done.get("spans")
         if at > 0 and self._done.get("at") == [sweep, at] and isinstance(index, list):
-            return reopen(path, self.room / 2, index)
-        made = Activations(path, self.room / 2)
+            return reopen(path, index)
+        made = Activations(path)
         if at > 0:  # a sweep that is over
             return made
         first = stages(self.program)[0]

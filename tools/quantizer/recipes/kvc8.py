@@ -50,7 +50,7 @@ from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, site
 from kvc8.tools.quantizer.transforms import balancing
 from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.roles import Norm
-from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate
+from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate, untie
 from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
 from kvc8.tools.quantizer.transforms.sink import SinkSite, find_sinks, turn_layer
 from kvc8.tools.quantizer.work import Layer, Texts, Work
@@ -86,7 +86,8 @@ def rotated(
 ) -> tuple[Checkpoint, str | None]:
     """The model, rotated and written to a directory, and what is not rotated of it, and why.
 
-    Where no linear is to be quantized only V is turned, which leaves a tied lm_head tied.
+    `program` becomes that of the rotated model. Where no linear is to be quantized only V is
+    turned, which leaves a tied lm_head tied.
     """
     if not options.rotate:
         return checkpoint, "is not rotated (--rotate off)"
@@ -95,7 +96,9 @@ def rotated(
     if isinstance(found, str):
         return checkpoint, f"is not rotated ({found})"
     left = f"has a residual stream that is not rotated ({found.why})" if found.why else None
-    return rotate(checkpoint, found, directory), left
+    made = rotate(checkpoint, found, directory)
+    untie(program, found)
+    return made, left
 
 
 def quantize(

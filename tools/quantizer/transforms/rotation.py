@@ -33,10 +33,12 @@ from torch import Tensor
 from kvc8.ir.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
 from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.errors import ModelError
-from kvc8.ir.program import Program
+from kvc8.ir.expression import cast, stored
+from kvc8.ir.program import Program, argument, expression_of, is_parameter, tensor_type
+from kvc8.tools.quantizer.sites import LINEAR
 from kvc8.tools.quantizer.transforms.heads import find_heads
 from kvc8.tools.quantizer.transforms.orthogonal import Orthogonal, random_orthogonal
-from kvc8.tools.quantizer.transforms.roles import NotTurned, Roles, Turn
+from kvc8.tools.quantizer.transforms.roles import NotTurned, Roles, Turn, where
 from kvc8.tools.quantizer.transforms.stream import find_stream, width
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
 
@@ -88,18 +90,22 @@ def _of_stream(program: Program) -> tuple[Roles, str | None]:
 
 
 def turned(name: str, read: Read, rotation: Rotation) -> Tensor:
-    """A tensor of the rotated model, in the dtype of the stored one, rounded once."""
+    """A tensor of the rotated model, in the dtype of the stored one, rounded once.
+
+    `read` gives a stored tensor in memory of its own, which is overwritten.
+    """
     roles = rotation.roles
-    stored = read(roles.untied.get(name, name))
+    value = read(roles.untied.get(name, name))
+    dtype = value.dtype
     if name in roles.norms:
-        return torch.full_like(stored, roles.norms[name])
+        return torch.full_like(value, roles.norms[name])
     turns = roles.turns.get(name, [])
     # Several turns may meet in a linear; an embedding has one, and is too large for float32.
-    wide = len(turns) > 1 and stored.dtype is not torch.float64
-    value = stored.float() if wide else stored
+    if len(turns) > 1 and dtype is not torch.float64:
+        value = value.float()
     for turn in turns:
         value = _turned(value, turn, read, rotation)
-    return value.to(stored.dtype)
+    return value.to(dtype)
 
 
 def _turned(value: Tensor, turn: Turn, read: Read, rotation: Rotation) -> Tensor:
@@ -116,7 +122,7 @@ def _turned(value: Tensor, turn: Turn, read: Read, rotation: Rotation) -> Tensor
         return rotation.heads[turn.head].turn(by_head).flatten(-2)
     assert rotation.residual is not None
     scale = None if turn.norm is None else read(turn.norm.name) + turn.norm.plus
-    return rotation.residual.turn(value, scale)
+    return rotation.residual.turn(value, scale, in_place=True)
 
 
 def rotate(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> Checkpoint:
@@ -144,6 +150,19 @@ def _write(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> None:
     untied = {"tie_word_embeddings": False} if rotation.roles.untied else {}
     write_json(new / "config.json", {**checkpoint.config, **untied})
     new.rename(directory)
+
+
+def untie(program: Program, rotation: Rotation) -> None:
+    """Make a captured program that of the rotated model: a tied head has a tensor of its own."""
+    for call in program.calls(LINEAR):
+        head, shared = f"{where(call)}.weight", argument(call, 1)
+        if head not in rotation.roles.untied or not is_parameter(shared):
+            continue
+        type_, own = tensor_type(shared), stored(head)
+        if expression_of(shared).op == "cast":
+            own = cast(own, type_.dtype)
+        made = program.placeholder(head.replace(".", "_"), type_, own)
+        call.replace_input_with(shared, made)
 
 
 def untied_bytes(before: Checkpoint, after: Checkpoint) -> int:
