@@ -398,3 +398,7 @@ def test_models_that_cannot_be_quantized(tiny_model, texts, tmp_path, capsys):
     assert refusal(capsys, tiny_model("llama"), tmp_path, texts) == (
         f"{tmp_path / 'out'}: exists already; choose another directory or remove it"
     )
+
+
+def test_the_line_of_progress_has_layers_and_tokens_a_second():
+    assert quantize.speed(11.4, 30, 8_000, 2.0) == "11/30 layers, 4,000 tokens/s a layer"

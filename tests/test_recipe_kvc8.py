@@ -17,7 +17,7 @@ from kvc8.ir.run import run
 from kvc8.tools import command, quantize
 from kvc8.tools.quantizer.calibration_data import Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
-from kvc8.tools.quantizer.transforms.positions import find_turning, hardly_turned, rows_at
+from kvc8.tools.quantizer.transforms.positions import Table, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
 
 TEXTS = [
@@ -64,7 +64,8 @@ def test_k_elsewhere_is_what_the_program_computes_there(kind, tiny_model):
 
     want = torch.cat([at(start) for start in (100, 0, 7)])
     weights = {node: made[node.name] for node in turning.parameters}
-    got = rows_at(turning, seen[turning.source], (100, 0, 7), weights, checkpoint.read)
+    output, table = seen[turning.source], Table(112)
+    got = rows_at(turning, output, (100, 0, 7), weights, checkpoint.read, table)
     assert torch.equal(got, want)
     v_rows = argument(program.calls(ops.cache_write)[1], 1)
     assert find_turning(v_rows) is None

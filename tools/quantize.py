@@ -14,6 +14,7 @@ The options of the vendor's convert_quant_weights.py are taken in its spelling t
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,17 +99,31 @@ def _summarize(made: "Quantized") -> None:
 
 @contextmanager
 def _progress(total: int) -> "Iterator[Report]":
-    """A bar on the terminal, if stderr is one, with the layer at work and the time left."""
+    """A bar on the terminal, if stderr is one: the layer at work, the speed and the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    names = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[speed]}"))
+    columns = (*names, TimeRemainingColumn())
     with Progress(
         *columns, console=console, disable=not sys.stderr.isatty(), transient=True
     ) as bar:
-        task = bar.add_task("quantizing", total=total)
-        yield lambda done, where: bar.update(task, completed=done, description=where)
+        task = bar.add_task("quantizing", total=total, speed="")
+        start, passed = time.monotonic(), 0
+
+        def report(done: float, where: str, tokens: int) -> None:
+            nonlocal passed
+            passed += tokens
+            said = speed(done, total, passed, time.monotonic() - start)
+            bar.update(task, completed=done, description=where, speed=said)
+
+        yield report
+
+
+def speed(done: float, total: int, tokens: int, seconds: float) -> str:
+    """How many layers are done, and how many tokens a second pass one."""
+    return f"{int(done)}/{total} layers, {tokens / max(seconds, 1e-3):,.0f} tokens/s a layer"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

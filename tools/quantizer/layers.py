@@ -160,7 +160,8 @@ def embedded(checkpoint: Checkpoint, table: Node, tokens: Value) -> Tensor:
     assert isinstance(tokens, Tensor)
     stored, flat = checkpoint.tensors, tokens.flatten()
     found = make(expression_of(table), lambda name: rows(stored[name], flat))
-    return found.unflatten(0, tokens.shape)
+    whole: Tensor = found.unflatten(0, tokens.shape)
+    return whole
 
 
 def streamed(call: Node) -> bool:

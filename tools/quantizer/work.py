@@ -27,7 +27,8 @@ from kvc8.tools.quantizer.activations import Activations, reopen
 from kvc8.tools.quantizer.layers import Evaluate, LayerCalls, plain, run_stage, stages, weights_of
 from kvc8.tools.quantizer.writer import Entry, ModelWriter, write_tensors
 
-Report = Callable[[float, str], None]  # layers done, with a fraction, and the one at work
+# Layers done, with a fraction, the one at work, and the tokens that it took since the last time.
+Report = Callable[[float, str, int], None]
 Texts = Sequence[Sequence[int]]
 
 
@@ -40,7 +41,7 @@ class Layer:
     texts: Texts
     _entering: Activations
     _leaving: Activations
-    _report: Callable[[float], None]
+    _report: Callable[[float, int], None]
 
     def entering(self, index: int) -> dict[Node, Tensor]:
         """What the layers before pass on of a text."""
@@ -52,7 +53,7 @@ class Layer:
         assert index == len(self._leaving.spans), "texts run in their order"
         kept = run_stage(self.stage, weights, self.entering(index), self.texts[index], evaluate)
         self._leaving.add({node.name: value for node, value in kept.items()})
-        self._report((index + 1) / len(self.texts))
+        self._report((index + 1) / len(self.texts), len(self.texts[index]))
 
 
 LayerWork = Callable[[Layer], Mapping[str, Tensor]]  # what was found out, by name
@@ -113,8 +114,8 @@ class Work:
             last = leaving
         return [self._found(sweep, index) for index in range(1, len(found))]
 
-    def _tell(self, done: int, where: str, part: float) -> None:
-        self.report(done + part, where)
+    def _tell(self, done: int, where: str, part: float, tokens: int) -> None:
+        self.report(done + part, where, tokens)
 
     def _progress(self, sweep: int) -> int:
         """The last stage of a sweep that is done; -1 where none is."""

@@ -48,7 +48,13 @@ from kvc8.tools.quantizer.recipes.minmax import plan_of, put_linear, sound, with
 from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, Reached, write_experts
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
 from kvc8.tools.quantizer.transforms import balancing
-from kvc8.tools.quantizer.transforms.positions import Turning, find_turning, hardly_turned, rows_at
+from kvc8.tools.quantizer.transforms.positions import (
+    Table,
+    Turning,
+    find_turning,
+    hardly_turned,
+    rows_at,
+)
 from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate, untie
 from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
@@ -59,7 +65,6 @@ from kvc8.tools.quantizer.writer import ModelWriter
 NAME = "kvc8: rotated, ranges by error, K after RoPE"
 RANDOM_TEXTS, RANDOM_TOKENS = 2, 256  # of tokens drawn at random
 PLACES = 32  # of the context where each text is put
-ROWS = 4096  # of K turned at a time
 MARGIN = 1.1  # at least, on the reach of a cache's channels
 OFFSET_MARGIN = 1.15  # on half the range of K's channels that have offsets
 STILL_MARGIN = 1.3  # and of those of K that RoPE hardly turns
@@ -131,10 +136,12 @@ def quantize(
     norms = balancing.norms(work.program, chosen, lambda name: load(stored[name]))
     turned = options.kv and options.rotate
     sinks = find_sinks(work.program, work.checkpoint, set(plan.linears)) if turned else []
+    everything = [*widening, *texts]
+    table = Table(max(options.positions, *map(len, everything)))
     recipe = _Recipe(
-        work, plan, writer, chosen, mixed, caches, options, len(widening), norms, sinks
+        work, plan, writer, chosen, mixed, caches, options, len(widening), norms, sinks, table
     )
-    found = work.sweep([*widening, *texts], recipe.layer)
+    found = work.sweep(everything, recipe.layer)
     made = {f"{module}.weight" for module in plan.linears} | balancing.names(norms)
     made |= {name for site in sinks for name in site.stored()}
     copy_rest(plan, writer, entries, made)
@@ -175,6 +182,7 @@ class _Recipe:
     widening: int  # the first so many texts only widen the reach of K and V
     norms: Mapping[Node, Norm]  # to balance, by what they give
     sinks: Sequence[SinkSite]  # whose V is turned once more
+    table: Table  # of what RoPE makes of positions
 
     def layer(self, layer: Layer) -> Mapping[str, Tensor]:
         """Measure a layer on all texts, and write it."""
@@ -329,12 +337,14 @@ class _Measurements:
         tokens, stored = output.shape[1], self.recipe.work.checkpoint.tensors
         last = max(self.recipe.options.positions - tokens, 0)
         starts = [round(last * i / (PLACES - 1)) for i in range(PLACES)]
-        step = max(ROWS // tokens, 1)
         place = partial(
-            rows_at, turning, weights=self.layer.weights, read=lambda n: load(stored[n])
+            rows_at,
+            turning,
+            weights=self.layer.weights,
+            read=lambda n: load(stored[n]),
+            table=self.recipe.table,
         )
-        parts = (starts[at : at + step] for at in range(0, PLACES, step))
-        self._rows(rows, torch.cat([place(output, part) for part in parts]))
+        self._rows(rows, place(output, starts))
         if rows not in self.floors:
             ones = torch.ones(1, 1, output.shape[2])
             still = hardly_turned(place(ones, (0, self.recipe.options.positions - 1)).flatten(1))

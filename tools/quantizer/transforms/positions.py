@@ -4,18 +4,22 @@ Attention looks at distances, so a text computes the same wherever it begins, bu
 keys by their positions: what is an extreme of one channel at position 100 is one of another channel
 at position 1000. Calibration texts are short. From k_proj's output on, K is a function of that
 output and the positions alone, and is computed again here with others.
+
+What follows from the output alone is computed once a text, and what follows from positions alone
+once for all layers and texts; at each place only what takes both is computed again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from kvc8.ir.expression import make
-from kvc8.ir.program import expression_of, is_call, is_parameter, substitute
+from kvc8.ir.program import expression_of, is_call, is_parameter, substitute, type_of
 from kvc8.ir.run import Value
+from kvc8.ir.types import TensorType
 from kvc8.tools.quantizer.sites import LINEAR
 
 STILL = 0.1  # radians
@@ -27,7 +31,9 @@ class Turning:
 
     source: Node  # k_proj's call
     positions: Node
-    calls: Sequence[Node]
+    of_positions: Sequence[Node]  # calls that take no output
+    of_output: Sequence[Node]  # calls that take no positions
+    of_both: Sequence[Node]
     parameters: Sequence[Node]
 
 
@@ -49,7 +55,50 @@ def find_turning(rows: Node) -> Turning | None:
     if len(sources) != 1 or [node.name for node in inputs] != ["positions"]:
         return None
     order = [node for node in rows.graph.nodes if node in calls]
-    return Turning(sources[0], inputs[0], order, parameters)
+    placed, made = _after(inputs[0], order), _after(sources[0], order)
+    return Turning(
+        sources[0],
+        inputs[0],
+        [node for node in order if node not in made],
+        [node for node in order if node not in placed],
+        [node for node in order if node in placed and node in made],
+        parameters,
+    )
+
+
+def _after(node: Node, calls: Sequence[Node]) -> set[Node]:
+    """The calls that take a node, by whatever way."""
+    found = {node}
+    for call in calls:
+        if not found.isdisjoint(call.all_input_nodes):
+            found.add(call)
+    return found
+
+
+@dataclass
+class Table:
+    """What follows from positions alone, at all positions below `count`, by its node."""
+
+    count: int
+    values: dict[Node, Value] = field(default_factory=dict)
+
+    def fill(self, turning: Turning, parameters: Mapping[Node, Value]) -> None:
+        """Compute what is not known yet."""
+        new = [call for call in turning.of_positions if call not in self.values]
+        if new:
+            env = {**parameters, **self.values, turning.positions: torch.arange(self.count)}
+            _run(new, env)
+            self.values |= {node: env[node] for node in (turning.positions, *new)}
+
+    def part(self, node: Node, start: int, tokens: int) -> Value:
+        """A node's value for some positions."""
+        value, type_ = self.values[node], type_of(node)
+        if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
+            return value
+        for dim, size in enumerate(type_.shape):
+            if not isinstance(size, int):
+                return value.narrow(dim, start, tokens)
+        return value
 
 
 def rows_at(
@@ -58,28 +107,36 @@ def rows_at(
     starts: Sequence[int],
     weights: Mapping[Node, Tensor],
     read: Callable[[str], Tensor],
+    table: Table,
 ) -> Tensor:
     """K's rows [len(starts) * T, heads, head_dim] of a text that begins at each of `starts`.
 
     `output` [1, T, width] is what the linear gave for the text; `weights` has a layer's parameters,
-    and `read` gives stored tensors for what all layers share.
+    and `read` gives stored tensors for what all layers share. `table` reaches beyond the last row.
     """
     tokens = output.shape[1]
-    positions = torch.cat([torch.arange(start, start + tokens) for start in starts])
-    env: dict[Node, Value] = {
-        turning.source: output.repeat(1, len(starts), 1),
-        turning.positions: positions,
-    }
+    env: dict[Node, Value] = {turning.source: output}
     for node in turning.parameters:
         env[node] = weights[node] if node in weights else make(expression_of(node), read)
-    for call in turning.calls:
+    table.fill(turning, env)
+    _run(turning.of_output, env)
+    known = {*turning.of_positions, turning.positions}
+    placed = {n for call in turning.of_both for n in call.all_input_nodes if n in known}
+    made = list[Value]()
+    for start in starts:
+        here = {node: table.part(node, start, tokens) for node in placed}
+        made.append(_run(turning.of_both, {**env, **here}))
+    return torch.cat([rows for rows in made if isinstance(rows, Tensor)])
+
+
+def _run(calls: Sequence[Node], env: dict[Node, Value]) -> Value:
+    """Evaluate calls in order; gives the last one's value."""
+    for call in calls:
         args = [substitute(arg, env.__getitem__) for arg in call.args]
         kwargs = {name: substitute(arg, env.__getitem__) for name, arg in call.kwargs.items()}
         assert callable(call.target)
         env[call] = call.target(*args, **kwargs)
-    rows = env[turning.calls[-1]]
-    assert isinstance(rows, Tensor)
-    return rows
+    return env[calls[-1]] if calls else None
 
 
 def hardly_turned(ends: Tensor) -> Tensor:
