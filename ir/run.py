@@ -84,10 +84,10 @@ class _Ready:
         given = {node: _given(node, values) for node in self.given}
         env: dict[object, Value] = {**self.constants, **given}
         for call in self.calls:
-            node, kwargs = call.node, zip(call.names, call.kwargs(env), strict=True)
-            env[node] = call.kernel(*call.args(env), **dict(kwargs))
+            named = dict(zip(call.names, call.kwargs(env), strict=True)) if call.names else {}
+            env[call.node] = call.kernel(*call.args(env), **named)
             if observe:
-                observe(node, env[node])
+                observe(call.node, env[call.node])
             for dead in call.dead:
                 del env[dead]
         return [env[item] for item in self.results]  # type: ignore[misc]
