@@ -78,6 +78,7 @@ def test_stamped_and_unstamped_programs_are_equal(kind, captured, model):
     assert show(captured(kind)) == show(whole)
 
 
+@pytest.mark.slow
 def test_layers_that_code_tells_apart_by_number_are_stamped(tiny_model, monkeypatch):
     """Two of three dense layers and two of four with experts are traced, which a model of four
     layers would not have.

@@ -79,6 +79,7 @@ def test_it_computes_what_transformers_computes(kind, model):
     assert off(directory, program) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_runtime_computes_the_same_in_prefill_chunks_and_decode(kind, model, tmp_path):
     """Two texts of other lengths, so that what is gathered of pages is of both."""
@@ -99,6 +100,7 @@ def test_onnx_runtime_computes_the_same_in_prefill_chunks_and_decode(kind, model
     assert [end for _, end in parts[-1]] == ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_a_model_without_scales_is_compiled_with_its_latents_as_they_are(dtype, model, tmp_path):
     directory, *_ = model("minicpm3")
