@@ -5,6 +5,7 @@ the host checks of ops-transformer. What they do not allow, or what is not emula
 Extension of kvc8: query, key, value and scales may be float32, which is not legal on a device.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -163,13 +164,19 @@ def _window(sparse_mode: int, before: int, after: int, mask: Tensor | None) -> W
     return Window(after=0) if sparse_mode == 3 else Window(before, after)
 
 
+@functools.cache
+def _triangle() -> Tensor:
+    """The mask that sparse modes 3 and 4 take: what comes later, of four million pairs."""
+    side = torch.arange(_MASK_SIDE, device="cpu")
+    return side > side[:, None]
+
+
 def _check_mask(mask: Tensor | None) -> None:
-    side = torch.arange(_MASK_SIDE)
     if (
         mask is None
         or mask.dtype not in (torch.bool, torch.int8, torch.uint8)
         or mask.shape != (_MASK_SIDE, _MASK_SIDE)
-        or not torch.equal(mask.bool(), side > side[:, None])
+        or not torch.equal(mask.bool(), _triangle())
     ):
         raise TargetError(
             _FIA,
