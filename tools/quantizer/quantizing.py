@@ -108,12 +108,14 @@ def quantize_model(
     check_budget(settings.memory, cut, max(map(len, [*texts, *more])))
     identity = _identity(checkpoint, [*texts, *more])
     check_float_model(checkpoint, program, cut, texts, settings.memory, note)
+    give_back()  # and what transformers' own model took
     with (
         kept_directory(out, resume) as (part, state),
         progress((len(cut) - 1) * (SWEEPS[recipe] + (settings.rollback is not None))) as report,
     ):
         if recipe == "kvc8":
             checkpoint = _rotated(settings, checkpoint, program, state, note)
+            give_back()
         stored = partial(entries_for, dtype=dtype, engine=engine) if engine else list
         size = settings.part_file_size
         run = Work(checkpoint, program, part.path, state, size, report, stored)

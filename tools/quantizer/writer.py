@@ -134,13 +134,19 @@ def _shards(entries: Sequence[Entry], most: float | None) -> list[list[Entry]]:
 def write_tensors(
     path: Path, entries: Sequence[Entry], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Write a safetensors file of `entries` from `tensors`, and bring it to disk."""
+    """Write a safetensors file of `entries` from `tensors`, and bring it to disk.
+
+    A tensor may come in parts, one after the other.
+    """
     header, places, size = _header(entries)
     with path.open("wb") as file:
         file.write(header)
+        last = None
         for name, tensor in tensors:
-            file.seek(places[name])
+            if name != last:
+                file.seek(places[name])
             file.write(_bytes(tensor))
+            last = name
             del tensor  # before the next one is made
         file.truncate(size)
         file.flush()

@@ -30,16 +30,14 @@ class Orthogonal:
         """How many channels it turns."""
         return len(self.signs)
 
-    def turn(self, x: Tensor, scale: Tensor | None = None, in_place: bool = False) -> Tensor:
+    def turn(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """diag(scale) R applied to x [..., n]; gives x's dtype, rounded once.
 
         `scale` [n] is ones where there is none. Float64 is computed in float64, else in float32.
-        With `in_place` x is overwritten where it lies in one piece.
         """
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         signs = self.signs.to(dtype) if scale is None else (self.signs * scale).to(dtype)
-        here = in_place and x.is_contiguous()
-        made = x if here else torch.empty(x.shape, dtype=x.dtype)
+        made = torch.empty(x.shape, dtype=x.dtype)
         rows, out = x.reshape(-1, self.size), made.view(-1, self.size)
         for at in range(0, len(rows), ROWS):
             out[at : at + ROWS] = self._turn(rows[at : at + ROWS].to(dtype) * signs)

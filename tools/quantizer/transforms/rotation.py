@@ -23,7 +23,7 @@ is rotated whose structure allows it, whatever it is called. Where the stream do
 is turned all the same.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from kvc8.ir.checkpoint.reader import Checkpoint, StoredTensor, open_checkpoint
-from kvc8.ir.checkpoint.unmapped import load
+from kvc8.ir.checkpoint.unmapped import load, row_blocks
 from kvc8.ir.errors import ModelError
 from kvc8.ir.expression import cast, stored
 from kvc8.ir.program import Program, argument, expression_of, is_parameter, tensor_type
 from kvc8.tools.quantizer.sites import LINEAR
 from kvc8.tools.quantizer.transforms.heads import find_heads
-from kvc8.tools.quantizer.transforms.orthogonal import Orthogonal, random_orthogonal
+from kvc8.tools.quantizer.transforms.orthogonal import ROWS, Orthogonal, random_orthogonal
 from kvc8.tools.quantizer.transforms.roles import NotTurned, Roles, Turn, where
 from kvc8.tools.quantizer.transforms.stream import find_stream, width
 from kvc8.tools.quantizer.writer import Entry, write_json, write_tensors
@@ -90,10 +90,7 @@ def _of_stream(program: Program) -> tuple[Roles, str | None]:
 
 
 def turned(name: str, read: Read, rotation: Rotation) -> Tensor:
-    """A tensor of the rotated model, in the dtype of the stored one, rounded once.
-
-    `read` gives a stored tensor in memory of its own, which is overwritten.
-    """
+    """A tensor of the rotated model, in the dtype of the stored one, rounded once."""
     roles = rotation.roles
     value = read(roles.untied.get(name, name))
     dtype = value.dtype
@@ -122,7 +119,7 @@ def _turned(value: Tensor, turn: Turn, read: Read, rotation: Rotation) -> Tensor
         return rotation.heads[turn.head].turn(by_head).flatten(-2)
     assert rotation.residual is not None
     scale = None if turn.norm is None else read(turn.norm.name) + turn.norm.plus
-    return rotation.residual.turn(value, scale, in_place=True)
+    return rotation.residual.turn(value, scale)
 
 
 def rotate(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> Checkpoint:
@@ -145,7 +142,7 @@ def _write(checkpoint: Checkpoint, rotation: Rotation, directory: Path) -> None:
         sources[head] = replace(sources[table], name=head)
     floats = {name: t for name, t in sources.items() if t.dtype.is_floating_point}
     entries = [Entry(name, t.dtype, t.shape, "FLOAT") for name, t in floats.items()]
-    tensors = ((name, _sound(name, floats, rotation)) for name in floats)
+    tensors = ((name, part) for name in floats for part in _sound(name, floats, rotation))
     write_tensors(new / "model.safetensors", entries, tensors)
     untied = {"tie_word_embeddings": False} if rotation.roles.untied else {}
     write_json(new / "config.json", {**checkpoint.config, **untied})
@@ -171,9 +168,24 @@ def untied_bytes(before: Checkpoint, after: Checkpoint) -> int:
     return b - a
 
 
-def _sound(name: str, stored: Mapping[str, StoredTensor], rotation: Rotation) -> Tensor:
-    made = turned(name, lambda other: load(stored[other]), rotation)
-    low, high = torch.aminmax(made)  # a NaN is both; and no mask as large as an embedding
-    if not bool(low.isfinite() & high.isfinite()):
-        raise ModelError(name, "is not finite when it is rotated", "use --rotate off")
-    return made
+def _sound(name: str, stored: Mapping[str, StoredTensor], rotation: Rotation) -> Iterator[Tensor]:
+    """A tensor of the rotated model, in parts of its rows where each is turned by itself."""
+    source = rotation.roles.untied.get(name, name)
+    for part in _parts(stored[source], rotation.roles.turns.get(name, [])):
+
+        def read(other: str, part: Tensor = part) -> Tensor:
+            return part if other == source else load(stored[other])
+
+        made = turned(name, read, rotation)
+        low, high = torch.aminmax(made)  # a NaN is both; and no mask as large as an embedding
+        if not bool(low.isfinite() & high.isfinite()):
+            raise ModelError(name, "is not finite when it is rotated", "use --rotate off")
+        yield made
+
+
+def _parts(stored: StoredTensor, turns: Sequence[Turn]) -> Iterator[Tensor]:
+    """An embedding is not held whole; its parts end where those end that are turned at once."""
+    if len(stored.shape) != 2 or any(turn.axis != -1 for turn in turns):
+        yield load(stored)
+        return
+    yield from row_blocks(stored, 4 * ROWS * (stored.nbytes // max(stored.shape[0], 1)))
