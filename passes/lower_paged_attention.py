@@ -76,7 +76,8 @@ a weight moves by a factor of at most e^(2g), and the output by at most max|dv| 
 Sinks are one more logit a head: the op gives the logarithm of the sums that it divided by, and the
 result is multiplied by what it should have divided by (passes/matchers/sinks.py).
 
-A site is left alone, and the program then refused, where no op can express it: a soft cap.
+A site is left alone, and the program then refused, where no op can express it: a soft cap. What
+lower_latent_attention made of others is as it should be.
 """
 
 from collections.abc import Iterator
@@ -88,21 +89,24 @@ from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
-from kvc8.ir.expression import Expression
-from kvc8.ir.program import Program, Stage, argument, is_call, tensor_type
+from kvc8.ir.program import Program, Stage, argument, tensor_type
 from kvc8.ir.types import IntsType, TensorType, size
 from kvc8.passes.matchers.attention import (
     TOKENS,
     AttentionSite,
     CacheSide,
+    all_pages,
+    causal_mask,
     dequantized,
     find_side,
+    gathered,
     in_dtype,
+    scattered,
     width,
 )
 from kvc8.passes.matchers.float_rows import bound
 from kvc8.passes.matchers.sinks import beside_sinks
-from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+from kvc8.passes.rewrite import Remark, hit, keep, miss, rewrite
 
 ATEN = torch.ops.aten
 PACKED_HEAD_DIMS = (128, 192)  # that the op takes end to end (TND); others go one prompt a call
@@ -110,7 +114,6 @@ NO_SOFT_CAP = (
     "it caps its logits, which no attention op of the NPU does, and in other ops each step would "
     "make float copies of all pages"
 )
-MASK = 2048  # the side of the mask that sparse modes 3 and 4 take, whatever the lengths
 # What captured programs take of the batch, and lowered ones but for the table in decode do not.
 OF_THE_BATCH = ("block_table", "seq_lens", "query_starts")
 
@@ -129,6 +132,8 @@ def lower_paged_attention(
 ) -> Iterator[Remark]:
     """See the module."""
     shared: dict[str, Node] = {}
+    for node in program.calls(npu.npu_fused_infer_attention_score):
+        yield keep(node, "an op of the NPU attends there already")
     for node in program.calls(ops.paged_attention):
         k, v = find_side(argument(node, 1)), find_side(argument(node, 2))
         why = _why_not(node, k, v)
@@ -136,7 +141,7 @@ def lower_paged_attention(
             yield miss(node, why)
             continue
         site = AttentionSite(program, node, k, v, shared)
-        caches = _scatter(site)
+        caches = scattered(site)
         if phase == "decode":
             out = _decode(site, caches)
         else:
@@ -147,23 +152,9 @@ def lower_paged_attention(
 
 
 def _why_not(node: Node, k: CacheSide | None, v: CacheSide | None) -> str:
-    if is_call(node.args[1], ATEN.cat.default):
-        return "it attends to latents, which kvc8 does not lower for the NPU"
     if k is None or v is None:
         return "its K and V do not come out of a cache that this program writes"
     return NO_SOFT_CAP if node.args[8] else ""
-
-
-def _scatter(site: AttentionSite) -> tuple[Node, Node]:
-    """Write K and V of a layer by one op; gives the caches as they then are."""
-    k, v = site.k.write, site.v.write
-    codes = (argument(k, 1), argument(v, 1), argument(k, 0), argument(v, 0), argument(k, 2))
-    both = site.call(npu.npu_scatter_pa_kv_cache_functional, *codes, cache_mode="Norm")
-    new = site.call(getitem, both, 0), site.call(getitem, both, 1)
-    for old, made in zip((k, v), new, strict=True):
-        # what read it until now comes earlier and dies with the attention
-        old.replace_all_uses_with(made, lambda user: user.op == "output")
-    return new
 
 
 def _decode(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
@@ -172,7 +163,7 @@ def _decode(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
     k, v = (site.call(ATEN.flatten.using_ints, cache, 2, 3) for cache in caches)
     block = site.call(ATEN.sym_size.int, caches[0], 1)
     options = {
-        **(_in_window(site) if site.window else _in_all(site)),
+        **(_in_window(site) if site.window else all_pages(site)),
         **_antiquant(site, "key", site.k),
         **_antiquant(site, "value", site.v),
         **site.heads,
@@ -180,14 +171,6 @@ def _decode(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
         "block_size": block,
     }
     return _attend(site, rows, k, v, options)
-
-
-def _in_all(site: AttentionSite) -> dict[str, Argument]:
-    """The pages and the length of each sequence; a token is a sequence."""
-    table = argument(site.node, 3)
-    table.meta["type"] = TensorType(torch.int32, (TOKENS, size("M")))
-    kv_lens = site.input("kv_lens", IntsType(TOKENS))
-    return {"actual_seq_lengths_kv": kv_lens, "block_table": table}
 
 
 def _in_window(site: AttentionSite) -> dict[str, Argument]:
@@ -228,22 +211,17 @@ def _chunk(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
     """The new tokens of each sequence over all its tokens, gathered out of the pages."""
     slots = site.input("kv_slots", TensorType(torch.int32, (size("L"),)))
     k, v = (
-        dequantized(site, side, _gathered(site, cache, slots))
+        dequantized(site, side, gathered(site, cache, slots))
         for cache, side in zip(caches, (site.k, site.v), strict=True)
     )
     return _several_rows(site, k, v, "kv_ends")
-
-
-def _gathered(site: AttentionSite, cache: Node, slots: Node) -> Node:
-    flat = site.call(ATEN.flatten.using_ints, cache, 0, 1)
-    return site.call(ATEN.index_select.default, flat, 0, slots)
 
 
 def _several_rows(site: AttentionSite, k: Node, v: Node, kv_ends: str) -> Node:
     """Sequences end to end in layout TND, or one a call in BSH; the last row sees the last key."""
     q, window = argument(site.node, 0), site.window
     packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS
-    options: dict[str, Argument] = {"atten_mask": _mask(site)}
+    options: dict[str, Argument] = {"atten_mask": causal_mask(site)}
     if packed:
         lengths = IntsType(size("B"))
         options["actual_seq_lengths"] = site.input("query_ends", lengths)
@@ -265,16 +243,6 @@ def _attend(site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, A
         site.node, ATEN.reshape.default, out, [-1, *shape], name=site.node.name
     )
     return beside_sinks(site, rows, site.call(getitem, both, 1)) if site.sinks else rows
-
-
-def _mask(site: AttentionSite) -> Node:
-    if "causal_mask" not in site.shared:
-        type_, expression = (
-            TensorType(torch.bool, (MASK, MASK)),
-            Expression("masked_above", (MASK,)),
-        )
-        site.shared["causal_mask"] = site.program.placeholder("causal_mask", type_, expression)
-    return site.shared["causal_mask"]
 
 
 def _drop_inputs(program: Program) -> None:

@@ -27,6 +27,7 @@ from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.passes.lower_collectives import lower_collectives
 from kvc8.passes.lower_dynamic_linear import lower_dynamic_linear
 from kvc8.passes.lower_geglu import lower_geglu
+from kvc8.passes.lower_latent_attention import lower_latent_attention
 from kvc8.passes.lower_linear import lower_linear
 from kvc8.passes.lower_mixture import lower_mixture
 from kvc8.passes.lower_norms import lower_norms
@@ -102,19 +103,23 @@ LAYER: tuple[Step, ...] = (
 NPU_PREFILL: tuple[Step, ...] = (
     fold_kv_scales,  # and no more: it sees K and V before they are quantized
     *LAYER,
+    partial(lower_latent_attention, phase="prefill"),
     partial(lower_paged_attention, phase="prefill"),
     remove_cache_copies,
 )
 # After one of the folds above and LAYER:
 NPU_PREFILL_INT8: tuple[Step, ...] = (
+    partial(lower_latent_attention, phase="prefill"),
     partial(lower_paged_attention, phase="prefill", prefill_kv="int8"),
     remove_cache_copies,
 )
 NPU_CHUNK: tuple[Step, ...] = (
+    partial(lower_latent_attention, phase="chunk"),
     partial(lower_paged_attention, phase="chunk"),
     remove_cache_copies,
 )
 NPU_DECODE: tuple[Step, ...] = (
+    partial(lower_latent_attention, phase="decode"),
     partial(lower_paged_attention, phase="decode"),
     remove_cache_copies,
 )

@@ -25,7 +25,7 @@ from kvc8.passes import pipeline
 from kvc8.passes.fold_latent_attention import fold_latent_attention
 from kvc8.tools.driver.faithful import LIMIT
 
-HEADS, LATENT, ROPE, NOPE, V = 4, 32, 8, 16, 16
+HEADS, LATENT, ROPE, NOPE, V = 4, 128, 16, 32, 32
 KINDS = ("deepseek_v3", "minicpm3")
 TEXTS = ([5, 17, 42, 99, 3, 64, 80, 23, 11, 71], [9, 100, 31, 4])
 

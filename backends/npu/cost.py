@@ -197,7 +197,15 @@ def _attention(node: Node, caches: list[Type], sizes: StepSizes) -> OpCost:
     query = type_of(node.all_input_nodes[0])
     assert isinstance(query, TensorType)
     width = prod(map(sizes.number, query.shape)) // tokens  # values of a token's query
-    return OpCost(cache_read=pages, half_ops=int(2 * 2 * tokens * seen * width))
+    rope = node.kwargs.get("query_rope")  # more of them, that only keys meet
+    both = 2 * width + (_values(rope, sizes) // tokens if isinstance(rope, Node) else 0)
+    return OpCost(cache_read=pages, half_ops=int(2 * tokens * seen * both))
+
+
+def _values(node: Node, sizes: StepSizes) -> int:
+    type_ = type_of(node)
+    assert isinstance(type_, TensorType)
+    return prod(map(sizes.number, type_.shape))
 
 
 def _seen(node: Node, sizes: StepSizes) -> float:
@@ -213,11 +221,13 @@ def _seen(node: Node, sizes: StepSizes) -> float:
 
 def _matmul(node: Node, sizes: StepSizes) -> OpCost:
     """Multiplications and additions of a product of matrices."""
-    if node.target not in (npu.npu_quant_matmul, ATEN.linear.default):
+    if node.target not in (npu.npu_quant_matmul, ATEN.linear.default, ATEN.matmul.default):
         return OpCost()
     x, weight = (type_of(operand) for operand in node.all_input_nodes[:2])
     assert isinstance(x, TensorType)
     assert isinstance(weight, TensorType)
+    if node.target is ATEN.matmul.default:  # of each head, say, by its own weight
+        return OpCost(half_ops=2 * prod(map(sizes.number, (*x.shape, weight.shape[-1]))))
     rows = prod(map(sizes.number, x.shape[:-1]))
     ops = 2 * int(rows * prod(map(sizes.number, weight.shape)))
     return OpCost(int8_ops=ops) if x.dtype is torch.int8 else OpCost(half_ops=ops)

@@ -121,7 +121,16 @@ def _attention(made: OpCall) -> Facts:
     paged = made.arguments.get("block_table") is not None
     found = _heads(heads, kv_heads) | _known(head_dim=head_dim) | _rows(layout, query)
     found |= _offsets(made) | (_pages(made, made.shape("key")) if paged else {})
-    return found | _page(found)
+    return found | _rope(made, heads, layout) | _page(found)
+
+
+def _rope(made: OpCall, heads: int, layout: str) -> Facts:
+    """Channels of a head that are rotated and lie apart."""
+    shape = made.shape("query_rope")
+    wide = shape[-1] if shape else None
+    if isinstance(wide, int) and layout == "BSH" and heads:
+        wide //= heads
+    return _known(**{"rotated channels": wide})
 
 
 def _heads(heads: int, kv_heads: int) -> Facts:

@@ -18,7 +18,7 @@ KNOWN = (
     *("key_antiquant_scale", "key_antiquant_offset", "key_antiquant_mode", "block_size"),
     *("value_antiquant_scale", "value_antiquant_offset", "value_antiquant_mode", "block_table"),
     *("num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode"),
-    *("pre_tokens", "next_tokens", "softmax_lse_flag"),
+    *("pre_tokens", "next_tokens", "softmax_lse_flag", "query_rope", "key_rope"),
 )
 Attended = tuple[Value, Value | None]  # and the log-sum-exp, where it is asked for
 
@@ -43,6 +43,14 @@ def _heads(c: FunctionCall) -> tuple[int, int, int]:
     return kv, heads // kv, width if c.others.get("input_layout") == "TND" else width // heads
 
 
+def _rotated(c: FunctionCall) -> int:
+    """Channels of a head that lie apart, in query_rope and key_rope; 0 where there are none."""
+    if "query_rope" not in c.tensors:
+        return 0
+    width = int(c.types["query_rope"].shape[-1])
+    return width if c.others.get("input_layout") == "TND" else width // c.number("num_heads")
+
+
 def _decode(c: FunctionCall) -> Attended:
     """One query row a sequence [T, 1, heads*dim] over its pages [blocks, block_size, width]."""
     if c.others.get("input_layout", "BSH") != "BSH" or c.types["query"].shape[1] != 1:
@@ -54,6 +62,16 @@ def _decode(c: FunctionCall) -> Attended:
     table = _pages(c, lens)
     k, v = (_side(c, name, table) for name in ("key", "value"))  # [T, L, kv, dim]
     q = b.op("Reshape", c.float32("query"), [-1, kv, groups, dim])
+    if rotated := _rotated(c):
+        q = b.op(
+            "Concat",
+            q,
+            b.op("Reshape", c.float32("query_rope"), [-1, kv, groups, rotated]),
+            axis=-1,
+        )
+        pages = b.op("Gather", c.tensor("key_rope"), table, axis=0)
+        pages = b.cast(pages, c.types["key_rope"].dtype, F32)
+        k = b.op("Concat", k, b.op("Reshape", pages, [0, -1, kv, rotated]), axis=-1)
     key = _range(b, b.op("Shape", k, start=1, end=2))
     hidden = b.op("Unsqueeze", b.op("GreaterOrEqual", key, lens), [1, 2])  # [T, 1, 1, L]
     if "atten_mask" in c.tensors:  # what a window does not reach
@@ -103,8 +121,13 @@ def _prefill(c: FunctionCall) -> Attended:
     first = 0 if layout == "BSH" else 1
     q = b.op("Reshape", c.float32("query"), [first, -1, kv, groups, dim])
     k, v = (b.op("Reshape", c.float32(n), [first, -1, kv, dim]) for n in ("key", "value"))
+    if rotated := _rotated(c):
+        beside = b.op("Reshape", c.float32("query_rope"), [first, -1, kv, groups, rotated])
+        q = b.op("Concat", q, beside, axis=-1)
+        beside = b.op("Reshape", c.float32("key_rope"), [first, -1, kv, rotated])
+        k = b.op("Concat", k, beside, axis=-1)
     rows = b.op("Transpose", q, perm=[0, 2, 3, 1, 4])
-    rows = b.op("Reshape", rows, [0, 0, -1, dim])
+    rows = b.op("Reshape", rows, [0, 0, -1, dim + rotated])
     logits = b.op("MatMul", rows, b.op("Transpose", k, perm=[0, 2, 3, 1]))
     many = b.op("Concat", [0, kv, groups, -1], b.op("Shape", k, start=1, end=2), axis=0)
     logits = b.op("Reshape", logits, many)  # [B, kv, groups, S, L]

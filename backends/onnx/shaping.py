@@ -132,6 +132,7 @@ SHAPING: Mapping[Op, Callable[..., object]] = MappingProxyType(
         aten.concat.default: _cat,
         aten.chunk.default: _split,
         aten.expand.default: _expand,
+        aten.repeat.default: lambda b, node, x, times: b.op("Tile", x, b.shape(times)),
         aten.flatten.using_ints: _flatten,
         aten.index.Tensor: _index,
         aten.index_select.default: _index_select,

@@ -1,17 +1,20 @@
 """A call of paged attention between the calls that write and read its cache, while it is lowered."""
 
 from dataclasses import dataclass
+from operator import getitem
 
 import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
 from kvc8.ir import npu, ops
-from kvc8.ir.expression import cast
+from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import IntsType, TensorType, dtype_name, size
 
+ATEN = torch.ops.aten
 TOKENS = size("T")
+MASK = 2048  # the side of the mask that sparse modes 3 and 4 take
 
 
 @dataclass
@@ -102,14 +105,51 @@ def dequantized(site: AttentionSite, side: CacheSide, codes: Node) -> Node:
     """What the cache would give back of codes [..., heads, head_dim], as rows of the same shape."""
     if side.back is None:
         return codes
-    flat = site.call(torch.ops.aten.reshape.default, codes, [-1, width(codes)])
+    flat = site.call(ATEN.reshape.default, codes, [-1, width(codes)])
     wide = site.call(npu.npu_anti_quant, flat, side.back.args[1], **side.back.kwargs)
-    return site.call(torch.ops.aten.reshape.default, wide, [-1, *side.shape])
+    return site.call(ATEN.reshape.default, wide, [-1, *side.shape])
 
 
 def dequantizer(cache: Node) -> Node | None:
     """The npu_anti_quant that made float what an attention reads; None for another cache."""
-    if not is_call(cache, torch.ops.aten.unflatten.int):
+    if not is_call(cache, ATEN.unflatten.int):
         return None
     back = argument(cache, 0)
     return back if is_call(back, npu.npu_anti_quant) else None
+
+
+def scattered(site: AttentionSite) -> tuple[Node, Node]:
+    """Write K and V of a layer by one op; gives the caches as they then are."""
+    k, v = site.k.write, site.v.write
+    codes = (argument(k, 1), argument(v, 1), argument(k, 0), argument(v, 0), argument(k, 2))
+    both = site.call(npu.npu_scatter_pa_kv_cache_functional, *codes, cache_mode="Norm")
+    new = site.call(getitem, both, 0), site.call(getitem, both, 1)
+    for old, made in zip((k, v), new, strict=True):
+        # what read it until now comes earlier and dies with the attention
+        old.replace_all_uses_with(made, lambda user: user.op == "output")
+    return new
+
+
+def all_pages(site: AttentionSite) -> dict[str, Argument]:
+    """The pages and the length of each sequence; a token is a sequence."""
+    table = argument(site.node, 3)
+    table.meta["type"] = TensorType(torch.int32, (TOKENS, size("M")))
+    kv_lens = site.input("kv_lens", IntsType(TOKENS))
+    return {"actual_seq_lengths_kv": kv_lens, "block_table": table}
+
+
+def gathered(site: AttentionSite, cache: Node, slots: Node) -> Node:
+    """The rows of a cache at flat slots, [rows, heads, head_dim]."""
+    flat = site.call(ATEN.flatten.using_ints, cache, 0, 1)
+    return site.call(ATEN.index_select.default, flat, 0, slots)
+
+
+def causal_mask(site: AttentionSite) -> Node:
+    """The triangle that sparse modes 3 and 4 take, whatever the lengths; one for all layers."""
+    if "causal_mask" not in site.shared:
+        type_, expression = (
+            TensorType(torch.bool, (MASK, MASK)),
+            Expression("masked_above", (MASK,)),
+        )
+        site.shared["causal_mask"] = site.program.placeholder("causal_mask", type_, expression)
+    return site.shared["causal_mask"]

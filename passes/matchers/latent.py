@@ -111,3 +111,48 @@ def holds_latent(write: Node) -> bool:
     """Whether a call writes what attention reads as a part of each head's K: see the pass."""
     joined = [user for user in write.users if is_call(user, ATEN.cat.default)]
     return any(is_call(user, ops.paged_attention) for cat in joined for user in cat.users)
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """An attention to latents, as passes/fold_latent_attention.py leaves it.
+
+    Of each of H heads the query has k channels that its weight makes L of, and R that are rotated.
+    """
+
+    attention: Node  # [T, H, L]
+    latent: Node  # the call that writes the cache of [1, L] a token
+    rope: Node  # the same of [1, R]
+    query: tuple[Node, Node]  # [1, H, T, k] and [1, H, T, R]
+    folded: Node  # the first of them as [1, H, T, L]
+    for_k: Node  # a parameter [H, k, L]
+    for_v: Node  # a parameter [H, L, v]
+    out: Node  # what it gives by head, [T, H, v]
+
+
+def find_folded(attention: Node) -> FoldedSite | None:
+    """The site of an attention to latents; None for any other."""
+    keys, latent = argument(attention, 1), argument(attention, 2)
+    if not is_call(keys, ATEN.cat.default) or not is_call(latent, ops.cache_write):
+        return None
+    heads, width = (int(d) for d in tensor_type(attention).shape[1:])
+    query = _query(attention, heads, width)
+    rope = [part for part in keys.all_input_nodes if part is not latent]
+    out = _by_head(attention)
+    if query is None or out is None or len(rope) != 1 or not is_call(query[0], ATEN.matmul.default):
+        return None
+    folded, rotated = query
+    for_v = argument(argument(out, 0), 1)
+    for_k, unrotated = argument(folded, 1), argument(folded, 0)
+    return FoldedSite(attention, latent, rope[0], (unrotated, rotated), folded, for_k, for_v, out)
+
+
+def _by_head(attention: Node) -> Node | None:
+    """What a weight a head makes of what was attended to, [T, heads, v]."""
+    node = attention
+    for op in (ATEN.transpose.int, ATEN.matmul.default, ATEN.transpose.int):
+        taken = [user for user in node.users if is_call(user, op)]
+        if len(node.users) != 1 or not taken:
+            return None
+        [node] = taken
+    return node

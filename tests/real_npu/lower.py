@@ -32,6 +32,13 @@ CHECKPOINTS = Path(__file__).resolve().parent.parent / "golden" / "checkpoints"
 # Of heads that an NPU takes; all linears in W8A8, so that SwiGLU is fused too.
 KINDS = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
 MIXTURES = ("qwen3_moe", "glm4_moe")
+# Of the sizes that ops take of latents; it has no scales, and keeps its latents float.
+LATENT = {
+    **{"tie_word_embeddings": False, "num_hidden_layers": 2, "num_key_value_heads": 4},
+    **{"kv_lora_rank": 512, "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128},
+    **{"v_head_dim": 128, "n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 4},
+    **{"topk_group": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+}
 SHARDED, RANKS = ("tiny-llama-offsets", "tiny-qwen2-offsets"), 2  # in bfloat16 too; with biases
 # Of heads that it takes with NZ pages: both ways to write to them.
 NZ_KINDS = ("llama", "qwen3")
@@ -65,6 +72,8 @@ def models(scratch: Path) -> Iterator[tuple[str, Path]]:
     yield "smollm2-shape", write_sparse(scratch / "smollm2", SMOLLM2)
     for name in VENDOR:
         yield name, CHECKPOINTS / name / "quant"
+    write_model(scratch / "latent", "deepseek_v3", 0, LATENT)
+    yield "tiny-deepseek_v3", scratch / "latent"
     for kind in (*KINDS, *MIXTURES):
         yield from tiny(scratch, f"tiny-{kind}", kind, TINY | LAYERS.get(kind, {}))
 

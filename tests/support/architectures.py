@@ -108,8 +108,8 @@ def others(head: int) -> dict[str, Config]:
     }
     local = {"num_local_experts": 4, "num_experts_per_tok": 2}
     latent = {
-        **{"kv_lora_rank": 2 * head, "q_lora_rank": 2 * head, "qk_rope_head_dim": head // 2},
-        **{"qk_nope_head_dim": head, "v_head_dim": head, "num_key_value_heads": 4},
+        **{"kv_lora_rank": 8 * head, "q_lora_rank": 2 * head, "qk_rope_head_dim": head},
+        **{"qk_nope_head_dim": 2 * head, "v_head_dim": 2 * head, "num_key_value_heads": 4},
     }
     return {
         "bloom": {"n_layer": 2, "n_head": 4},

@@ -47,6 +47,8 @@ def npu_fused_infer_attention_score(
     value_antiquant_scale: Tensor | None = None,
     value_antiquant_offset: Tensor | None = None,
     block_table: Tensor | None = None,
+    query_rope: Tensor | None = None,
+    key_rope: Tensor | None = None,
     num_heads: int = 1,
     scale: float = 1.0,
     pre_tokens: int = _UNLIMITED,
@@ -81,6 +83,9 @@ def npu_fused_infer_attention_score(
       diagonal. 3 and 4 take the 2048 x 2048 upper triangle as atten_mask. With one query row, but
       in TND, a device ignores the mode, so 4 is refused there.
 
+    query_rope and key_rope, that lie as query and key do, are more channels of each head, which no
+    value has (the document's section on MLA): with them no codes, and no softmax_lse_flag.
+
     softmax_lse_flag asks for the logarithm of the sums that the weights are divided by, float32
     [B, N, S, 1], in TND [T, N, 1].
 
@@ -107,6 +112,7 @@ def npu_fused_infer_attention_score(
     )
     for stored, parameters in ((key, for_key), (value, for_value)):
         _check_codes(layout, query, stored, parameters)
+    _check_rope(query_rope, key_rope, key, softmax_lse_flag)
     paging = None if block_table is None else Paging(_FIA, block_table, block_size)
     out = torch.zeros(query.shape, dtype=query.dtype)
     lse = layout.sums(query) if softmax_lse_flag else query.new_empty(*query.shape[:-1], 0)
@@ -114,23 +120,50 @@ def npu_fused_infer_attention_score(
         layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
         for x in (query, out, lse)
     )
-    keys, values = (
-        _rows(layout, x, paging, actual_seq_lengths_kv, len(queries), layout.rows(query))
-        for x in (key, value)
+    keys, values, ropes = (
+        [None] * len(queries)
+        if x is None
+        else _rows(layout, x, paging, actual_seq_lengths_kv, len(queries), layout.rows(query))
+        for x in (key, value, key_rope)
+    )
+    turned = (
+        [None] * len(queries)
+        if query_rope is None
+        else layout.sequences(query_rope, num_heads, actual_seq_lengths, "actual_seq_lengths")
     )
     seen: Sequence[Window | Mask] = masks or [window] * len(queries)
-    for q, k, v, o, total, visible in zip(queries, keys, values, outs, totals, seen, strict=True):
+    for q, k, v, r, s, o, total, visible in zip(
+        queries, keys, values, turned, ropes, outs, totals, seen, strict=True
+    ):
         layout.check_rows(q, k, v)
         if k.dtype == v.dtype == torch.int8:
             codes = Codes(k, *for_key), Codes(v, *for_value)
             found, each = attend_codes(q, *codes, scale, visible, divide_last=True)
         else:
             k, v = dequantize(k, *for_key), dequantize(v, *for_value)
+            q, k = _beside(q, r), _beside(k, s)
             found, each = attend(q, k, v, scale, visible, divide_last=True)
         o.copy_(found)
         if softmax_lse_flag:
             total.copy_(each)
     return out, layout.heads_first(lse) if softmax_lse_flag else torch.empty(0)
+
+
+def _check_rope(
+    query_rope: Tensor | None, key_rope: Tensor | None, key: Tensor, sums: bool
+) -> None:
+    if query_rope is None and key_rope is None:
+        return
+    if query_rope is None or key_rope is None:
+        raise TargetError(_FIA, "query_rope and key_rope go together", "give both or neither")
+    if not key.is_floating_point() or sums:
+        what = "with query_rope it takes neither codes nor softmax_lse_flag"
+        raise TargetError(_FIA, what, "leave them out")
+
+
+def _beside(rows: Tensor, rope: Tensor | None) -> Tensor:
+    """Channels of heads [rows, heads, D] with more of them beside."""
+    return rows if rope is None else torch.cat([rows, rope.to(rows.dtype)], -1)
 
 
 def _masks(

@@ -131,13 +131,13 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention of query [q, N, D] to float32 key and value [k, M, D], N a multiple of M.
 
-    The result is like query; with it comes the logarithm of the sum of exp(logit) that each row and
-    head divides by, float32 [q, N, 1]. A row that sees no key gives zeros and -inf (assumed).
-    divide_last: weights are
-    divided by their sum after they met the values (the goldens of npu_fused_infer_attention_score),
-    else before they are rounded (those of ATB).
+    The result has the rows, heads and dtype of query and the channels of value. With it comes the
+    logarithm of the sum of exp(logit) that each row and head divides by, float32 [q, N, 1]. A row
+    that sees no key gives zeros and -inf (assumed). divide_last: weights are divided by their sum
+    after they met the values (the goldens of npu_fused_infer_attention_score), else before they are
+    rounded (those of ATB).
     """
-    out = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
     lse = torch.full_like(query[..., :1], -torch.inf).float()
     if not len(key):
         return out, lse
