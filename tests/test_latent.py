@@ -16,14 +16,17 @@ from kvc8.backends.runtime.inputs import Rows
 from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir.capture.original import open_original
 from kvc8.ir.capture.trace import capture
-from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.reader import open_checkpoint, read_files
 from kvc8.ir.expression import make
 from kvc8.ir.precision.widen import widen
 from kvc8.ir.run import run
 from kvc8.ir.text import parse, show
 from kvc8.passes import pipeline
 from kvc8.passes.fold_latent_attention import fold_latent_attention
+from kvc8.tools import inspect
 from kvc8.tools.driver.faithful import LIMIT
+from kvc8.tools.inspector.plan import plan
+from kvc8.tools.inspector.seen import look
 
 HEADS, LATENT, ROPE, NOPE, V = 4, 128, 16, 32, 32
 KINDS = ("deepseek_v3", "minicpm3")
@@ -112,6 +115,19 @@ def test_a_model_without_scales_is_compiled_with_its_latents_as_they_are(dtype, 
     logits = compiled.prefill([TEXTS[0]], [[0]])
     assert logits.isfinite().all()
     assert compiled.decode([7], [11], [[0]]).shape == (1, SIZES["vocab_size"])
+
+
+def test_the_inspector_plans_for_latents(model):
+    """In float16, whole on each card; that there are no scales is no finding."""
+    directory, *_ = model("minicpm3")
+    seen = look(read_files(directory))
+    assert seen.refusal is None
+    assert [(r.cache, r.cards, r.bytes_per_token) for r in plan(seen).rows] == [
+        ("float16", 1, 2 * (LATENT + ROPE) * 2)
+    ]
+    assert not {"no-c8", "parallel", "replicated"} & {
+        finding.kind for finding in inspect.find(seen)
+    }
 
 
 def documented(*changes: tuple[str, str]):

@@ -102,7 +102,7 @@ def _switches(seen: Seen) -> Iterator[Finding]:
         what, so = "says C8 and there are no KV scales", "kvc8-compile refuses it"
         do = "copy the quantized model's weights and description, or remove kv_quant_type"
         yield Finding("c8-without-scales", "error", where, what, so, do)
-    if not seen.names and said != "C8":
+    if not seen.names and said != "C8" and not seen.latent:
         so = "its cache stays float16 and takes twice the memory"
         do = "quantize it with kvc8-quantize --use-kvcache-quant"
         yield Finding("no-c8", "warning", DIRECTORY, "there are no KV scales", so, do)

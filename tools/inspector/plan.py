@@ -36,6 +36,8 @@ def plan(seen: Seen) -> MemoryPlan:
     Nothing is set aside for activations, the runtime and what it duplicates on each card.
     """
     weights = sum(tensor.nbytes for tensor in seen.tensors.values())
+    if seen.latent:  # which stays float, and whole on each card
+        return MemoryPlan(weights, (_row("float16", 1, 2 * seen.latent, weights),))
     channels = 2 * sum(seen.widths)  # K and V of a token
     rows = [_row("float16", 1, 2 * channels, weights), _row("C8", 1, channels, weights)]
     heads = kv_heads(seen)

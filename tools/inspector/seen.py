@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvc8.backends.npu import legality
+from kvc8.backends.runtime.kv_layout import kv_layout
 from kvc8.ir import ops
 from kvc8.ir.capture.accounts import account
 from kvc8.ir.capture.parameters import check_kv_scales
@@ -33,6 +34,7 @@ from kvc8.ir.errors import KVC8Error, ModelError, ModelWarning
 from kvc8.ir.expression import stored_names
 from kvc8.ir.program import Program, Stage, argument, expression_of
 from kvc8.passes import pipeline
+from kvc8.passes.fold_latent_attention import fold_latent_attention
 from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
 from kvc8.passes.matchers.rope import Rope, find_rope, from_linear
@@ -69,6 +71,7 @@ class Seen:
     captured_with: tuple[ModelWarning, ...]
     refusal: KVC8Error | None  # what kvc8-compile says; None where it compiles
     npu_refusal: KVC8Error | None = None  # what it says for the NPU alone
+    latent: int = 0  # channels that a token's latents take in all layers, in the place of K and V
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -112,6 +115,7 @@ def look(files: Files, calibrated: Calibrated | None = None) -> Seen:
         captured_with=warned,
         refusal=why,
         npu_refusal=for_npu,
+        latent=_latent(program) if program else 0,
     )
 
 
@@ -166,8 +170,17 @@ def _quantize(program: Program, scaled: bool) -> None:
     if scaled:
         quantize(program)
         return
-    pipeline.run(program, (remove_identities, insert_linear_quant, insert_dynamic_quant))
+    exact = (remove_identities, fold_latent_attention)
+    pipeline.run(program, (*exact, insert_linear_quant, insert_dynamic_quant))
     program.stage = Stage.QUANTIZED
+
+
+def _latent(program: Program) -> int:
+    """The channels of a token's latents in all layers; 0 where K and V of heads are cached."""
+    folded = program.copy()
+    told = pipeline.run(folded, (remove_identities, fold_latent_attention))
+    found = any(name == fold_latent_attention.name and not said.why_not for name, said in told)
+    return sum(cache.heads * cache.head_dim for cache in kv_layout(folded).caches) if found else 0
 
 
 def _norm_biases(program: Program) -> Iterator[str]:
@@ -235,7 +248,9 @@ def head_dim(seen: Seen) -> int:
 
 
 def kv_heads(seen: Seen) -> int:
-    """KV heads of a layer; 0 where config.json does not say, or layers differ."""
+    """KV heads of a layer; 0 where there are none, config.json does not say, or layers differ."""
+    if seen.latent:
+        return 0
     dim, widths = head_dim(seen), set(seen.widths)
     return widths.pop() // dim if len(widths) == 1 else 0
 
