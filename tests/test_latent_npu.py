@@ -55,6 +55,7 @@ def logits(model):
     return found
 
 
+@pytest.mark.slow
 def test_every_phase_computes_what_transformers_computes(directories):
     checkpoint = open_checkpoint(directories["deepseek_v3"])
     program = capture(checkpoint, torch.float32)

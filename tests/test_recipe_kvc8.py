@@ -1,10 +1,12 @@
 """The recipe kvc8: each choice it makes, and the models it gives."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.notes import of_float32
 from support.steps import step, values
 
@@ -15,6 +17,7 @@ from kvc8.ir.checkpoint.w8a8 import Range, nearest
 from kvc8.ir.program import argument
 from kvc8.ir.run import run
 from kvc8.tools import command, quantize
+from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.quantizer.calibration_data import Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
 from kvc8.tools.quantizer.transforms.positions import Table, find_turning, hardly_turned, rows_at
@@ -69,6 +72,48 @@ def test_k_elsewhere_is_what_the_program_computes_there(kind, tiny_model):
     assert torch.equal(got, want)
     v_rows = argument(program.calls(ops.cache_write)[1], 1)
     assert find_turning(v_rows) is None
+
+
+@pytest.mark.slow
+def test_k_fits_at_the_end_of_the_whole_context_by_default(tiny_model, tmp_path):
+    """In the first layer, of whose K a slow pair reaches far along one channel, as in real models.
+
+    Over 4,096 tokens RoPE turns it by 1.3 radians, so that it reaches along the other channel.
+    """
+    source, texts = tmp_path / "float", tmp_path / "texts.txt"
+    texts.write_text("The sea is a very large thing, and it has no end.\n")
+    shutil.copytree(tiny_model("qwen2"), source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    tensors = load_file(source / "model.safetensors")
+    heads = config["num_key_value_heads"]
+    bias = tensors["model.layers.0.self_attn.k_proj.bias"].view(heads, -1)
+    bias[:, bias.shape[1] // 2 - 1] = 40.0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+    def top(name: str, *options: str) -> torch.Tensor:
+        """The largest K that the first layer's codes stand for, of each channel."""
+        out = tmp_path / name
+        assert quantize_(source, out, texts, "--disable", "*", *options) == 0
+        made = open_checkpoint(out)
+        return made.read(made.kv[0][0].scale).float().flatten() * 127
+
+    whole, short = top("whole"), top("short", "--positions", "16")
+    assert torch.equal(top("more", "--positions", "9999"), whole)  # than the model has
+    checkpoint = open_checkpoint(source)
+    program = capture(checkpoint, torch.float32)
+    rows = argument(program.calls(ops.cache_write)[0], 1)
+    turning = find_turning(rows)
+    assert turning is not None
+    made, seen = values(program, source), {}
+    tokens = read_tokenizer(source).encode(texts.read_text().strip())
+    run(program, {**made, **step(tokens, [0], [len(tokens)], [list(range(16))])}, seen.__setitem__)
+    weights = {node: made[node.name] for node in turning.parameters}
+    last = (4096 - len(tokens),)
+    there = rows_at(turning, seen[turning.source], last, weights, checkpoint.read, Table(4096))
+    reach = there.flatten(1).abs().amax(0)
+    assert (reach <= whole).all()
+    assert (reach > 2 * short).any()
 
 
 def test_compensated_rounding_changes_what_is_read_less():

@@ -47,8 +47,8 @@ def _option(found: argparse._ActionsContainer, name: str, **settings: object) ->
 def _add_kvc8(found: argparse.ArgumentParser) -> None:
     what = "recipe kvc8: turn the model so that no channel stands out (on)"
     _option(found, "rotate", choices=("on", "off"), default="on", help=what)
-    what = "recipe kvc8: scales of K for a context of so many tokens (2048)"
-    _option(found, "positions", type=_count, default=2048, metavar="N", help=what)
+    what = "recipe kvc8: scales of K for a context of so many tokens (all that the model takes)"
+    _option(found, "positions", type=_count, metavar="N", help=what)
     _option(found, "seed", type=int, default=0, help="recipe kvc8: of its random numbers (0)")
     what = "recipe kvc8: offsets of K, for kvc8 and vllm-ascend; not for MindIE or ONNX's gqa"
     _option(found, "k_offsets", action="store_true", help=what)

@@ -33,7 +33,7 @@ class Settings:
     memory: float | None = None  # bytes to take at most
     part_file_size: float | None = None  # bytes of a weights file, about
     rotate: Literal["on", "off"] = "on"  # recipe kvc8
-    positions: int = 2048  # recipe kvc8: tokens of context that K's scales are for
+    positions: int | None = None  # recipe kvc8: tokens that K's scales are for; None: all of them
     seed: int = 0  # recipe kvc8
     k_offsets: bool = False  # recipe kvc8: of K's cache, which softmax takes off again
     rollback: float | None = None  # recipe kvc8: percent of weights that may stay float

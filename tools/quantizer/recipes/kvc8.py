@@ -17,7 +17,7 @@ over the layers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -65,6 +65,7 @@ from kvc8.tools.quantizer.writer import ModelWriter
 NAME = "kvc8: rotated, ranges by error, K after RoPE"
 RANDOM_TEXTS, RANDOM_TOKENS = 2, 256  # of tokens drawn at random
 PLACES = 32  # of the context where each text is put
+UNSAID = 8192  # positions of a model that does not say how many it takes
 MARGIN = 1.1  # at least, on the reach of a cache's channels
 OFFSET_MARGIN = 1.15  # on half the range of K's channels that have offsets
 STILL_MARGIN = 1.3  # and of those of K that RoPE hardly turns
@@ -77,7 +78,7 @@ class RecipeOptions:
 
     kv: bool = True
     rotate: bool = True
-    positions: int = 2048  # K's scales are for a context of so many tokens
+    positions: int | None = None  # K's scales are for a context of so many tokens; None: all
     seed: int = 0
     k_offsets: bool = False
 
@@ -129,17 +130,16 @@ def quantize(
     entries = plan.entries()
     writer = work.writer(entries)
     widening = [*random_texts(work, options.seed), *more] if options.kv else []
-    most = fact(work.checkpoint.config, "max_position_embeddings")  # tables of RoPE end there
-    if isinstance(most, int):
-        options = replace(options, positions=min(options.positions, most))
+    positions = _positions(work.checkpoint.config, options.positions)
     stored = work.checkpoint.tensors
     norms = balancing.norms(work.program, chosen, lambda name: load(stored[name]))
     turned = options.kv and options.rotate
     sinks = find_sinks(work.program, work.checkpoint, set(plan.linears)) if turned else []
     everything = [*widening, *texts]
-    table = Table(max(options.positions, *map(len, everything)))
+    table = Table(max(positions, *map(len, everything)))
     recipe = _Recipe(
-        work, plan, writer, chosen, mixed, caches, options, len(widening), norms, sinks, table
+        *(work, plan, writer, chosen, mixed, caches, options, len(widening)),
+        *(norms, sinks, positions, table),
     )
     found = work.sweep(everything, recipe.layer)
     made = {f"{module}.weight" for module in plan.linears} | balancing.names(norms)
@@ -156,6 +156,17 @@ def check_offsets(program: Program) -> None:
             what = "has a soft cap" if softcap else "has a sink"
             so = f"{what} in its attention, which an offset of K would move"
             raise ModelError(f"{call.meta.get('origin')}", so, "leave --k-offsets out")
+
+
+def _positions(config: Mapping[str, object], asked: int | None) -> int:
+    """How many positions K is measured at: by default all that the model takes.
+
+    Beyond them K clips, and what that costs grows with every token (docs/accuracy.md).
+    """
+    most = fact(config, "max_position_embeddings")  # tables of RoPE end there
+    if not isinstance(most, int):
+        return asked or UNSAID
+    return min(asked or most, most)
 
 
 def random_texts(work: Work, seed: int) -> list[list[int]]:
@@ -182,6 +193,7 @@ class _Recipe:
     widening: int  # the first so many texts only widen the reach of K and V
     norms: Mapping[Node, Norm]  # to balance, by what they give
     sinks: Sequence[SinkSite]  # whose V is turned once more
+    positions: int  # tokens of context that K's scales are for
     table: Table  # of what RoPE makes of positions
 
     def layer(self, layer: Layer) -> Mapping[str, Tensor]:
@@ -335,7 +347,7 @@ class _Measurements:
 
     def _turned(self, rows: Node, turning: Turning, output: Tensor) -> None:
         tokens, stored = output.shape[1], self.recipe.work.checkpoint.tensors
-        last = max(self.recipe.options.positions - tokens, 0)
+        last = max(self.recipe.positions - tokens, 0)
         starts = [round(last * i / (PLACES - 1)) for i in range(PLACES)]
         place = partial(
             rows_at,
@@ -347,7 +359,7 @@ class _Measurements:
         self._rows(rows, place(output, starts))
         if rows not in self.floors:
             ones = torch.ones(1, 1, output.shape[2])
-            still = hardly_turned(place(ones, (0, self.recipe.options.positions - 1)).flatten(1))
+            still = hardly_turned(place(ones, (0, self.recipe.positions - 1)).flatten(1))
             self.floors[rows] = torch.where(still, STILL_MARGIN, MARGIN)
 
     def _rows(self, rows: Node, value: Tensor) -> None:
