@@ -81,7 +81,7 @@ def test_an_artifact_is_whole_and_its_dump_reads_back(model, tmp_path, capsys):
 def replayed(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A dumped program and the next pass give the next program: what a bug report holds."""
     [after] = dump.glob("chunk/*-lower_paged_attention.py")
-    [before] = dump.glob(f"int8/{int(after.name[:2]) - 1:02}-*.py")
+    [before] = dump.glob(f"chunk/{int(after.name[:2]) - 1:02}-*.py")
     spelled = after.with_suffix(".txt").read_text().partition(": ")[0]
     assert spelled == "lower_paged_attention{phase=chunk}"
     capsys.readouterr()
