@@ -14,6 +14,7 @@ from kvc8.backends.onnx.emitter import emit
 from kvc8.backends.onnx.model import open_model
 from kvc8.backends.runtime.inputs import Rows
 from kvc8.backends.runtime.kv_layout import kv_layout
+from kvc8.ir.capture import trace
 from kvc8.ir.capture.original import open_original
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint, read_files
@@ -73,6 +74,15 @@ def test_a_token_costs_its_latent_and_one_rotated_key(kind, model):
         for name, width in (("latent", LATENT), ("rope", ROPE))
     ]
     assert layout.bytes_per_token == 2 * (LATENT + ROPE) * 4
+
+
+@pytest.mark.slow
+def test_layers_that_are_alike_are_copied_of_those_of_a_shorter_model(tiny_model, monkeypatch):
+    """It takes minutes to trace all layers of a large one."""
+    directory = tiny_model("deepseek_v3", **others(16)["deepseek_v3"], num_hidden_layers=5)
+    whole = show(capture(open_checkpoint(directory), stamped=False))
+    monkeypatch.delattr(trace, "_trace_whole")
+    assert show(capture(open_checkpoint(directory))) == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

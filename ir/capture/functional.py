@@ -21,6 +21,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's code about torch's code
         made: ExportedProgram = exported.run_decompositions({})
+    made.graph.eliminate_dead_code()  # a size is left over in one of two layers that are alike
     return made
 
 
