@@ -84,17 +84,20 @@ import torch
 from torch.fx import Node
 from torch.fx.node import Argument
 
-from kvc8.ir import npu, ops
+from kvc8.ir import ops
 from kvc8.ir.expression import Expression
 from kvc8.ir.program import Program, Stage, expression_of, tensor_type
-from kvc8.ir.types import IntsType, TensorType, size
+from kvc8.ir.types import TensorType
 from kvc8.passes.matchers.attention import (
     AttentionSite,
     CacheSide,
     all_pages,
+    attended,
     causal_mask,
+    end_to_end,
     gathered,
     scattered,
+    width,
 )
 from kvc8.passes.matchers.latent import FoldedSite, find_folded
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
@@ -125,9 +128,11 @@ def lower_latent_attention(
         if phase == "decode":
             node.replace_all_uses_with(_decode(site, found, caches))
         else:
-            rows = _of_pages(site, caches) if phase == "chunk" else (site.k.rows, site.v.rows)
-            ends = "kv_ends" if phase == "chunk" else "query_ends"
-            found.out.replace_all_uses_with(_expanded(site, found, rows, ends))
+            latents, keys, ends = site.k.rows, site.v.rows, "query_ends"
+            if phase == "chunk":
+                latents, keys = (gathered(site, cache) for cache in caches)
+                ends = "kv_ends"
+            found.out.replace_all_uses_with(_expanded(site, found, (latents, keys), ends))
         yield hit(node, f"{phase}, float latents")
 
 
@@ -143,7 +148,7 @@ def _decode(site: AttentionSite, found: FoldedSite, caches: Rows) -> Node:
         "input_layout": "BSH",
         "block_size": site.call(ATEN.sym_size.int, caches[0], 1),
     }
-    return _attend(site, query, latents, latents, options, site.node)
+    return attended(site, query, latents, latents, options, site.node)[0]
 
 
 def _by_token(site: AttentionSite, part: Node, *between: int) -> Node:
@@ -154,36 +159,22 @@ def _by_token(site: AttentionSite, part: Node, *between: int) -> Node:
     return site.call(ATEN.reshape.default, turned, [-1, *between, *last])
 
 
-def _of_pages(site: AttentionSite, caches: Rows) -> Rows:
-    """The latents and rotated keys of all tokens of the sequences."""
-    slots = site.input("kv_slots", TensorType(torch.int32, (size("L"),)))
-    latents, keys = (gathered(site, cache, slots) for cache in caches)
-    return latents, keys
-
-
 def _expanded(site: AttentionSite, found: FoldedSite, rows: Rows, kv_ends: str) -> Node:
     """Each sequence over K and V of its heads, made of its latents."""
-    heads, width = int(tensor_type(found.for_k).shape[0]), int(tensor_type(found.for_k).shape[1])
+    heads, unrotated = (int(d) for d in tensor_type(found.for_k).shape[:2])
     k, v = _of_latents(site, found, rows[0])
     shared = site.call(ATEN.repeat.default, rows[1], [1, heads, 1])
     parts = [*(_by_token(site, part) for part in found.query), k, v, shared]
     options: dict[str, Argument] = {"atten_mask": causal_mask(site)}
-    packed = width == int(tensor_type(v).shape[2]) == PACKED
+    packed = unrotated == int(tensor_type(v).shape[2]) == PACKED
     if packed:
-        lengths = IntsType(size("B"))
-        options["actual_seq_lengths"] = site.input("query_ends", lengths)
-        options["actual_seq_lengths_kv"] = site.input(kv_ends, lengths)
+        options |= end_to_end(site, kv_ends)
     else:
-        parts = [site.call(ATEN.reshape.default, x, [1, -1, _width(x)]) for x in parts]
+        parts = [site.call(ATEN.reshape.default, x, [1, -1, width(x)]) for x in parts]
     query, rope, k, v, keys = parts
     options |= {"query_rope": rope, "key_rope": keys, **site.heads, "num_key_value_heads": heads}
     options |= {"input_layout": "TND" if packed else "BSH", "sparse_mode": 3}
-    return _attend(site, query, k, v, options, found.out)
-
-
-def _width(x: Node) -> int:
-    _, heads, dim = tensor_type(x).shape
-    return int(heads) * int(dim)
+    return attended(site, query, k, v, options, found.out)[0]
 
 
 def _of_latents(site: AttentionSite, found: FoldedSite, latents: Node) -> Rows:
@@ -209,13 +200,3 @@ def _whole(site: AttentionSite, found: FoldedSite, rows: int) -> Node:
     name = found.for_k.name.removesuffix("_k")
     full = TensorType(type_.dtype, (rows, type_.shape[2]))
     return site.program.placeholder(f"{name}_weight", full, whole)
-
-
-def _attend(
-    site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, Argument], like: Node
-) -> Node:
-    """The attention, as rows [T, heads, channels] of `like`."""
-    both = site.call(npu.npu_fused_infer_attention_score, q, k, v, **options)
-    shape = [int(d) for d in tensor_type(like).shape[1:]]
-    rows = site.call(getitem, both, 0), [-1, *shape]
-    return site.program.call(site.node, ATEN.reshape.default, *rows, name=site.node.name)

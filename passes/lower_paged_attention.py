@@ -96,8 +96,10 @@ from kvc8.passes.matchers.attention import (
     AttentionSite,
     CacheSide,
     all_pages,
+    attended,
     causal_mask,
     dequantized,
+    end_to_end,
     find_side,
     gathered,
     in_dtype,
@@ -209,9 +211,8 @@ def _prefill(site: AttentionSite, prefill_kv: str) -> Node:
 
 def _chunk(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
     """The new tokens of each sequence over all its tokens, gathered out of the pages."""
-    slots = site.input("kv_slots", TensorType(torch.int32, (size("L"),)))
     k, v = (
-        dequantized(site, side, gathered(site, cache, slots))
+        dequantized(site, side, gathered(site, cache))
         for cache, side in zip(caches, (site.k, site.v), strict=True)
     )
     return _several_rows(site, k, v, "kv_ends")
@@ -223,9 +224,7 @@ def _several_rows(site: AttentionSite, k: Node, v: Node, kv_ends: str) -> Node:
     packed = int(tensor_type(q).shape[2]) in PACKED_HEAD_DIMS
     options: dict[str, Argument] = {"atten_mask": causal_mask(site)}
     if packed:
-        lengths = IntsType(size("B"))
-        options["actual_seq_lengths"] = site.input("query_ends", lengths)
-        options["actual_seq_lengths_kv"] = site.input(kv_ends, lengths)
+        options |= end_to_end(site, kv_ends)
     else:
         q, k, v = (site.call(ATEN.reshape.default, x, [1, -1, width(x)]) for x in (q, k, v))
     band = {"pre_tokens": window - 1, "next_tokens": 0} if window else {}
@@ -236,12 +235,7 @@ def _several_rows(site: AttentionSite, k: Node, v: Node, kv_ends: str) -> Node:
 def _attend(site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, Argument]) -> Node:
     if site.sinks:
         options = {**options, "softmax_lse_flag": True}
-    both = site.call(npu.npu_fused_infer_attention_score, q, k, v, **options)
-    out = site.call(getitem, both, 0)
-    shape = [int(d) for d in tensor_type(site.node).shape[1:]]
-    rows = site.program.call(
-        site.node, ATEN.reshape.default, out, [-1, *shape], name=site.node.name
-    )
+    rows, both = attended(site, q, k, v, options, site.node)
     return beside_sinks(site, rows, site.call(getitem, both, 1)) if site.sinks else rows
 
 

@@ -138,10 +138,32 @@ def all_pages(site: AttentionSite) -> dict[str, Argument]:
     return {"actual_seq_lengths_kv": kv_lens, "block_table": table}
 
 
-def gathered(site: AttentionSite, cache: Node, slots: Node) -> Node:
-    """The rows of a cache at flat slots, [rows, heads, head_dim]."""
+def gathered(site: AttentionSite, cache: Node) -> Node:
+    """The rows of a cache of all tokens of the sequences, [rows, heads, channels]."""
+    slots = site.input("kv_slots", TensorType(torch.int32, (size("L"),)))
     flat = site.call(ATEN.flatten.using_ints, cache, 0, 1)
     return site.call(ATEN.index_select.default, flat, 0, slots)
+
+
+def end_to_end(site: AttentionSite, kv_ends: str) -> dict[str, Argument]:
+    """Where each sequence ends among rows that lie end to end (TND), those of queries and of keys."""
+    lengths = IntsType(size("B"))
+    queries = site.input("query_ends", lengths)
+    return {
+        "actual_seq_lengths": queries,
+        "actual_seq_lengths_kv": site.input(kv_ends, lengths),
+    }
+
+
+def attended(
+    site: AttentionSite, q: Node, k: Node, v: Node, options: dict[str, Argument], like: Node
+) -> tuple[Node, Node]:
+    """The attention: its result as rows of the shape of `like`, and all that the op gives."""
+    both = site.call(npu.npu_fused_infer_attention_score, q, k, v, **options)
+    shape = [int(d) for d in tensor_type(like).shape[1:]]
+    out = site.call(getitem, both, 0)
+    reshape, name = ATEN.reshape.default, site.node.name
+    return site.program.call(site.node, reshape, out, [-1, *shape], name=name), both
 
 
 def causal_mask(site: AttentionSite) -> Node:
