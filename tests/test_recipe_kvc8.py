@@ -21,7 +21,7 @@ from kvc8.tools.driver.tokenizer import read_tokenizer
 from kvc8.tools.quantizer.calibration_data import Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
 from kvc8.tools.quantizer.transforms.positions import Table, find_turning, hardly_turned, rows_at
-from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
+from kvc8.tools.quantizer.transforms.rounding import compensated, error_shares
 
 TEXTS = [
     "What is kept of a text is its keys and values.",
@@ -69,7 +69,7 @@ def test_k_elsewhere_is_what_the_program_computes_there(kind, tiny_model):
     weights = {node: made[node.name] for node in turning.parameters}
     output, table = seen[turning.source], Table(112)
     got = rows_at(turning, output, (100, 0, 7), weights, checkpoint.read, table)
-    assert torch.equal(got, want)
+    assert torch.equal(torch.cat(list(got)), want)
     v_rows = argument(program.calls(ops.cache_write)[1], 1)
     assert find_turning(v_rows) is None
 
@@ -110,7 +110,7 @@ def test_k_fits_at_the_end_of_the_whole_context_by_default(tiny_model, tmp_path)
     run(program, {**made, **step(tokens, [0], [len(tokens)], [list(range(16))])}, seen.__setitem__)
     weights = {node: made[node.name] for node in turning.parameters}
     last = (4096 - len(tokens),)
-    there = rows_at(turning, seen[turning.source], last, weights, checkpoint.read, Table(4096))
+    [there] = rows_at(turning, seen[turning.source], last, weights, checkpoint.read, Table(4096))
     reach = there.flatten(1).abs().amax(0)
     assert (reach <= whole).all()
     assert (reach > 2 * short).any()
@@ -126,11 +126,11 @@ def test_compensated_rounding_changes_what_is_read_less():
     def error(codes):
         return float(((codes * scale - weight) @ x.t()).square().sum())
 
-    plain, better = nearest(weight, scale), compensated(weight, scale, inverse_root(x.t() @ x))
+    plain, better = nearest(weight, scale), compensated(weight, scale, error_shares(x.t() @ x))
     assert better.dtype is torch.int8
     assert error(better) < 0.7 * error(plain)
     # Where no channel tells of another there is nothing to make up for.
-    assert torch.equal(compensated(weight, scale, inverse_root(torch.eye(96))), plain)
+    assert torch.equal(compensated(weight, scale, error_shares(torch.eye(96))), plain)
 
 
 def test_a_range_is_clipped_where_that_costs_less():
@@ -150,9 +150,11 @@ def test_a_margin_is_what_texts_held_back_want():
     rows = torch.tensor([1.0, -2.0]) * (torch.rand(500, 2, generator=random) * 2 - 1)
     rows[0] = torch.tensor([1.0, -2.0])
     reach = Reach()
-    reach.add(rows, held_back=True)  # nothing came before it that it could be measured against
+    reach.add(
+        [rows], 500, held_back=True
+    )  # nothing came before it that it could be measured against
     assert (reach.margin().tolist(), reach.top.tolist()) == ([1.0, 1.0], [1.0, 2.0])
-    reach.add(rows * 1.2, held_back=True)
+    reach.add([rows[:300] * 1.2, rows[300:] * 1.2], 500, held_back=True)
     # 1.2 holds it all with 1.2**2 of the rounding error; 1.15 clips 4 % of the rows by up to 4 %,
     # ten times as much as a step rounds.
     assert reach.margin().tolist() == pytest.approx([1.2, 1.2])
@@ -160,8 +162,8 @@ def test_a_margin_is_what_texts_held_back_want():
     assert reach.margin(floor=floor).tolist() == pytest.approx([1.2, 1.3])
     assert reach.top.tolist() == pytest.approx([1.2, 2.4])
     seen = Reach()
-    seen.add(torch.tensor([[1.0, 1.0]]), held_back=False)
-    seen.add(torch.tensor([[0.9, 1.5]]), held_back=True)
+    seen.add([torch.tensor([[1.0, 1.0]])], 1, held_back=False)
+    seen.add([torch.tensor([[0.9, 1.5]])], 1, held_back=True)
     first, second = (seen.margin(torch.tensor(w))[0] for w in ([1.0, 0.0], [0.0, 1.0]))
     assert first < second == 1.5
 

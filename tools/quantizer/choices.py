@@ -4,7 +4,7 @@ A range that holds every value seen makes steps wide for the sake of a few, and 
 most of them clips the few. Which costs less is measured, as the mean square of x - x'.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,25 @@ def _range_error(seen: Range, x: Tensor) -> float:
 
 
 @dataclass
+class Sample:
+    """Some rows of what comes in several parts, evenly over them."""
+
+    every: int
+    rows: list[Tensor] = field(default_factory=list)
+    at: int = 0
+
+    def add(self, value: Tensor) -> None:
+        """Take values [..., T, C]."""
+        flat = value.reshape(-1, value.shape[-1])
+        self.rows.append(flat[-self.at % self.every :: self.every].clone())
+        self.at += len(flat)
+
+    def values(self) -> Tensor:
+        """What was kept, [rows, C]."""
+        return torch.cat(self.rows)
+
+
+@dataclass
 class Reach:
     """How far a cache's channels reach, and which margin texts not yet seen would have wanted.
 
@@ -46,19 +65,25 @@ class Reach:
     ends: tuple[Tensor, Tensor] | None = None  # float32 [C]: the least and the largest value
     errors: Tensor | None = None  # float64 [margins, C], summed over rows held back
 
-    def add(self, rows: Tensor, held_back: bool) -> Tensor:
-        """Take a text's rows [T, C]; `held_back`: its error tells something about the margin.
+    def add(self, parts: Iterable[Tensor], count: int, held_back: bool) -> Tensor:
+        """Take a text's rows [n, C], part by part, `count` in all.
 
-        Gives how far all channels reach now, float32 [C].
+        `held_back`: their error tells something about the margin. Gives how far all channels reach
+        now, float32 [C].
         """
-        if held_back and self.ends is not None:
-            some = rows[:: -(-len(rows) // MOST_ROWS)]
-            found = torch.stack([_cache_error(self.top * m, some) for m in self.margins])
+        before = self.top if held_back and self.ends is not None else None
+        some = Sample(-(-count // MOST_ROWS))
+        for rows in parts:
+            low, high = rows.amin(0).float(), rows.amax(0).float()
+            if self.ends is not None:
+                low, high = low.minimum(self.ends[0]), high.maximum(self.ends[1])
+            self.ends = low, high
+            if before is not None:
+                some.add(rows)
+        if before is not None:
+            held = some.values()
+            found = torch.stack([_cache_error(before * m, held) for m in self.margins])
             self.errors = found if self.errors is None else self.errors + found
-        low, high = rows.amin(0).float(), rows.amax(0).float()
-        if self.ends is not None:
-            low, high = low.minimum(self.ends[0]), high.maximum(self.ends[1])
-        self.ends = low, high
         return self.top
 
     @property
@@ -91,24 +116,5 @@ class Reach:
 def _cache_error(top: Tensor, rows: Tensor) -> Tensor:
     """The summed squared error of each channel when `top` has the code 127."""
     scale = (top / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    codes = torch.round(rows / scale).clamp(-128, 127)
-    return (codes * scale - rows).square().sum(0, dtype=torch.float64)
-
-
-@dataclass
-class Sample:
-    """Some rows of what a linear reads, evenly over the texts."""
-
-    every: int
-    rows: list[Tensor] = field(default_factory=list)
-    at: int = 0
-
-    def add(self, value: Tensor) -> None:
-        """Take a text's values [..., T, C]."""
-        flat = value.reshape(-1, value.shape[-1])
-        self.rows.append(flat[-self.at % self.every :: self.every].clone())
-        self.at += len(flat)
-
-    def values(self) -> Tensor:
-        """What was kept, [rows, C]."""
-        return torch.cat(self.rows)
+    found = (rows / scale).round_().clamp_(-128, 127).mul_(scale).sub_(rows)
+    return found.square_().sum(0).double()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.nn.functional import scaled_dot_product_attention
 
 from kvc8.ir import mixture_ops, ops
 from kvc8.ir.checkpoint.layouts import layer_index
@@ -206,8 +207,15 @@ def attention_settings(args: Sequence[Value], kwargs: Mapping[str, Value]) -> At
 
 def attend_in_float32(_: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
     """Attention of a text over itself as kvc8.paged_attention defines it."""
-    q, k, v = (x for x in args[:3] if isinstance(x, Tensor))
-    at = attention_settings(args, kwargs)
-    mask = ops.causal_mask(len(q), len(k), at.window)
-    out = ops.attend(q.float(), k.float(), v.float(), mask, at.scale, at.softcap, at.sinks)
-    return out.to(q.dtype)
+    given = [x for x in args[:3] if isinstance(x, Tensor)]
+    q, k, v = (x.float() for x in given)
+    tokens, at = len(q), attention_settings(args, kwargs)
+    if at.softcap or at.sinks is not None:
+        mask = ops.causal_mask(tokens, tokens, at.window)
+        return ops.attend(q, k, v, mask, at.scale, at.softcap, at.sinks).to(given[0].dtype)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, T, D]
+    seen = ops.causal_mask(tokens, tokens, at.window) if 0 < at.window < tokens else None
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=at.scale, enable_gqa=True
+    )
+    return out[0].transpose(0, 1).to(given[0].dtype)

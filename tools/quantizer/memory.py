@@ -9,8 +9,9 @@ from kvc8.ir.errors import ModelError
 from kvc8.ir.program import tensor_type
 from kvc8.tools.quantizer.layers import LayerCalls
 
-APART = 1 << 20  # bytes from which a block of memory is had from the system, and given back
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+APART = 4 << 20  # bytes from which a block of memory is had from the system, and given back
+KEPT = 64 << 20  # free bytes at the end of the other blocks, which are kept to be had again
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def needed(stages: Sequence[LayerCalls], longest: int) -> int:
@@ -63,10 +64,12 @@ def keep_large_apart() -> None:
     """Have each large block of this process given back to the system when it is freed.
 
     Left to itself glibc does so with fewer blocks the larger the ones are that it has seen freed,
-    up to 32 MB, and what tensors of many sizes leave behind is in pieces too small to be used.
+    up to 32 MB, and what tensors of many sizes leave behind is in pieces too small to be used. For
+    smaller blocks the system would be asked, and clear its pages, thousands of times a layer.
     """
     if change := getattr(ctypes.CDLL(None), "mallopt", None):
         change(M_MMAP_THRESHOLD, APART)
+        change(M_TRIM_THRESHOLD, KEPT)
 
 
 def give_back() -> None:

@@ -16,7 +16,7 @@ higher one for channels of K that RoPE hardly turns: those gain nothing from man
 over the layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ from kvc8.tools.quantizer.transforms.positions import (
 )
 from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate, untie
-from kvc8.tools.quantizer.transforms.rounding import compensated, inverse_root
+from kvc8.tools.quantizer.transforms.rounding import compensated, error_shares
 from kvc8.tools.quantizer.transforms.sink import SinkSite, find_sinks, turn_layer
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
@@ -69,6 +69,7 @@ UNSAID = 8192  # positions of a model that does not say how many it takes
 MARGIN = 1.1  # at least, on the reach of a cache's channels
 OFFSET_MARGIN = 1.15  # on half the range of K's channels that have offsets
 STILL_MARGIN = 1.3  # and of those of K that RoPE hardly turns
+SHARED = ("input_scale", "input_offset")  # by all linears that read a value
 SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
 
 
@@ -229,7 +230,7 @@ class _Recipe:
     def _write(
         self, group: Sequence[LinearSite], seen: "_Measurements", weights: Mapping[Node, Tensor]
     ) -> None:
-        """Write the linears that read one value."""
+        """Write the linears that read one value, rounded as the one that they are together."""
         source, dtype = group[0].source, self.plan.dtype
         matrices = [weights[site.weight] for site in group]
         s = self._balance(source, seen, matrices) if source in self.norms else None
@@ -237,16 +238,16 @@ class _Recipe:
         if s is not None:
             matrices = [matrix * s for matrix in matrices]
             hessian = hessian / (s[:, None] * s)
-        rounding = partial(compensated, inverse=inverse_root(hessian))
+        rounding = partial(compensated, shares=error_shares(hessian))
+        matrix, bias = torch.cat(matrices), _biases(group, weights)
         if self.plan.labels.get(group[0].module) == LABEL:
-            for site, matrix in zip(group, matrices, strict=True):
-                put_linear(self.writer, site.module, quantize_dynamic(matrix, rounding))
-            return
-        range_ = seen.range_of(source, s)
-        for site, matrix in zip(group, matrices, strict=True):
-            bias = weights[site.bias] if site.bias is not None else None
-            parts = quantize_linear(matrix, bias, range_, dtype, rounding)
-            put_linear(self.writer, site.module, parts)
+            parts = quantize_dynamic(matrix, rounding)
+        else:
+            parts = quantize_linear(matrix, bias, seen.range_of(source, s), dtype, rounding)
+        sizes = [len(each) for each in matrices]
+        for i, site in enumerate(group):
+            own = {n: t if n in SHARED else t.split(sizes)[i] for n, t in parts.items()}
+            put_linear(self.writer, site.module, own)
 
     def _balance(self, source: Node, seen: "_Measurements", matrices: Sequence[Tensor]) -> Tensor:
         """Write a norm balanced against its linears; gives what these are multiplied by."""
@@ -269,6 +270,16 @@ class _Recipe:
             scale, offset = kv_params_with_offset(*reach.range(OFFSET_MARGIN), self.plan.dtype)
         self.writer.put(name, sound(name, scale))
         self.writer.put(f"{cache.name}.kv_cache_offset", offset)
+
+
+def _biases(group: Sequence[LinearSite], weights: Mapping[Node, Tensor]) -> Tensor | None:
+    """The biases of linears after each other, 0 where some have none; None where all have none."""
+    if all(site.bias is None for site in group):
+        return None
+    none = (torch.zeros(site.shape[0]) for site in group)
+    return torch.cat(
+        [zero if s.bias is None else weights[s.bias] for s, zero in zip(group, none, strict=True)]
+    )
 
 
 @dataclass
@@ -319,19 +330,20 @@ class _Measurements:
         if call in self.read and isinstance(args[0], Tensor):
             self._input(self.read[call], args[0])
         if call in self.rows:
-            self._rows(call, value)
+            self._rows(call, [value], len(value))
         if call in self.turnings:
             self._turned(*self.turnings[call], value)
         return value
 
     def _input(self, call: Node, value: Tensor) -> None:
-        flat = value.reshape(-1, value.shape[-1])
-        low, high = flat.amin(0), flat.amax(0)  # torch.aminmax takes ten times as long along dim 0
+        flat, measured = value.reshape(-1, value.shape[-1]), self.real and call in self.quantized
+        # Along dim 0 torch.aminmax takes ten times as long.
+        low, high = (flat.amin(0), flat.amax(0)) if measured else torch.aminmax(flat)
         if not finite(Range(float(low.min()), float(high.max()))):
             what = "gives a value that is not finite"
             where = call.meta.get("origin") or call.name
             raise ModelError(where, what, "check the model's weights")
-        if not self.real or call not in self.quantized:
+        if not measured:
             return
         before = self.ends.get(call, (low, high))
         self.ends[call] = (torch.minimum(before[0], low), torch.maximum(before[1], high))
@@ -356,15 +368,16 @@ class _Measurements:
             read=lambda n: load(stored[n]),
             table=self.recipe.table,
         )
-        self._rows(rows, place(output, starts))
+        self._rows(rows, place(output, starts), tokens * PLACES)
         if rows not in self.floors:
             ones = torch.ones(1, 1, output.shape[2])
-            still = hardly_turned(place(ones, (0, self.recipe.positions - 1)).flatten(1))
+            [ends] = place(ones, (0, self.recipe.positions - 1))
+            still = hardly_turned(ends.flatten(1))
             self.floors[rows] = torch.where(still, STILL_MARGIN, MARGIN)
 
-    def _rows(self, rows: Node, value: Tensor) -> None:
+    def _rows(self, rows: Node, parts: Iterable[Tensor], count: int) -> None:
         reach = self.reaches.setdefault(rows, Reach())
-        top = reach.add(value.flatten(1).float(), self.held_back)
+        top = reach.add((part.flatten(1).float() for part in parts), count, self.held_back)
         if not bool(top.isfinite().all()):
             what = "caches a value that is not finite"
             raise ModelError(f"{rows.meta.get('origin')}", what, "check the model's weights")

@@ -6,7 +6,7 @@ x -> x R over the last dimension of size n = a*m, a the largest power of two in 
 
 With random signs each channel of the result is a sum of all of the input's with weights of about
 equal size, as in QuaRot (Ashkboos et al. 2024, section 3); where n is no power of two, Q_m mixes
-what the Hadamard transform cannot.
+what the Hadamard transform cannot. H_a is a product H_b ⊗ H_c, and H_c ⊗ Q_m is one small matrix.
 """
 
 import math
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PRODUCT = 64  # the least size from which a Hadamard transform beats a product of matrices
 ROWS = 1024  # turned at a time, so that a whole embedding is never held in float32
 
 
@@ -23,7 +24,7 @@ class Orthogonal:
     """The map x -> x R of the module."""
 
     signs: Tensor  # float64 [n], 1 and -1
-    rest: Tensor  # float64 [m, m]
+    rest: Tensor  # float64 [c*m, c*m]
 
     @property
     def size(self) -> int:
@@ -71,4 +72,8 @@ def random_orthogonal(size: int, seed: int) -> Orthogonal:
     m = size // (size & -size)
     # The Q of a Gaussian matrix is uniform among orthogonal ones when R's diagonal is positive.
     q, r = torch.linalg.qr(torch.randn(m, m, generator=random, dtype=torch.float64))
-    return Orthogonal(signs, (q * r.diagonal().sign()).contiguous())
+    rest = (q * r.diagonal().sign()).contiguous()
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) * math.sqrt(1 / 2)
+    while len(rest) < PRODUCT and size % (2 * len(rest)) == 0:
+        rest = torch.kron(two, rest)
+    return Orthogonal(signs, rest)

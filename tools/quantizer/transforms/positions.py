@@ -6,10 +6,11 @@ at position 1000. Calibration texts are short. From k_proj's output on, K is a f
 output and the positions alone, and is computed again here with others.
 
 What follows from the output alone is computed once a text, and what follows from positions alone
-once for all layers and texts; at each place only what takes both is computed again.
+once for all layers and texts; at each place only what takes both is computed again. A short text
+is put at several places at once, as a longer one whose positions are no sequence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from kvc8.ir.types import TensorType
 from kvc8.tools.quantizer.sites import LINEAR
 
 STILL = 0.1  # radians
+ROWS = 512  # of K at a time, about: what they take stays in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,15 @@ class Table:
             self.values |= {node: env[node] for node in read}
         return read
 
-    def part(self, node: Node, start: int, tokens: int) -> Value:
-        """A node's value for some positions."""
+    def part(self, node: Node, starts: Sequence[int], tokens: int) -> Value:
+        """A node's value for the positions of so many tokens from each start on."""
         value, type_ = self.values[node], type_of(node)
         if not isinstance(value, Tensor) or not isinstance(type_, TensorType):
             return value
         for dim, size in enumerate(type_.shape):
             if not isinstance(size, int):
-                return value.narrow(dim, start, tokens)
+                parts = [value.narrow(dim, start, tokens) for start in starts]
+                return torch.cat(parts, dim) if len(parts) > 1 else parts[0]
         return value
 
 
@@ -114,23 +117,26 @@ def rows_at(
     weights: Mapping[Node, Tensor],
     read: Callable[[str], Tensor],
     table: Table,
-) -> Tensor:
-    """K's rows [len(starts) * T, heads, head_dim] of a text that begins at each of `starts`.
+) -> Iterator[Tensor]:
+    """K's rows [n * T, heads, head_dim] of a text that begins at each of `starts`, n at a time.
 
     `output` [1, T, width] is what the linear gave for the text; `weights` has a layer's parameters,
     and `read` gives stored tensors for what all layers share. `table` reaches beyond the last row.
     """
     tokens = output.shape[1]
-    env: dict[Node, Value] = {turning.source: output}
+    many = min(max(ROWS // tokens, 1), len(starts))
+    env: dict[Node, Value] = {turning.source: output.repeat(1, many, 1)}
     for node in turning.parameters:
         env[node] = weights[node] if node in weights else make(expression_of(node), read)
     placed = table.fill(turning, env)
     _run(turning.of_output, env)
-    made = list[Value]()
-    for start in starts:
-        here = {node: table.part(node, start, tokens) for node in placed}
-        made.append(_run(turning.of_both, {**env, **here}))
-    return torch.cat([rows for rows in made if isinstance(rows, Tensor)])
+    for i in range(0, len(starts), many):
+        here = starts[i : i + many]
+        padded = [*here, *[here[0]] * (many - len(here))]
+        at = {node: table.part(node, padded, tokens) for node in placed}
+        made = _run(turning.of_both, {**env, **at})
+        assert isinstance(made, Tensor)
+        yield made[: len(here) * tokens]
 
 
 def _run(calls: Sequence[Node], env: dict[Node, Value]) -> Value:
