@@ -42,6 +42,12 @@ def quantize_(directory: Path, out: Path, texts: Path, *options: str) -> int:
     return command.entry(quantize.parser(), quantize.work, [*given, *options])
 
 
+def storages(table: Table) -> set[int]:
+    """Where the tensors of a table lie in memory."""
+    tensors = [x for x in table.values.values() if isinstance(x, torch.Tensor)]
+    return {x.untyped_storage().data_ptr() for x in tensors}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_k_elsewhere_is_what_the_program_computes_there(kind, tiny_model):
@@ -72,6 +78,12 @@ def test_k_elsewhere_is_what_the_program_computes_there(kind, tiny_model):
     assert torch.equal(torch.cat(list(got)), want)
     v_rows = argument(program.calls(ops.cache_write)[1], 1)
     assert find_turning(v_rows) is None
+    # Another layer's cosines are views of these: none are held twice.
+    second = find_turning(argument(program.calls(ops.cache_write)[2], 1))
+    assert second is not None
+    held = storages(table)
+    table.fill(second, {node: made[node.name] for node in second.parameters})
+    assert storages(table) == held
 
 
 @pytest.mark.slow

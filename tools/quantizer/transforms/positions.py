@@ -89,13 +89,20 @@ class Table:
     values: dict[Node, Value] = field(default_factory=dict)
 
     def fill(self, turning: Turning, parameters: Mapping[Node, Value]) -> set[Node]:
-        """Compute what is not known yet; gives what the turning reads of it, which is kept."""
+        """Compute what is not known yet; gives what the turning reads of it, which is kept.
+
+        So is what other layers read: theirs may be views of it, made by calls of their own.
+        """
         known = {*turning.of_positions, turning.positions}
         read = {n for call in turning.of_both for n in call.all_input_nodes if n in known}
-        if not self.values.keys() >= read:
-            env: dict[Node, Value] = {**parameters, turning.positions: torch.arange(self.count)}
-            _run(turning.of_positions, env)
-            self.values |= {node: env[node] for node in read}
+        missing = read - self.values.keys()
+        for call in reversed(turning.of_positions):
+            if call in missing:
+                missing |= {n for n in call.all_input_nodes if n in known} - self.values.keys()
+        env = {**parameters, **self.values, turning.positions: torch.arange(self.count)}
+        _run([call for call in turning.of_positions if call in missing], env)
+        kept = read | {node for node in missing if not known.issuperset(node.users)}
+        self.values |= {node: env[node] for node in kept}
         return read
 
     def part(self, node: Node, starts: Sequence[int], tokens: int) -> Value:
