@@ -20,6 +20,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 # One thread, so that a sum is taken in the same order on every machine.
 torch.set_num_threads(1)
+# With Python's own threshold a twelfth of the time goes into looking for garbage.
+gc.set_threshold(50_000)
 # How long an example takes tells of what else the machine does.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

@@ -79,7 +79,7 @@ def test_a_token_costs_its_latent_and_one_rotated_key(kind, model):
 @pytest.mark.slow
 def test_layers_that_are_alike_are_copied_of_those_of_a_shorter_model(tiny_model, monkeypatch):
     """It takes minutes to trace all layers of a large one."""
-    directory = tiny_model("deepseek_v3", **others(16)["deepseek_v3"], num_hidden_layers=5)
+    directory = tiny_model("deepseek_v3", **others(16)["deepseek_v3"], num_hidden_layers=4)
     whole = show(capture(open_checkpoint(directory), stamped=False))
     monkeypatch.delattr(trace, "_trace_whole")
     assert show(capture(open_checkpoint(directory))) == whole

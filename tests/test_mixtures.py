@@ -147,8 +147,9 @@ def test_every_pass_keeps_its_contract_where_experts_are_divided(quantized):
 
 
 @slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), zip(QUANTIZED, (torch.float16, torch.bfloat16), strict=True)
+)
 def test_every_pass_keeps_its_contract_in_every_phase(quantized, kind, dtype):
     checkpoint = open_checkpoint(quantized(kind))
     verdicts = check_passes(checkpoint, capture(checkpoint, dtype), pipeline.DEFAULT)

@@ -102,14 +102,12 @@ def test_a_pass_refuses_a_mistyped_option_wherever_it_is_called():
     )
 
 
-LOWERED = ("prefill_kv", "fold", "kv_format")  # what is not fused begins as what is
-VARIANTS = [
+OF_SCALES = "fold", "prefill_kv"
+VARIANTS = [  # what is not fused begins as what is
     Options(kv_scales="as-is"),
     Options(ranks=2, sums="half"),
-    *(
-        Options(**dict(zip(LOWERED, chosen, strict=True)))
-        for chosen in product(*map(choices, LOWERED))
-    ),
+    *(Options(fold=fold, prefill_kv=kv) for fold, kv in product(*map(choices, OF_SCALES))),
+    Options(kv_format="nz"),
 ]
 
 
