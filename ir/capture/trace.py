@@ -146,7 +146,8 @@ def _export(model: torch.nn.Module, path: str) -> Trace:
         for node in exported.graph.find_nodes(op="call_function", target=check):
             exported.graph.erase_node(node)
     exported.graph.eliminate_dead_code()
-    trace = Trace(functional(exported), model, path)
+    with _less():
+        trace = Trace(functional(exported), model, path)
     _check_attention(trace, len(layers(model, path)))
     _check_values(trace)
     return trace
