@@ -18,7 +18,7 @@ from kvc8.ir.program import argument
 from kvc8.ir.run import run
 from kvc8.tools import command, quantize
 from kvc8.tools.driver.tokenizer import read_tokenizer
-from kvc8.tools.quantizer.calibration_data import Text, with_lines
+from kvc8.tools.quantizer.calibration_data import LINES, Text, with_lines
 from kvc8.tools.quantizer.choices import CLIPS, Reach, Sample, _range_error, clipped
 from kvc8.tools.quantizer.transforms.positions import Table, find_turning, hardly_turned, rows_at
 from kvc8.tools.quantizer.transforms.rounding import compensated, error_shares
@@ -194,6 +194,8 @@ def test_a_text_of_one_line_is_broken_and_a_chat_is_not():
     assert broken.content == "\n".join(["a few words " * 4 + "a few words"] * 2)
     (whole,) = with_lines([Text("1", f"one\n\n{'x' * 61}")])
     assert whole.content == f"one\n\n{'x' * 60}\nx"
+    (first,) = with_lines([Text("1", "x" * 1000)])  # 17 lines
+    assert first.content == "\n".join(["x" * 60] * LINES)
 
 
 def test_a_sample_is_even_over_texts():

@@ -16,7 +16,7 @@ from kvc8.ir.errors import ModelError
 
 TEXT_KEYS = ("inputs_pretokenized", "text", "prompt")
 KEYS = "inputs_pretokenized, text, prompt, messages or input_ids"
-COLUMNS = 60
+COLUMNS, LINES = 60, 6  # of texts that are broken into lines
 Content = str | list[dict[str, object]]  # a text, or the messages of a chat
 Encode = Callable[[Content], list[int]]
 
@@ -111,10 +111,10 @@ def _paragraphs(path: Path, content: str) -> list[Text]:
 
 
 def with_lines(texts: Sequence[Text]) -> list[Text]:
-    """Texts with lines of at most `COLUMNS` characters; chats, and those that have them, left out.
+    """Texts' first lines, of at most `COLUMNS` characters; chats and what has lines are left out.
 
     Texts of a data set tend to be one long line each, while other text is full of line breaks, at
-    which models have keys like nowhere else.
+    which models have keys like nowhere else. A few breaks of each text show that.
     """
     found = []
     for text in texts:
@@ -122,8 +122,8 @@ def with_lines(texts: Sequence[Text]) -> list[Text]:
             lines = [
                 part for line in text.content.split("\n") for part in wrap(line, COLUMNS) or [""]
             ]
-            broken = "\n".join(lines)
-            found += [replace(text, content=broken)] if broken != text.content else []
+            broken = "\n".join(lines) != text.content
+            found += [replace(text, content="\n".join(lines[:LINES]))] if broken else []
     return found
 
 
