@@ -148,7 +148,7 @@ def test_every_pass_keeps_its_contract_where_experts_are_divided(quantized):
 
 @slow
 @pytest.mark.parametrize(
-    ("kind", "dtype"), zip(QUANTIZED, (torch.float16, torch.bfloat16), strict=True)
+    ("kind", "dtype"), [("qwen3_moe", torch.float16), ("glm4_moe", torch.bfloat16)]
 )
 def test_every_pass_keeps_its_contract_in_every_phase(quantized, kind, dtype):
     checkpoint = open_checkpoint(quantized(kind))
