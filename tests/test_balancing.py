@@ -1,5 +1,6 @@
 """Norms balanced against their linears: the same model, and channels that int8 holds."""
 
+import pytest
 import torch
 
 from kvc8.ir.capture.trace import capture
@@ -9,6 +10,7 @@ from kvc8.tools.quantizer.transforms import balancing
 from kvc8.tools.quantizer.transforms.roles import Norm
 
 
+@pytest.mark.slow
 def test_norms_whose_output_is_read_by_chosen_linears_alone(tiny_model):
     checkpoint = open_checkpoint(tiny_model("gemma3", tied=True))
     program = capture(checkpoint, torch.float32)

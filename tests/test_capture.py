@@ -56,6 +56,7 @@ def keep_caches(program: Program, made: dict[str, torch.Tensor], results: list[t
     made.update({c.name: r for c, r in zip(program.caches(), results[1:], strict=True)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_prefill_and_decode_agree_with_transformers(kind, tied, captured, model):
@@ -72,6 +73,7 @@ def test_prefill_and_decode_agree_with_transformers(kind, tied, captured, model)
         assert (results[0] - want[p : p + 1]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_stamped_and_unstamped_programs_are_equal(kind, captured, model):
     whole = capture(open_checkpoint(model(kind)), stamped=False)

@@ -127,6 +127,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", REFUSED)
 def test_models_that_compute_otherwise_are_refused_in_a_sentence(kind, tiny_model):
     config, what = REFUSED[kind]

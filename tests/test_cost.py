@@ -135,6 +135,7 @@ def test_a_token_of_llama_70b_moves_its_weights_its_cache_and_one_pass_of_activa
     assert kv_layout(llama_70b).bytes_per_token == cache // context
 
 
+@pytest.mark.slow
 def test_a_card_of_eight_moves_an_eighth_and_sends_the_sums(
     tmp_path: Path,
 ) -> None:

@@ -61,6 +61,7 @@ def plain_bound(scale: torch.Tensor, zero: torch.Tensor) -> np.ndarray:
     return np.concatenate([both, both], axis=1).flatten()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_fp16_m3", "qwen2_fp16_none_asym"])
 def test_a_vendors_directory_is_mended_and_nothing_else_of_it_changes(name, tmp_path, capsys):
     source = GOLDEN / name / "quant"
@@ -136,6 +137,7 @@ def test_what_transformers_4_looks_for_changes_nothing_for_5(rope, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == before.rope_parameters
 
 
+@pytest.mark.slow
 def test_files_in_which_nothing_changes_are_linked(tmp_path):
     whole, split = tmp_path / "whole", tmp_path / "split"
     assert convert_(GOLDEN / "llama_fp16_m3" / "quant", whole) == 0
@@ -278,6 +280,7 @@ def step(programs, checkpoint, phase: str, tokens: list[int]) -> torch.Tensor:
     return loaded.step(phase, [Rows(tokens, 0, [0])], every=True)
 
 
+@pytest.mark.slow
 def test_what_an_engine_computes_is_the_program_but_for_its_rounding(power_of_two):
     """In float32, with exact reciprocals, nothing is left of how vllm-ascend rounds."""
     checkpoint, tokens = open_checkpoint(power_of_two), list(range(4, 60))
@@ -294,6 +297,7 @@ def test_what_an_engine_computes_is_the_program_but_for_its_rounding(power_of_tw
         assert torch.equal(step(programs, checkpoint, phase, tokens), want)
 
 
+@pytest.mark.slow
 def test_vllm_ascend_does_not_look_at_windows(tiny_c8):
     checkpoint, tokens = open_checkpoint(tiny_c8("mistral", "float")), list(range(4, 60))
     program = capture(checkpoint, torch.float32)

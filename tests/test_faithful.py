@@ -44,6 +44,7 @@ def check(problem: ModelError | None, model: str, first: str) -> None:
     assert re.fullmatch(pattern, str(problem)), str(problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_is_found_and_named(name, captured):
     fault, kind, first = FAULTS[name]
@@ -55,6 +56,7 @@ def test_a_fault_is_found_and_named(name, captured):
     assert hold(open_checkpoint(directory), sound, TOKENS, steps=2).problem is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_code_makes_is_rounded_as_the_program_computes(dtype, tmp_path):
     """Gemma's scale of its embedding, sqrt(48), whatever dtype the files have."""
@@ -63,6 +65,7 @@ def test_what_code_makes_is_rounded_as_the_program_computes(dtype, tmp_path):
     assert hold(checkpoint, capture(checkpoint, dtype), TOKENS).problem is None
 
 
+@pytest.mark.slow
 def test_a_dropped_mask_is_found_and_named(tiny_model, monkeypatch):
     """What capture did before it looked at masks."""
     monkeypatch.setattr(attention, "_window", lambda where, mask, told: told or 0)

@@ -62,6 +62,7 @@ def test_the_angle_has_the_least_cost_of_all():
     assert torch.equal(cache.tops[0], cache.top)  # no turn is one of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_without_rounding_nothing_is_lost_and_all_forms_are_told(
     tiny_model, tmp_path, capsys, monkeypatch, kind

@@ -619,6 +619,7 @@ TOLD: dict[Callable[[Model], None], dict[str, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", TOLD, ids=lambda change: change.__name__)
 def test_what_each_engine_does_with_a_directory(
     tmp_path: Path, change: Callable[[Model], None]

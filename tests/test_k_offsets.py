@@ -91,6 +91,7 @@ def test_who_does_not_take_them(given, said, tiny_model, tmp_path):
     assert str(refused.value) == said
 
 
+@pytest.mark.slow
 def test_a_soft_cap_is_refused(tiny_model, tmp_path):
     source = tiny_model("gemma2", attn_logit_softcapping=50.0)
     with pytest.raises(ModelError) as refused:

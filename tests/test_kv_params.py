@@ -86,6 +86,7 @@ def fused(name: str, directory: Path) -> None:
     path.write_text(json.dumps({renamed(n): label for n, label in labels.items()}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_eight_of_what_msmodelslim_wrote(name: str) -> None:
     directory = GOLDEN / name / "quant"
@@ -94,6 +95,7 @@ def test_the_eight_of_what_msmodelslim_wrote(name: str) -> None:
     check_fused(lower_for_npu(program, Options(fuse="on"))[0]["decode"], read, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [sharded, fused])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_eight_are_the_same_however_the_directory_is_cut(
@@ -106,6 +108,7 @@ def test_the_eight_are_the_same_however_the_directory_is_cut(
     check_folded(quantized(tmp_path), open_checkpoint(tmp_path).read, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_each_rank_has_the_eight_of_its_heads(name: str) -> None:
     directory = GOLDEN / name / "quant"

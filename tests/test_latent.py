@@ -53,6 +53,7 @@ def of(remarks, name):
     return [str(remark) for by, remark in remarks if by == name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_costs_its_latent_and_one_rotated_key(kind, model):
     _, program, remarks = model(kind)
@@ -85,6 +86,7 @@ def test_layers_that_are_alike_are_copied_of_those_of_a_shorter_model(tiny_model
     assert show(capture(open_checkpoint(directory))) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_computes_what_transformers_computes(kind, model):
     """Decoding out of its cache; in float64 within LIMIT, which `off` holds it to."""
@@ -127,6 +129,7 @@ def test_a_model_without_scales_is_compiled_with_its_latents_as_they_are(dtype, 
     assert compiled.decode([7], [11], [[0]]).shape == (1, SIZES["vocab_size"])
 
 
+@pytest.mark.slow
 def test_the_inspector_plans_for_latents(model):
     """In float16, whole on each card; that there are no scales is no finding."""
     directory, *_ = model("minicpm3")

@@ -97,6 +97,7 @@ def test_an_artifact_of_latents_in_float16_is_read_back_and_runs(directories, tm
         assert a.isfinite().all(), phase
 
 
+@pytest.mark.slow
 def test_widths_that_the_op_does_not_take_are_refused_with_their_source(directories, tmp_path):
     with pytest.raises(TargetError) as refused:
         kvc8.compile(directories["minicpm3"], target="npu", out=tmp_path / "out", dtype="float16")

@@ -164,6 +164,7 @@ def faked(value: Any, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(value) if isinstance(value, Tensor) else value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_symbolic_dimensions_stay_symbolic(name: str) -> None:
     args, kwargs = CALLS[name]()

@@ -33,6 +33,7 @@ def test_experts_are_put_together_in_memory_of_their_own(tiny_model):
     assert copied_bytes(checkpoint) == sum(tensor.nbytes for tensor in experts)
 
 
+@pytest.mark.slow
 def test_what_is_to_be_quantized_or_compiled_is_asked_first(tiny_model):
     """A vocabulary so wide that tables are held by rows, and mapped where they are stored."""
     checkpoint = open_checkpoint(tiny_model("llama", num_hidden_layers=2, vocab_size=5000))

@@ -253,6 +253,7 @@ def test_one_rank_cannot_make_what_differs_between_ranks():
     )
 
 
+@pytest.mark.slow
 def test_ranks_that_divide_no_attention_are_refused_with_those_that_do(tiny_model):
     program = captured(QUANTIZED[0])
     pipeline.run(program, pipeline.QUANTIZE)

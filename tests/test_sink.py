@@ -37,6 +37,7 @@ def test_a_reflection_takes_a_row_to_the_first_channel():
     assert (found @ found - torch.eye(16)).abs().max() < 48 * 2.0**-53
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
 def test_a_turned_model_computes_what_it_did(kind, tiny_model):
     """With one linear a projection, with biases, and with q, k and v in one."""

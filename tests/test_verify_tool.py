@@ -37,6 +37,7 @@ def reference(directory: Path):
     return checkpoint, program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("directory", [LLAMA, ASYMMETRIC], ids=["symmetric", "asymmetric"])
 def test_in_double_precision_onnx_runtime_agrees_to_many_digits(directory):
     """Sums of n terms round by n * 2**-53 each: for n < 1000 and a few dozen sums, below 1e-10."""
