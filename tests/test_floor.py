@@ -8,6 +8,7 @@ import torch
 
 from kvc8.tools import bench
 from kvc8.tools.benchmarks import floor
+from kvc8.tools.quantizer.transforms.pairs import at_each_angle, best_turns, turn_pairs
 
 
 def rows(seed=0):
@@ -20,7 +21,7 @@ def rows(seed=0):
 def measured(x, side="k"):
     cache = floor.JudgedCache(side)
     floor.reach(cache, x)
-    cache.power = floor.at_each_angle(rows(1), lambda q: q.square().sum(0))
+    cache.power = at_each_angle(rows(1), lambda q: q.square().sum(0))
     floor.clip(cache, x)
     return cache
 
@@ -47,16 +48,14 @@ def test_a_turn_of_pairs_of_q_and_k_changes_no_score():
     q, k = rows(2), rows(3)
     angles = torch.rand(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     before = torch.einsum("thd,shd->hts", q, k)
-    after = torch.einsum("thd,shd->hts", floor.turn_pairs(q, angles), floor.turn_pairs(k, angles))
+    after = torch.einsum("thd,shd->hts", turn_pairs(q, angles), turn_pairs(k, angles))
     assert (after - before).abs().max() <= 1e-12 * before.abs().max()
-    assert torch.allclose(
-        floor.turn_pairs(floor.turn_pairs(k, angles), -angles), k, rtol=1e-12, atol=1e-12
-    )
+    assert torch.allclose(turn_pairs(turn_pairs(k, angles), -angles), k, rtol=1e-12, atol=1e-12)
 
 
 def test_the_angle_has_the_least_cost_of_all():
     cache = measured(rows())
-    turns = floor.best_turns(cache.tops, cache.power)
+    turns = best_turns(cache.tops, cache.power)
     costs = (cache.tops.square() * cache.power).unflatten(-1, (2, -1)).sum(-2)
     assert (costs.gather(0, turns[None])[0] <= costs).all()
     assert torch.equal(cache.tops[0], cache.top)  # no turn is one of them

@@ -252,7 +252,7 @@ def test_the_cache_alone_leaves_the_stream_and_a_tied_head(tiny_model, texts, tm
     assert after.config["tie_word_embeddings"] is True
     same = {n for n in before.tensors if torch.equal(before.read(n), after.read(n))}
     turned = {n.split(".")[-2] for n in before.tensors if n not in same}
-    assert turned == {"v_proj", "o_proj"}
+    assert turned == {"q_proj", "k_proj", "v_proj", "o_proj"}
     capsys.readouterr()
     assert quantize_(source, tmp_path / "off", texts, "--rotate", "off") == 0
     what = "is not rotated (--rotate off), so int8 costs it more"

@@ -16,7 +16,6 @@ over the text measure.
 """
 
 import argparse
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,10 +34,9 @@ from kvc8.ir.program import Program, argument
 from kvc8.tools.benchmarks.rows import CacheLoss
 from kvc8.tools.evaluator.divergence import Figures
 from kvc8.tools.evaluator.windows import windows_of
+from kvc8.tools.quantizer.transforms.pairs import STEP, at_each_angle, best_turns, turn_pairs
 
 CLIPS = (1.0, 0.97, 0.94, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.65, 0.6, 0.5)
-ANGLES = 8  # in a quarter turn, after which a pair's channels have changed places
-STEP = math.pi / 2 / ANGLES
 BLOCK = 128  # tokens; a program may take any
 Rounded = Callable[["JudgedCache", Tensor], Tensor]  # rows [T, H, D] to what the cache gives back
 
@@ -84,29 +82,6 @@ def symmetric(rows: Tensor, top: Tensor) -> Tensor:
     """Rows through int8 where `top` has the code 127."""
     scale = (top / 127).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.round(rows / scale).clamp(-128, 127) * scale
-
-
-def turn_pairs(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x [..., H, D] by angles [H, D/2], in radians."""
-    first, second = x.chunk(2, -1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
-
-
-def best_turns(tops: Tensor, power: Tensor) -> Tensor:
-    """By how many steps to turn each pair, int64 [H, D/2]; tops, power: [ANGLES, H, D].
-
-    It has the least sum of power * top^2 over its two channels.
-    """
-    turns: Tensor = (tops.square() * power).unflatten(-1, (2, -1)).sum(-2).argmin(0)
-    return turns
-
-
-def at_each_angle(x: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """`reduce` of x [..., H, D], turned by each of the angles: [ANGLES, ...]."""
-    pairs = torch.ones(x.shape[-1] // 2)
-    turned = (turn_pairs(x, pairs * i * STEP) for i in range(ANGLES))
-    return torch.stack([reduce(t) for t in turned])
 
 
 def minmax(cache: JudgedCache, rows: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The recipe `kvc8`, the default: a rotated model whose ranges are chosen by the error they cause.
 
     model        rotated (rotation.py), so that no channel stands out; it computes what it did
-    K            symmetric per channel, after RoPE, at many places of the context (positions.py);
+    K            symmetric per channel, after RoPE, at many places of the context (positions.py),
+                 RoPE's slow pairs turned so that steps cost less (pairs.py);
                  with --k-offsets from its least to its largest value
     V            symmetric per channel, turned within each head, the first token's apart (sink.py)
     norms        balanced against their linears where the stream could not be turned (balancing.py)
@@ -47,7 +48,7 @@ from kvc8.tools.quantizer.model import QuantPlan, copy_rest
 from kvc8.tools.quantizer.recipes.minmax import plan_of, put_linear, sound, with_missed
 from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, Reached, write_experts
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
-from kvc8.tools.quantizer.transforms import balancing
+from kvc8.tools.quantizer.transforms import balancing, pairs, sink
 from kvc8.tools.quantizer.transforms.positions import (
     Table,
     Turning,
@@ -58,7 +59,6 @@ from kvc8.tools.quantizer.transforms.positions import (
 from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate, untie
 from kvc8.tools.quantizer.transforms.rounding import compensated, error_shares
-from kvc8.tools.quantizer.transforms.sink import SinkSite, find_sinks, turn_layer
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
 
@@ -135,16 +135,20 @@ def quantize(
     stored = work.checkpoint.tensors
     norms = balancing.norms(work.program, chosen, lambda name: load(stored[name]))
     turned = options.kv and options.rotate
-    sinks = find_sinks(work.program, work.checkpoint, set(plan.linears)) if turned else []
+    quantized = set(plan.linears)
+    sinks = sink.find_sinks(work.program, work.checkpoint, quantized) if turned else []
+    turned = turned and not options.k_offsets  # those share out a pair's reach by themselves
+    slow = pairs.find_pairs(work.program, work.checkpoint, quantized) if turned else []
     everything = [*widening, *texts]
     table = Table(max(positions, *map(len, everything)))
     recipe = _Recipe(
         *(work, plan, writer, chosen, mixed, caches, options, len(widening)),
-        *(norms, sinks, positions, table),
+        *(norms, sinks, slow, positions, table),
     )
     found = work.sweep(everything, recipe.layer)
     made = {f"{module}.weight" for module in plan.linears} | balancing.names(norms)
     made |= {name for site in sinks for name in site.stored()}
+    made |= {name for site in slow for name in site.stored()}
     copy_rest(plan, writer, entries, made)
     return with_missed(plan, found)
 
@@ -193,7 +197,8 @@ class _Recipe:
     options: RecipeOptions
     widening: int  # the first so many texts only widen the reach of K and V
     norms: Mapping[Node, Norm]  # to balance, by what they give
-    sinks: Sequence[SinkSite]  # whose V is turned once more
+    sinks: Sequence[sink.SinkSite]  # whose V is turned once more
+    slow: Sequence[pairs.PairSite]  # whose q and k are turned
     positions: int  # tokens of context that K's scales are for
     table: Table  # of what RoPE makes of positions
 
@@ -204,7 +209,7 @@ class _Recipe:
         caches = [c for c in self.caches if c.rows in calls] if self.plan.kv else []
         # Also what float linears read is looked at: a broken layer is found where it breaks.
         read = readers([site for site in sites(self.work.program) if site.linear in calls])
-        self._turn_sinks([site for site in self.sinks if site.rows in calls], layer)
+        self._turn(layer)
         quantized = {site.source for site in linears}
         seen = _Measurements(self, layer, read, quantized, caches)
         for index in range(len(layer.texts)):
@@ -218,11 +223,17 @@ class _Recipe:
             self._write_cache(cache, seen)
         return {name: x for reached in seen.experts.values() for name, x in reached.found.items()}
 
-    def _turn_sinks(self, found: Sequence[SinkSite], layer: Layer) -> None:
-        """Turn a layer's V in its weights; what stays float is written as it has become."""
-        stored = self.work.checkpoint.tensors
-        turn_layer(layer, found, plain(self.work.checkpoint, attend_in_float32))
-        for name, node in (part for site in found for part in site.stored().items()):
+    def _turn(self, layer: Layer) -> None:
+        """Turn a layer's q, k and V in its weights; what stays float is written as it becomes."""
+        stored, calls = self.work.checkpoint.tensors, set(layer.stage.calls)
+        sinks = [site for site in self.sinks if site.rows in calls]
+        slow = [site for site in self.slow if site.keys in calls]
+        evaluate = plain(self.work.checkpoint, attend_in_float32)
+        sink.turn_layer(layer, sinks, evaluate)
+        places = pairs.Places(self.positions, self.table, lambda n: load(stored[n]))
+        pairs.turn_layer(layer, slow, evaluate, places)
+        changed = [*(site.stored() for site in sinks), *(site.stored() for site in slow)]
+        for name, node in (part for parts in changed for part in parts.items()):
             module, _, last = name.rpartition(".")
             if last != "weight" or module not in self.plan.linears:
                 self.writer.put(name, sound(name, layer.weights[node].to(stored[name].dtype)))

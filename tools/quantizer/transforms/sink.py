@@ -13,7 +13,7 @@ It computes what it did. What rotation.py asks of V is asked here too, and that 
 quantized or stored more precisely than in bfloat16, whose rounding would cost more than this gains.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,9 +48,13 @@ class SinkSite:
 
     def stored(self) -> dict[str, Node]:
         """The stored tensors that are turned, by name."""
-        nodes = [self.made.weight, self.made.bias, self.read.weight]
-        given = [node for node in nodes if node is not None]
-        return {name: node for node in given for name in stored_names(expression_of(node))}
+        return parts_of([self.made.weight, self.made.bias, self.read.weight])
+
+
+def parts_of(nodes: Iterable[Node | None]) -> dict[str, Node]:
+    """The stored tensors that some parameters are made of, by name."""
+    given = [node for node in nodes if node is not None]
+    return {name: node for node in given for name in stored_names(expression_of(node))}
 
 
 def find_sinks(program: Program, checkpoint: Checkpoint, quantized: set[str]) -> list[SinkSite]:
@@ -65,13 +69,13 @@ def find_sinks(program: Program, checkpoint: Checkpoint, quantized: set[str]) ->
         if made in by_linear and read in by_linear:
             rows = argument(argument(call, 2), 1)
             site = SinkSite(rows, by_linear[made], start, by_linear[read])
-            found += [site] if _sound(site, checkpoint, quantized) else []
+            found += [site] if sound(site.stored(), checkpoint, quantized) else []
     return found
 
 
-def _sound(site: SinkSite, checkpoint: Checkpoint, quantized: set[str]) -> bool:
-    """Whether its tensors are stored as they are used, and hold what is turned."""
-    for name, node in site.stored().items():
+def sound(stored: Mapping[str, Node], checkpoint: Checkpoint, quantized: set[str]) -> bool:
+    """Whether tensors are stored as they are used, and hold what is turned."""
+    for name, node in stored.items():
         coarse = checkpoint.tensors[name].dtype is torch.bfloat16
         kept = name.rpartition(".")[0] not in quantized
         if expression_of(node).op not in ("stored", "cast") or (coarse and kept):
@@ -82,7 +86,7 @@ def _sound(site: SinkSite, checkpoint: Checkpoint, quantized: set[str]) -> bool:
 def turn_layer(layer: Layer, found: Sequence[SinkSite], evaluate: Evaluate) -> None:
     """Turn V in a layer's weights by what its texts' first tokens give; nothing is passed on."""
     for site in found:
-        part = _only(layer.stage, site.rows)
+        part = only(layer.stage, [site.rows])
         first = torch.zeros(site.shape, dtype=torch.float64)
         for i, text in enumerate(layer.texts):
             made = run_stage(part, layer.weights, layer.entering(i), text, evaluate)
@@ -90,13 +94,13 @@ def turn_layer(layer: Layer, found: Sequence[SinkSite], evaluate: Evaluate) -> N
         turn(site, reflections(first), layer.weights)
 
 
-def _only(stage: LayerCalls, node: Node) -> LayerCalls:
-    """A stage of what one value is made from, which gives that value."""
-    wanted = {node}
+def only(stage: LayerCalls, nodes: Sequence[Node]) -> LayerCalls:
+    """A stage of what some values are made from, which gives these values."""
+    wanted = set(nodes)
     for call in reversed(stage.calls):
         if call in wanted:
             wanted.update(call.all_input_nodes)
-    return replace(stage, calls=[c for c in stage.calls if c in wanted], keeps=[node], dies={})
+    return replace(stage, calls=[c for c in stage.calls if c in wanted], keeps=list(nodes), dies={})
 
 
 def reflections(rows: Tensor) -> Tensor:
