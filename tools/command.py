@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from kvc8.ir.errors import KVC8Error
 
 ERROR, INTERRUPTED = 1, 130
+GARBAGE = 20_000  # objects made since garbage was looked for
 NOTES = 4  # lines below an error, at most, and one that counts the others
 
 
@@ -34,7 +35,9 @@ def entry(
             "--traceback", action="store_true", help="show where in kvc8 an error came from"
         )
     given = parser.parse_args(arguments)
-    # What is left at the end goes with the process: to look for garbage in it takes 1 to 2 s.
+    # What torch and transformers make when imported is no garbage: to look for some takes 1 s with
+    # Python's own threshold. And what is left at the end goes with the process.
+    gc.set_threshold(GARBAGE)
     atexit.register(gc.freeze)
     try:
         with _warnings_as_lines():

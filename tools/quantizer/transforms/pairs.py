@@ -35,7 +35,7 @@ from kvc8.tools.quantizer.work import Layer
 ANGLES = 8  # in a quarter turn, after which a pair's channels have changed places
 STEP = math.pi / 2 / ANGLES
 PLACES = 8  # of the context where each text is put
-QUERIES = 8  # every so many queries tell how strong all are
+KEYS, QUERIES = 4, 8  # every so many of a text tell how far, and how strong, all are
 LARGE = 1024.0  # so that a clamp would show
 COMMUTES = 1e-3  # of the largest value: rounding in float32 is far below, another layout far above
 
@@ -184,8 +184,8 @@ def _measured(
     for index, text in enumerate(layer.texts):
         made = run_stage(part, layer.weights, layer.entering(index), text, evaluate)
         starts = places.starts(len(text))
-        asked = made[site.asking.source][:, ::QUERIES]
-        keys = places.rows(site.turning, made[site.turning.source], starts, layer)[..., channels]
+        said, asked = made[site.turning.source][:, ::KEYS], made[site.asking.source][:, ::QUERIES]
+        keys = places.rows(site.turning, said, starts, layer)[..., channels]
         queries = places.rows(site.asking, asked, starts, layer)[..., channels]
         grouped = queries.unflatten(1, (site.heads, -1)).transpose(1, 2)
         tops = tops.maximum(at_each_angle(keys, lambda x: x.abs().amax(0)))
