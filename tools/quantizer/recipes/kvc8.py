@@ -17,8 +17,8 @@ higher one for channels of K that RoPE hardly turns: those gain nothing from man
 over the layers.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -32,29 +32,22 @@ from kvc8.ir.checkpoint.layouts import fact
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.checkpoint.unmapped import load
 from kvc8.ir.checkpoint.w8a8 import (
-    Range,
-    finite,
     kv_params_with_offset,
     kv_scale,
     quantize_dynamic,
     quantize_linear,
 )
 from kvc8.ir.errors import ModelError
-from kvc8.ir.program import Program, argument, is_call
-from kvc8.ir.run import Value
-from kvc8.tools.quantizer.choices import Reach, Sample, clipped
+from kvc8.ir.program import Program
 from kvc8.tools.quantizer.layers import attend_in_float32, plain
 from kvc8.tools.quantizer.model import QuantPlan, copy_rest
+from kvc8.tools.quantizer.recipes.measurements import MARGIN, Measurements
 from kvc8.tools.quantizer.recipes.minmax import plan_of, put_linear, sound, with_missed
-from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, Reached, write_experts
+from kvc8.tools.quantizer.recipes.mixtures import LABEL, Experts, write_experts
 from kvc8.tools.quantizer.sites import Cached, LinearSite, cached, readers, sites, vocabulary
 from kvc8.tools.quantizer.transforms import balancing, pairs, sink
 from kvc8.tools.quantizer.transforms.positions import (
     Table,
-    Turning,
-    find_turning,
-    hardly_turned,
-    rows_at,
 )
 from kvc8.tools.quantizer.transforms.roles import Norm
 from kvc8.tools.quantizer.transforms.rotation import find_rotation, rotate, untie
@@ -64,13 +57,9 @@ from kvc8.tools.quantizer.writer import ModelWriter
 
 NAME = "kvc8: rotated, ranges by error, K after RoPE"
 RANDOM_TEXTS, RANDOM_TOKENS = 2, 256  # of tokens drawn at random
-PLACES = 32  # of the context where each text is put
 UNSAID = 8192  # positions of a model that does not say how many it takes
-MARGIN = 1.1  # at least, on the reach of a cache's channels
 OFFSET_MARGIN = 1.15  # on half the range of K's channels that have offsets
-STILL_MARGIN = 1.3  # and of those of K that RoPE hardly turns
 SHARED = ("input_scale", "input_offset")  # by all linears that read a value
-SAMPLE = 4  # every so many rows of what a linear reads are kept to choose its range by
 
 
 @dataclass(frozen=True)
@@ -137,8 +126,9 @@ def quantize(
     turned = options.kv and options.rotate
     quantized = set(plan.linears)
     sinks = sink.find_sinks(work.program, work.checkpoint, quantized) if turned else []
-    turned = turned and not options.k_offsets  # those share out a pair's reach by themselves
-    slow = pairs.find_pairs(work.program, work.checkpoint, quantized) if turned else []
+    # Offsets share out a pair's reach by themselves.
+    apart = turned and not options.k_offsets
+    slow = pairs.find_pairs(work.program, work.checkpoint, quantized) if apart else []
     everything = [*widening, *texts]
     table = Table(max(positions, *map(len, everything)))
     recipe = _Recipe(
@@ -211,7 +201,10 @@ class _Recipe:
         read = readers([site for site in sites(self.work.program) if site.linear in calls])
         self._turn(layer)
         quantized = {site.source for site in linears}
-        seen = _Measurements(self, layer, read, quantized, caches)
+        seen = Measurements(
+            *(self.work.checkpoint, self.mixed, self.widening, self.positions, self.table),
+            *(layer, read, quantized, caches),
+        )
         for index in range(len(layer.texts)):
             seen.text(index)
             layer.run(index, layer.weights, seen.observe)
@@ -239,7 +232,7 @@ class _Recipe:
                 self.writer.put(name, sound(name, layer.weights[node].to(stored[name].dtype)))
 
     def _write(
-        self, group: Sequence[LinearSite], seen: "_Measurements", weights: Mapping[Node, Tensor]
+        self, group: Sequence[LinearSite], seen: Measurements, weights: Mapping[Node, Tensor]
     ) -> None:
         """Write the linears that read one value, rounded as the one that they are together."""
         source, dtype = group[0].source, self.plan.dtype
@@ -260,7 +253,7 @@ class _Recipe:
             own = {n: t if n in SHARED else t.split(sizes)[i] for n, t in parts.items()}
             put_linear(self.writer, site.module, own)
 
-    def _balance(self, source: Node, seen: "_Measurements", matrices: Sequence[Tensor]) -> Tensor:
+    def _balance(self, source: Node, seen: Measurements, matrices: Sequence[Tensor]) -> Tensor:
         """Write a norm balanced against its linears; gives what these are multiplied by."""
         norm = self.norms[source]
         stored = load(self.work.checkpoint.tensors[norm.name])
@@ -270,7 +263,7 @@ class _Recipe:
         self.writer.put(norm.name, new)
         return s
 
-    def _write_cache(self, cache: Cached, seen: "_Measurements") -> None:
+    def _write_cache(self, cache: Cached, seen: Measurements) -> None:
         reach = seen.reaches[cache.rows]
         floor = seen.floors.get(cache.rows, torch.full_like(reach.top, MARGIN))
         margin = reach.margin(seen.queries.get(cache.rows), floor)
@@ -291,112 +284,3 @@ def _biases(group: Sequence[LinearSite], weights: Mapping[Node, Tensor]) -> Tens
     return torch.cat(
         [zero if s.bias is None else weights[s.bias] for s, zero in zip(group, none, strict=True)]
     )
-
-
-@dataclass
-class _Measurements:
-    """What was measured of a layer so far."""
-
-    recipe: _Recipe
-    layer: Layer
-    read: Mapping[Node, Node]  # by linear, what it reads
-    quantized: set[Node]
-    caches: Sequence[Cached]
-    ends: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of each channel
-    samples: dict[Node, Sample] = field(default_factory=dict)
-    hessians: dict[Node, Tensor] = field(default_factory=dict)
-    reaches: dict[Node, Reach] = field(default_factory=dict)
-    queries: dict[Node, Tensor] = field(default_factory=dict)  # squared, by rows of K
-    floors: dict[Node, Tensor] = field(default_factory=dict)  # of margins, by rows of K
-    real: bool = False  # whether the text is one of the user's
-    held_back: bool = False
-
-    def __post_init__(self) -> None:
-        self.plain = plain(self.recipe.work.checkpoint, attend_in_float32)
-        self.turnings = {
-            turning.source: (cache.rows, turning)
-            for cache in self.caches
-            if cache.side == "k" and (turning := find_turning(cache.rows))
-        }
-        turned = {rows for rows, _ in self.turnings.values()}
-        self.rows = {cache.rows for cache in self.caches} - turned
-        calls = set(self.layer.stage.calls)
-        self.experts = {k.call: Reached(k) for k in self.recipe.mixed if k.call in calls}
-
-    def text(self, index: int) -> None:
-        """Say which text comes next."""
-        real = index - self.recipe.widening
-        self.real = real >= 0
-        self.held_back = real >= (len(self.layer.texts) - self.recipe.widening) // 2 > 0
-
-    def observe(self, call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
-        """Evaluate a call, and look at what it gives."""
-        value = self.plain(call, args, kwargs)
-        if call in self.experts and self.real:
-            self.experts[call].see(args)
-        if is_call(call, ops.paged_attention) and self.caches:
-            self._attention(call, args[0])
-        if not isinstance(value, Tensor):
-            return value
-        if call in self.read and isinstance(args[0], Tensor):
-            self._input(self.read[call], args[0])
-        if call in self.rows:
-            self._rows(call, [value], len(value))
-        if call in self.turnings:
-            self._turned(*self.turnings[call], value)
-        return value
-
-    def _input(self, call: Node, value: Tensor) -> None:
-        flat, measured = value.reshape(-1, value.shape[-1]), self.real and call in self.quantized
-        # Along dim 0 torch.aminmax takes ten times as long.
-        low, high = (flat.amin(0), flat.amax(0)) if measured else torch.aminmax(flat)
-        if not finite(Range(float(low.min()), float(high.max()))):
-            what = "gives a value that is not finite"
-            where = call.meta.get("origin") or call.name
-            raise ModelError(where, what, "check the model's weights")
-        if not measured:
-            return
-        before = self.ends.get(call, (low, high))
-        self.ends[call] = (torch.minimum(before[0], low), torch.maximum(before[1], high))
-        self.samples.setdefault(call, Sample(SAMPLE)).add(value)
-        self.hessians[call] = self.hessians.get(call, 0) + flat.t() @ flat
-
-    def range_of(self, source: Node, s: Tensor | None) -> Range:
-        """The range of what linears read, divided by s where that is given."""
-        low, high = (end if s is None else end / s for end in self.ends[source])
-        sample = self.samples[source].values()
-        whole = Range(float(low.min()), float(high.max()))
-        return clipped(whole, sample if s is None else sample / s)
-
-    def _turned(self, rows: Node, turning: Turning, output: Tensor) -> None:
-        tokens, stored = output.shape[1], self.recipe.work.checkpoint.tensors
-        last = max(self.recipe.positions - tokens, 0)
-        starts = [round(last * i / (PLACES - 1)) for i in range(PLACES)]
-        place = partial(
-            rows_at,
-            turning,
-            weights=self.layer.weights,
-            read=lambda n: load(stored[n]),
-            table=self.recipe.table,
-        )
-        self._rows(rows, place(output, starts), tokens * PLACES)
-        if rows not in self.floors:
-            ones = torch.ones(1, 1, output.shape[2])
-            [ends] = place(ones, (0, self.recipe.positions - 1))
-            still = hardly_turned(ends.flatten(1))
-            self.floors[rows] = torch.where(still, STILL_MARGIN, MARGIN)
-
-    def _rows(self, rows: Node, parts: Iterable[Tensor], count: int) -> None:
-        reach = self.reaches.setdefault(rows, Reach())
-        top = reach.add((part.flatten(1).float() for part in parts), count, self.held_back)
-        if not bool(top.isfinite().all()):
-            what = "caches a value that is not finite"
-            raise ModelError(f"{rows.meta.get('origin')}", what, "check the model's weights")
-
-    def _attention(self, call: Node, query: Value) -> None:
-        assert isinstance(query, Tensor)
-        rows = argument(argument(call, 1), 1)
-        heads = int(rows.meta["type"].shape[1])
-        grouped = query.float().unflatten(1, (heads, -1))  # [T, H, G, D]
-        squared = grouped.square().sum((0, 2)).flatten().double()
-        self.queries[rows] = self.queries.get(rows, 0) + squared
