@@ -14,14 +14,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-from kvc8.tools import small_model
+from kvc8.tools import command, small_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 # One thread, so that a sum is taken in the same order on every machine.
 torch.set_num_threads(1)
-# With Python's own threshold a twelfth of the time goes into looking for garbage.
-gc.set_threshold(50_000)
+gc.set_threshold(command.GARBAGE)  # with Python's own, a twelfth of the time goes into that
 # How long an example takes tells of what else the machine does.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")

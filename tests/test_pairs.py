@@ -5,14 +5,12 @@ import math
 
 import pytest
 import torch
-from support.steps import step, values
 from support.tiny_models import write_model
+from support.turned import BOUND, TOKENS, turned
 
 import kvc8
-from kvc8.ir import ops
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
-from kvc8.ir.run import run
 from kvc8.tools.quantizer.settings import Settings
 from kvc8.tools.quantizer.transforms.pairs import (
     ANGLES,
@@ -23,34 +21,20 @@ from kvc8.tools.quantizer.transforms.pairs import (
     turn_pairs,
 )
 
-TOKENS = [5, 17, 90, 3, 44, 44, 101, 7, 8]
-
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_a_model_of_turned_pairs_computes_what_it_did(kind, tiny_model):
     """Its keys are turned, by angles that differ by head and pair."""
-    source = tiny_model(kind)
-    checkpoint = open_checkpoint(source)
-    program = capture(checkpoint, torch.float64)
-    sites = find_pairs(program, checkpoint, set())
-    assert len(sites) == len(program.calls(ops.paged_attention)) > 0
-    made = values(program, source)
-    given = step(TOKENS, [0], [len(TOKENS)], [list(range(8))])
-    seen: dict[object, torch.Tensor] = {}
-    before = run(program, {**made, **given}, seen.__setitem__)[0]
-    keys = {site.keys: seen[site.keys] for site in sites}
-    weights = {node: made[node.name] for node in program.parameters()}
-    random = torch.Generator().manual_seed(0)
-    angles = {s.keys: torch.rand(s.heads, s.dim // 2, generator=random) for s in sites}
-    for site in sites:
+    random, angles = torch.Generator().manual_seed(0), {}
+
+    def change(site, _, weights):
+        angles[site.keys] = torch.rand(site.heads, site.dim // 2, generator=random)
         turn(site, angles[site.keys], weights)
-    turned = {**made, **{node.name: value for node, value in weights.items()}}
-    after = run(program, {**turned, **given}, seen.__setitem__)[0]
-    # float64 rounds to 2**-53, and a few layers of some hundred sums multiply that.
-    assert (after - before).abs().max() < 1e-11 * before.abs().max()
-    for rows, was in keys.items():
-        wanted = turn_pairs(was, angles[rows].double())
-        assert (seen[rows] - wanted).abs().max() < 1e-11 * wanted.abs().max()
+
+    made = turned(tiny_model(kind), find_pairs, change)
+    for rows, by in angles.items():
+        wanted = turn_pairs(made.before[rows], by.double())
+        assert (made.after[rows] - wanted).abs().max() < BOUND * wanted.abs().max()
 
 
 def test_what_reaches_far_in_one_channel_is_shared_by_both():

@@ -4,22 +4,19 @@ import json
 
 import pytest
 import torch
-from support.steps import step, values
 from support.tiny_models import write_model
+from support.turned import BOUND, TOKENS, turned
 
 import kvc8
 from kvc8.ir import ops
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.program import argument
-from kvc8.ir.run import run
 from kvc8.tools.quantizer import quantizing
 from kvc8.tools.quantizer.calibration_data import Text
 from kvc8.tools.quantizer.recipes.kinds_of_text import kinds_of_text
 from kvc8.tools.quantizer.settings import Settings
 from kvc8.tools.quantizer.transforms.sink import find_sinks, reflections, turn
-
-TOKENS = [5, 17, 90, 3, 44, 44, 101, 7, 8]
 
 
 def test_a_reflection_takes_a_row_to_the_first_channel():
@@ -41,28 +38,18 @@ def test_a_reflection_takes_a_row_to_the_first_channel():
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
 def test_a_turned_model_computes_what_it_did(kind, tiny_model):
     """With one linear a projection, with biases, and with q, k and v in one."""
-    source = tiny_model(kind)
-    checkpoint = open_checkpoint(source)
-    program = capture(checkpoint, torch.float64)
-    sites = find_sinks(program, checkpoint, set())
-    assert len(sites) == len(program.calls(ops.paged_attention)) > 0
-    made = values(program, source)
-    given = step(TOKENS, [0], [len(TOKENS)], [list(range(8))])
-    seen: dict[object, torch.Tensor] = {}
-    before = run(program, {**made, **given}, seen.__setitem__)[0]
-    weights = {node: made[node.name] for node in program.parameters()}
-    rows = {site: seen[site.rows][0] for site in sites}
-    for site in sites:
-        turn(site, reflections(rows[site]), weights)
-    turned = {**made, **{node.name: value for node, value in weights.items()}}
-    after = run(program, {**turned, **given}, seen.__setitem__)[0]
-    # float64 rounds to 2**-53, and a few layers of some hundred sums multiply that.
-    assert (after - before).abs().max() < 1e-11 * before.abs().max()
-    for site in sites:
-        first = seen[site.rows][0]
-        assert first[:, 1:].abs().max() < 1e-11 * first.abs().max()
-        assert first[:, 0] == pytest.approx(rows[site].norm(dim=-1))
-    assert argument(program.calls(ops.cache_write)[0], 1) is not sites[0].rows  # K is left alone
+    made = turned(
+        tiny_model(kind),
+        find_sinks,
+        lambda site, seen, weights: turn(site, reflections(seen[site.rows][0]), weights),
+    )
+    for site in made.sites:
+        rows, first = made.before[site.rows][0], made.after[site.rows][0]
+        assert first[:, 1:].abs().max() < BOUND * first.abs().max()
+        assert first[:, 0] == pytest.approx(rows.norm(dim=-1))
+    assert (
+        argument(made.program.calls(ops.cache_write)[0], 1) is not made.sites[0].rows
+    )  # K is left alone
 
 
 def test_what_bfloat16_would_round_is_left_alone(tmp_path):

@@ -29,6 +29,7 @@ from kvc8.tools.quantizer.transforms.positions import (
     find_turning,
     hardly_turned,
     rows_at,
+    starts_of,
 )
 from kvc8.tools.quantizer.work import Layer
 
@@ -119,8 +120,6 @@ class Measurements:
 
     def _turned(self, rows: Node, turning: Turning, output: Tensor) -> None:
         tokens, stored = output.shape[1], self.checkpoint.tensors
-        last = max(self.positions - tokens, 0)
-        starts = [round(last * i / (PLACES - 1)) for i in range(PLACES)]
         place = partial(
             rows_at,
             turning,
@@ -128,6 +127,7 @@ class Measurements:
             read=lambda n: load(stored[n]),
             table=self.table,
         )
+        starts = starts_of(tokens, self.positions, PLACES)
         self._rows(rows, place(output, starts), tokens * PLACES)
         if rows not in self.floors:
             ones = torch.ones(1, 1, output.shape[2])

@@ -28,7 +28,13 @@ from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.program import Program, argument, tensor_type
 from kvc8.tools.quantizer.layers import Evaluate, run_stage
 from kvc8.tools.quantizer.sites import LinearSite, sites
-from kvc8.tools.quantizer.transforms.positions import Table, Turning, find_turning, rows_at
+from kvc8.tools.quantizer.transforms.positions import (
+    Table,
+    Turning,
+    find_turning,
+    rows_at,
+    starts_of,
+)
 from kvc8.tools.quantizer.transforms.sink import only, parts_of, sound
 from kvc8.tools.quantizer.work import Layer
 
@@ -66,11 +72,6 @@ class Places:
     positions: int  # tokens of context
     table: Table
     read: Read  # stored tensors
-
-    def starts(self, tokens: int) -> list[int]:
-        """Where a text of so many tokens begins."""
-        last = max(self.positions - tokens, 0)
-        return [round(last * i / (PLACES - 1)) for i in range(PLACES)]
 
     def rows(self, turning: Turning, output: Tensor, starts: Sequence[int], layer: Layer) -> Tensor:
         """float32 rows of k or q [len(starts) * T, heads, D] that a linear's output gives there."""
@@ -183,7 +184,7 @@ def _measured(
     power = torch.zeros_like(tops)
     for index, text in enumerate(layer.texts):
         made = run_stage(part, layer.weights, layer.entering(index), text, evaluate)
-        starts = places.starts(len(text))
+        starts = starts_of(len(text), places.positions, PLACES)
         said, asked = made[site.turning.source][:, ::KEYS], made[site.asking.source][:, ::QUERIES]
         keys = places.rows(site.turning, said, starts, layer)[..., channels]
         queries = places.rows(site.asking, asked, starts, layer)[..., channels]

@@ -117,6 +117,12 @@ class Table:
         return value
 
 
+def starts_of(tokens: int, positions: int, count: int) -> list[int]:
+    """Where a text of so many tokens begins, `count` times, evenly from the first place to the last."""
+    last = max(positions - tokens, 0)
+    return [round(last * i / (count - 1)) for i in range(count)]
+
+
 def rows_at(
     turning: Turning,
     output: Tensor,
