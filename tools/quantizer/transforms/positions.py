@@ -118,7 +118,7 @@ class Table:
 
 
 def starts_of(tokens: int, positions: int, count: int) -> list[int]:
-    """Where a text of so many tokens begins, `count` times, evenly from the first place to the last."""
+    """Where a text of so many tokens begins, `count` times, evenly over all positions."""
     last = max(positions - tokens, 0)
     return [round(last * i / (count - 1)) for i in range(count)]
 
