@@ -26,8 +26,9 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 
-# Tests of how models are traced and types are inferred, which therefore is done for each anew.
-FRESH = ("test_capture", "test_faithful", "test_npu_schemas", "test_original", "test_shapes")
+# Tests of how models are traced and types are inferred, which therefore is done for each anew; and
+# the checks of an engine, which are to see nothing but it and kvc8.
+FRESH = ("test_capture", "test_faithful", "test_npu_schemas", "test_original", "test_shapes", "check_")
 
 
 @pytest.fixture(scope="session")
