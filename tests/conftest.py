@@ -28,7 +28,10 @@ settings.load_profile("no deadline")
 
 # Tests of how models are traced and types are inferred, which therefore is done for each anew; and
 # the checks of an engine, which are to see nothing but it and kvc8.
-FRESH = ("test_capture", "test_faithful", "test_npu_schemas", "test_original", "test_shapes", "check_")
+FRESH = (
+    *("test_capture", "test_faithful", "test_npu_schemas", "test_original", "test_shapes"),
+    "check_",
+)
 
 
 @pytest.fixture(scope="session")
