@@ -50,6 +50,8 @@ print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes()).hexdigest())')
 }
 
 make_environment
+# Where no bytecode is kept, each process compiles kvc8 and the tests anew: 5 s for those of pytest.
+unset PYTHONDONTWRITEBYTECODE
 # torch would load torch_npu at import wherever it is installed, and fail where CANN is not.
 export TORCH_DEVICE_BACKEND_AUTOLOAD=0
 export PATH="$PWD/.venv/bin:$PATH"
