@@ -59,7 +59,7 @@ def _kernels() -> dict[str, Callable[..., Any]]:
     }
 
 
-def _register(libraries: dict[str, torch.library.Library]) -> Mapping[object, Callable[..., Any]]:
+def _register(libraries: dict[str, torch.library.Library]) -> dict[object, Callable[..., Any]]:
     """Give PyTorch the kernels that it has none for; which these are, by op."""
     registered: dict[object, Callable[..., Any]] = {}
     for qualified, kernel in _kernels().items():
@@ -67,14 +67,24 @@ def _register(libraries: dict[str, torch.library.Library]) -> Mapping[object, Ca
             namespace, name = qualified.split("::")
             libraries[namespace].impl(name, kernel, "CPU")
             registered[getattr(getattr(torch.ops, namespace), name).default] = kernel
-    return MappingProxyType(registered)
+    return registered
 
 
+# Of PyTorch's own ops those that a program is full of: two thirds of such a call is to find it.
+_DIRECT: Mapping[object, Callable[..., Any]] = MappingProxyType(
+    {
+        torch.ops.aten.reshape.default: torch.reshape,
+        torch.ops.aten.flatten.using_ints: torch.flatten,
+        torch.ops.aten.unsqueeze.default: torch.unsqueeze,
+        torch.ops.aten.linear.default: torch.nn.functional.linear,
+        torch.ops.aten.sym_size.int: lambda x, dim: x.shape[dim],
+    }
+)
 # Kernels live as long as the Library objects do.
 _NPU = torch.library.Library("npu", "IMPL")
 _ATB = torch.library.Library("atb", "IMPL")
 # What computes an op on a CPU, for who calls it without PyTorch's dispatcher.
-KERNELS = _register({"npu": _NPU, "atb": _ATB})
+KERNELS = MappingProxyType({**_register({"npu": _NPU, "atb": _ATB}), **_DIRECT})
 
 
 def module_of(op: str) -> str:

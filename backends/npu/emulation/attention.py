@@ -115,10 +115,10 @@ def npu_fused_infer_attention_score(
     _check_rope(query_rope, key_rope, key, softmax_lse_flag)
     paging = None if block_table is None else Paging(_FIA, block_table, block_size)
     out = torch.zeros(query.shape, dtype=query.dtype)
-    lse = layout.sums(query) if softmax_lse_flag else query.new_empty(*query.shape[:-1], 0)
-    queries, outs, totals = (
+    lse = layout.sums(query) if softmax_lse_flag else None
+    queries, outs = (
         layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
-        for x in (query, out, lse)
+        for x in (query, out)
     )
     keys, values, ropes = (
         [None] * len(queries)
@@ -126,10 +126,11 @@ def npu_fused_infer_attention_score(
         else _rows(layout, x, paging, actual_seq_lengths_kv, len(queries), layout.rows(query))
         for x in (key, value, key_rope)
     )
-    turned = (
+    turned, totals = (
         [None] * len(queries)
-        if query_rope is None
-        else layout.sequences(query_rope, num_heads, actual_seq_lengths, "actual_seq_lengths")
+        if x is None
+        else layout.sequences(x, num_heads, actual_seq_lengths, "actual_seq_lengths")
+        for x in (query_rope, lse)
     )
     seen: Sequence[Window | Mask] = masks or [window] * len(queries)
     for q, k, v, r, s, o, total, visible in zip(
@@ -138,15 +139,17 @@ def npu_fused_infer_attention_score(
         layout.check_rows(q, k, v)
         if k.dtype == v.dtype == torch.int8:
             codes = Codes(k, *for_key), Codes(v, *for_value)
-            found, each = attend_codes(q, *codes, scale, visible, divide_last=True)
+            found, each = attend_codes(
+                q, *codes, scale, visible, divide_last=True, with_lse=softmax_lse_flag
+            )
         else:
             k, v = dequantize(k, *for_key), dequantize(v, *for_value)
             q, k = _beside(q, r), _beside(k, s)
             found, each = attend(q, k, v, scale, visible, divide_last=True)
         o.copy_(found)
-        if softmax_lse_flag:
+        if total is not None and each is not None:
             total.copy_(each)
-    return out, layout.heads_first(lse) if softmax_lse_flag else torch.empty(0)
+    return out, torch.empty(0) if lse is None else layout.heads_first(lse)
 
 
 def _check_rope(

@@ -4,6 +4,7 @@ A slot is block * block_size + offset. A negative slot writes nothing (the golde
 slots must be unique (op-plugin npu_scatter_pa_kv_cache.md), so others than that are refused.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,25 +16,31 @@ from kvc8.ir.npu_shapes import codes_of
 
 _SCATTER = "npu_scatter_pa_kv_cache"
 
-
-def write_rows(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-    """Put rows [T, N, D] at slots [T] of cache [blocks, block_size, N, D]; -1 writes nothing."""
-    rows, slots = _kept(rows, slots, cache.shape[0] * cache.shape[1])
-    if cache.is_contiguous():
-        cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, rows)
-    else:
-        cache[slots // cache.shape[1], slots % cache.shape[1]] = rows
+CacheRows = tuple[Tensor, Tensor]  # a cache, and what is to be written to it
 
 
-def write_rows_nz(cache: Tensor, rows: Tensor, slots: Tensor) -> None:
-    """Put rows [T, N, D] at slots [T] of cache [blocks, N*D//c, block_size, c] (fractal NZ)."""
-    rows, slots = _kept(rows, slots, cache.shape[0] * cache.shape[2])
-    pieces = rows.reshape(-1, cache.shape[1], cache.shape[3])
-    cache[slots // cache.shape[2], :, slots % cache.shape[2]] = pieces
+def write_rows(parts: Sequence[CacheRows], slots: Tensor) -> None:
+    """Put rows [T, N, D] at slots [T] of caches [blocks, block_size, N, D]; -1 writes nothing."""
+    kept, slots = _kept(slots, min(cache.shape[0] * cache.shape[1] for cache, _ in parts))
+    for cache, rows in parts:
+        new = rows if kept is None else rows[kept]
+        if cache.is_contiguous():
+            cache.view(-1, *cache.shape[2:]).index_copy_(0, slots, new)
+        else:
+            cache[slots // cache.shape[1], slots % cache.shape[1]] = new
 
 
-def _kept(rows: Tensor, slots: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """The rows that have a slot, and their slots."""
+def write_rows_nz(parts: Sequence[CacheRows], slots: Tensor) -> None:
+    """Put rows [T, N, D] at slots [T] of caches [blocks, N*D//c, block_size, c] (fractal NZ)."""
+    kept, slots = _kept(slots, min(cache.shape[0] * cache.shape[2] for cache, _ in parts))
+    for cache, rows in parts:
+        new = rows if kept is None else rows[kept]
+        pieces = new.reshape(-1, cache.shape[1], cache.shape[3])
+        cache[slots // cache.shape[2], :, slots % cache.shape[2]] = pieces
+
+
+def _kept(slots: Tensor, capacity: int) -> tuple[Tensor | None, Tensor]:
+    """Which rows have a slot, None where all have, and their slots."""
     given = slots.tolist()
     used = [slot for slot in given if slot >= 0]
     if used and max(used) >= capacity:
@@ -45,8 +52,8 @@ def _kept(rows: Tensor, slots: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     if len(set(used)) != len(used):
         raise TargetError("cache write", "two rows have one slot", "give unused rows the slot -1")
     if len(used) == len(given):
-        return rows, slots.long()
-    return rows[slots >= 0], slots[slots >= 0].long()
+        return None, slots.long()
+    return slots >= 0, slots[slots >= 0].long()
 
 
 def npu_scatter_pa_kv_cache(
@@ -73,10 +80,10 @@ def npu_scatter_pa_kv_cache(
         caches = f"{key_cache.dtype} and {value_cache.dtype} caches"
         what = f"{key.dtype} and {value.dtype} rows for {caches}"
         raise TargetError(_SCATTER, what, "give all four one dtype")
-    for cache, rows in ((key_cache, key), (value_cache, value)):
-        nz = cache_mode == "PA_NZ"
+    nz, parts = cache_mode == "PA_NZ", ((key_cache, key), (value_cache, value))
+    for cache, rows in parts:
         _check_cache(_SCATTER, cache, rows, nz=nz)
-        (write_rows_nz if nz else write_rows)(cache, rows, slot_mapping)
+    (write_rows_nz if nz else write_rows)(parts, slot_mapping)
 
 
 def _check_cache(op: str, cache: Tensor, rows: Tensor, *, nz: bool) -> None:
@@ -123,7 +130,7 @@ def npu_reshape_and_cache(
     for cache, rows in ((key_cache, key), (value_cache, value)):
         nz = cache.shape[2:] != rows.shape[1:]
         _check_cache("_npu_reshape_and_cache", cache, rows, nz=nz)
-        (write_rows_nz if nz else write_rows)(cache, rows, slot_indices)
+        (write_rows_nz if nz else write_rows)([(cache, rows)], slot_indices)
 
 
 def npu_scatter_nd_update_(input: Tensor, indices: Tensor, updates: Tensor) -> Tensor:

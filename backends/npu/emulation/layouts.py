@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -164,5 +165,11 @@ class Paging:
 
     def sequences(self, rows: Tensor, lengths: Sequence[int]) -> Iterator[Tensor]:
         """The rows of each sequence, gathered when it is reached."""
-        for table, length in zip(self.table.tolist(), lengths, strict=True):
+        for table, length in zip(self.tables, lengths, strict=True):
             yield pages(rows, table, length)
+
+    @cached_property
+    def tables(self) -> list[list[int]]:
+        """The blocks of each sequence: keys and values lie in the same."""
+        found: list[list[int]] = self.table.tolist()
+        return found

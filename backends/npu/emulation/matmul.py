@@ -4,6 +4,7 @@ The products are accumulated in int32, exactly. A device reads packed scales as 
 whose lowest 13 bits are zero.
 """
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,15 @@ _OP = "npu_quant_matmul"
 _FP19 = -0x2000  # 0xFFFFE000, the bits of a float32 that FP19 keeps, as an int32
 _OFFSET_AT = 37  # the 9 bits of the offset in a packed scale
 _PACKED = 1 << 46
+_SCALES = MappingProxyType(  # that results of a dtype may have
+    {
+        torch.int8: (torch.int64, torch.float32),
+        torch.float16: (torch.int64, torch.float32),
+        torch.bfloat16: (torch.float32, torch.bfloat16),
+        torch.int32: (torch.float32, torch.bfloat16),
+        torch.float32: (torch.float32,),
+    }
+)
 
 
 def npu_trans_quant_param(
@@ -82,7 +92,7 @@ def npu_quant_matmul(
         sums += bias
     if target == torch.int32:
         return sums
-    value = sums.to(torch.float32).mul_(_factor(scale, pertoken_scale, target))
+    value = sums * _factor(scale, pertoken_scale, target)  # of float32: so are the sums, rounded
     if pertoken_scale is not None:
         value = value * pertoken_scale.unsqueeze(-1)
     if bias is not None and bias.dtype != torch.int32:
@@ -135,21 +145,14 @@ def _check(x1: Tensor, x2: Tensor, scale: Tensor, bias: Tensor | None, target: t
             f"x1 is {list(x1.shape)} and x2 is {list(x2.shape)}",
             "give x2 as [in_features, out_features]",
         )
-    for name, parameter in {"scale": scale, "bias": bias}.items():
+    for name, parameter in (("scale", scale), ("bias", bias)):
         if parameter is not None and parameter.numel() not in {1, x2.shape[1]}:
             raise TargetError(
                 _OP,
                 f"{name} has {parameter.numel()} values for {x2.shape[1]} columns",
                 "give one a column",
             )
-    allowed = {
-        torch.int8: (torch.int64, torch.float32),
-        torch.float16: (torch.int64, torch.float32),
-        torch.bfloat16: (torch.float32, torch.bfloat16),
-        torch.int32: (torch.float32, torch.bfloat16),
-        torch.float32: (torch.float32,),
-    }
-    if scale.dtype not in allowed.get(target, ()):
+    if scale.dtype not in _SCALES.get(target, ()):
         raise TargetError(_OP, f"no {target} results with a {scale.dtype} scale", "convert it")
 
 

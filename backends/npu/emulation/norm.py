@@ -15,7 +15,7 @@ from kvc8.ir.npu_shapes import codes_of
 def reciprocal_deviation(x: Tensor, rank: int, epsilon: float) -> Tensor:
     """1 / sqrt(mean(x * x) + epsilon) over the last rank dims, float32, kept as ones."""
     dims = tuple(range(-rank, 0))
-    return torch.rsqrt(x.float().square().mean(dims, keepdim=True) + epsilon)
+    return x.float().square().mean(dims, keepdim=True).add_(epsilon).rsqrt_()
 
 
 def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-06) -> tuple[
     """
     require_float("npu_rms_norm", "input", input)
     rstd = reciprocal_deviation(input, gamma.ndim, epsilon)
-    normed = (input.float() * rstd * gamma.float()).to(input.dtype)
+    normed = (input.float() * rstd).mul_(gamma).to(input.dtype)
     return normed.contiguous(), rstd.contiguous()
 
 
@@ -118,15 +118,16 @@ def npu_add_rms_norm_quant(
     if beta is not None:
         normed = normed + beta
     target = codes_of(op, dst_type)
-    first = _codes(normed.float(), scales1, zero_points1, div_mode, target)
+    first = _codes(normed, scales1, zero_points1, div_mode, target)
     second = torch.zeros_like(first)
     if scales2 is not None:
-        second = _codes(normed.float(), scales2, zero_points2, div_mode, target)
+        second = _codes(normed, scales2, zero_points2, div_mode, target)
     return first, second, x
 
 
 def _codes(
     value: Tensor, scales: Tensor, zero_points: Tensor | None, div_mode: bool, target: torch.dtype
 ) -> Tensor:
-    value = value / scales.float() if div_mode else value * scales.float()
-    return saturate(value if zero_points is None else value + zero_points.float(), target)
+    scales = scales.float()  # a product of the two is float32 too, whatever value is
+    value = value / scales if div_mode else value * scales
+    return saturate(value if zero_points is None else value.add_(zero_points), target)

@@ -122,4 +122,5 @@ def _attend(
             for cache, descale in zip(caches, scales, strict=True)
         )
         one = query[row : row + 1]
-        out[row] = attend_codes(one, key, value, scale, Window(), divide_last=False)[0][0]
+        made, _ = attend_codes(one, key, value, scale, Window(), divide_last=False, with_lse=False)
+        out[row] = made[0]

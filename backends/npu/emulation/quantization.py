@@ -33,11 +33,13 @@ def saturate(value: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
     limits = torch.iinfo(dtype)
     if dtype == torch.int32:  # float32 cannot hold 2**31 - 1
         value = value.double()
-    return value.round().clamp(limits.min, limits.max).to(dtype).contiguous()
+    return value.round().clamp_(limits.min, limits.max).to(dtype).contiguous()
 
 
 def along(parameter: Tensor, rank: int, axis: int) -> Tensor:
     """A per-tensor or per-channel parameter, float32, shaped to broadcast along one axis."""
+    if parameter.ndim == 1 and rank and (parameter.numel() == 1 or axis == -1):
+        return parameter.float()  # which broadcasts as it is
     if parameter.numel() == 1:
         return parameter.float().reshape(())
     if parameter.ndim != 1:
@@ -76,7 +78,7 @@ def npu_quantize(
     scale = along(scales, input.ndim, axis)
     value = input.float() / scale if div_mode else input.float() * scale
     if zero_points is not None:
-        value = value + along(zero_points, input.ndim, axis)
+        value = value.add_(along(zero_points, input.ndim, axis))
     return saturate(value, target)
 
 

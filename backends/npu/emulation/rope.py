@@ -32,7 +32,7 @@ def embed(x: Tensor, cos: Tensor, sin: Tensor, mode: str = "half") -> Tensor:
     """Rotate: x * cos + rotate(x) * sin, float16 in float16 steps, else in float32, unrounded."""
     if x.dtype != torch.float16:
         x, cos, sin = x.float(), cos.float(), sin.float()
-    return x * cos + rotate(x, mode) * sin
+    return (x * cos).add_(rotate(x, mode) * sin)
 
 
 def npu_rotary_mul(
@@ -109,16 +109,14 @@ def npu_rope_quant_kvcache(
             "only quant_mode 0, BSND and cache_mode page or contiguous are emulated",
             "use those",
         )
-    query, key, value = _heads(x, size_splits, k_cache.shape[-1])
+    dim = k_cache.shape[-1]
+    q_heads, k_heads, v_heads = (size // dim for size in size_splits)
+    turning, value = x.unflatten(-1, (-1, dim)).split([q_heads + k_heads, v_heads], -2)
     if x.ndim == 2:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    turned = embed(torch.cat([query, key], -2), cos, sin)
-    query, key = turned.split([query.shape[-2], key.shape[-2]], -2)
-    for cache, rows, scale, offset in (
-        (k_cache, key, scale_k, offset_k),
-        (v_cache, value, scale_v, offset_v),
-    ):
-        _write(cache, _codes(rows, scale, offset), indices, cache_mode)
+    query, key = embed(turning, cos, sin).split([q_heads, k_heads], -2)
+    codes = _codes(key, scale_k, offset_k), _codes(value, scale_v, offset_v)
+    _write((k_cache, v_cache), codes, indices, cache_mode)
     if not kv_output:
         key = value = query.new_empty(0)
     outputs = (part.to(x.dtype).contiguous() for part in (query, key, value))
@@ -134,17 +132,23 @@ def _codes(rows: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
     if scale is None:
         raise TargetError("cache write", "an int8 cache and no scale", "give one")
     value = rows.float() / scale
-    return saturate(value if offset is None else value + offset)
+    return saturate(value if offset is None else value.add_(offset))
 
 
-def _write(cache: Tensor, codes: Tensor, indices: Tensor, cache_mode: str) -> None:
+def _write(
+    caches: tuple[Tensor, Tensor],
+    codes: tuple[Tensor, Tensor],
+    indices: Tensor,
+    cache_mode: str,
+) -> None:
     if cache_mode == "page":
-        write_rows(cache, codes.flatten(0, -3), indices.flatten())
+        rows = [each if each.ndim == 3 else each.flatten(0, -3) for each in codes]
+        write_rows(list(zip(caches, rows, strict=True)), indices.flatten())
         return
-    if codes.ndim == 3:
-        codes = codes.unsqueeze(1)
-    for batch, start in enumerate(indices.tolist()):
-        cache[batch].narrow(0, start, codes.shape[1]).copy_(codes[batch])
+    for cache, each in zip(caches, codes, strict=True):
+        rows_of = each.unsqueeze(1) if each.ndim == 3 else each
+        for batch, start in enumerate(indices.tolist()):
+            cache[batch].narrow(0, start, rows_of.shape[1]).copy_(rows_of[batch])
 
 
 def npu_dequant_rope_quant_kvcache(
@@ -232,8 +236,8 @@ def npu_qkv_rms_norm_rope_cache(
         _norm_and_embed(x, gamma, epsilon, cos, sin)
         for x, gamma in ((query, q_gamma), (key, k_gamma))
     )
-    write_rows_nz(k_cache, _codes(key, k_scale, k_offset), index)
-    write_rows_nz(v_cache, _codes(value, v_scale, v_offset), index)
+    codes = _codes(key, k_scale, k_offset), _codes(value, v_scale, v_offset)
+    write_rows_nz(list(zip((k_cache, v_cache), codes, strict=True)), index)
     flat = [x.flatten(1).to(qkv.dtype).contiguous() for x in (query, key, value)]
     q_out.copy_(flat[0])
     if not is_output_qkv:

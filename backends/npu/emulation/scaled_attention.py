@@ -70,13 +70,13 @@ class Codes:
     scale: Tensor | None = None
     offset: Tensor | None = None
 
-    def floats(self, some: slice, memory: Tensor) -> Tensor:
-        """What some rows stand for, made in the first part of `memory`, float32 [n, M, D].
+    def floats(self, rows: Tensor, memory: Tensor | None) -> Tensor:
+        """What some of its rows stand for, float32 [n, M, D], in the first part of `memory`.
 
-        Memory taken anew for each part would cost as much time as all the rest.
+        Memory taken anew for each of many parts would cost as much time as all the rest.
         """
-        rows = self.rows[some]
-        return dequantize(rows, self.scale, self.offset, memory[: rows.shape[0]])
+        out = None if memory is None else memory[: rows.shape[0]]
+        return dequantize(rows, self.scale, self.offset, out)
 
     def folded(self, query: Tensor) -> tuple["Codes", Tensor]:
         """Codes and a float32 query [M, G, D] of the same products, with fewer to compute.
@@ -87,8 +87,10 @@ class Codes:
         """
         if self.offset is not None or self.scale is None or self.scale.dtype == torch.float32:
             return self, query
-        scale = _per_channel(self.scale, self.rows)
-        return Codes(self.rows), query * (scale if scale.ndim < 2 else scale.unsqueeze(1))
+        scale = self.scale.float()
+        if scale.numel() > 1:
+            scale = scale.reshape(query.shape[0], 1, -1)
+        return Codes(self.rows), query * scale
 
 
 def attend_codes(
@@ -99,25 +101,43 @@ def attend_codes(
     window: Window | Mask,
     *,
     divide_last: bool,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """`attend` of one query row [1, N, D] to int8 codes, of which few are floats at one time."""
     length, heads = key.rows.shape[:2]
     if not length or not query.shape[0]:
         return attend(query, key.rows.float(), value.rows.float(), scale, window, divide_last=True)
-    codes, grouped = key.folded(query[0].float().unflatten(0, (heads, -1)))  # [M, N / M, D]
-    step = min(length, max(1, _FLOATS // key.rows.shape[1:].numel()))
-    parts = [slice(start, start + step) for start in range(0, length, step)]
-    memory = torch.empty((step, *key.rows.shape[1:]), dtype=torch.float32)
-    logits = torch.empty((*grouped.shape[:2], length), dtype=torch.float32)
-    for some in parts:
-        torch.bmm(grouped, codes.floats(some, memory).permute(1, 2, 0), out=logits[..., some])
-    weights, total, largest = _softmax(logits.mul_(scale), window.hidden_from_last(length))
+    grouped = query.float().reshape(heads, -1, query.shape[2])  # [M, N / M, D]
+    step = max(1, _FLOATS // (heads * query.shape[2]))
+    memory = None if length <= step else torch.empty(step, *key.rows.shape[1:])
+    logits = _logits(grouped, key, step, memory).mul_(scale)
+    weights, total, largest = _softmax(logits, window.hidden_from_last(length))
     weights = (weights if divide_last else weights / total).to(query.dtype).float()
-    sums = torch.zeros_like(grouped)
-    for some in parts:
-        sums.baddbmm_(weights[..., some], value.floats(some, memory).transpose(0, 1))
-    out = (sums / total if divide_last else sums).to(query.dtype)
-    return out.view(1, -1, out.shape[-1]), (largest + total.log()).view(1, -1, 1)
+    sums = _sums(weights, value, step, memory)
+    out = (sums.div_(total) if divide_last else sums).to(query.dtype)
+    lse = largest.add_(total.log_()).view(1, -1, 1) if with_lse else None
+    return out.view(1, -1, query.shape[2]), lse
+
+
+def _logits(query: Tensor, key: Codes, step: int, memory: Tensor | None) -> Tensor:
+    """Products [M, G, k] of a query [M, G, D] and keys, `step` rows at a time."""
+    codes, query = key.folded(query)
+    if memory is None:
+        return torch.bmm(query, codes.floats(codes.rows, None).permute(1, 2, 0))
+    logits = torch.empty(*query.shape[:2], codes.rows.shape[0])
+    for rows, part in zip(codes.rows.split(step), logits.split(step, -1), strict=True):
+        torch.bmm(query, codes.floats(rows, memory).permute(1, 2, 0), out=part)
+    return logits
+
+
+def _sums(weights: Tensor, value: Codes, step: int, memory: Tensor | None) -> Tensor:
+    """Sums [M, G, D] of values by weights [M, G, k], `step` rows at a time."""
+    if memory is None:
+        return torch.bmm(weights, value.floats(value.rows, None).transpose(0, 1))
+    sums = weights.new_zeros(*weights.shape[:2], value.rows.shape[2])
+    for part, rows in zip(weights.split(step, -1), value.rows.split(step), strict=True):
+        sums.baddbmm_(part, value.floats(rows, memory).transpose(0, 1))
+    return sums
 
 
 def attend(
@@ -189,6 +209,9 @@ def pages(cache: Tensor, table: Sequence[int], length: int) -> Tensor:
         )
     first = blocks[0] if blocks else 0
     if blocks == list(range(first, first + used)):
+        if cache.is_contiguous():
+            first *= cache.shape[1]
+            return cache.view(-1, *cache.shape[2:])[first : first + length]
         return cache[first : first + used].flatten(0, 1)[:length]
     return cache.index_select(0, torch.tensor(blocks)).flatten(0, 1)[:length]
 
@@ -212,5 +235,5 @@ def dequantize(
 
 
 def _per_channel(parameter: Tensor, codes: Tensor) -> Tensor:
-    flat = parameter.float().reshape(-1)
-    return flat if flat.numel() == 1 else flat.reshape(codes.shape[1:])
+    """A parameter in its own dtype: with float32 codes it computes in float32."""
+    return parameter.reshape(-1 if parameter.numel() == 1 else codes.shape[1:])
