@@ -3,14 +3,16 @@
 import errno
 import json
 import os
+import random
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import forked
 
 from kvc8.backends.npu import emulation as _emulated  # noqa: F401
 from kvc8.backends.npu.artifact import PHASES, CompiledFor, DiskUse, disk_use, write
@@ -196,50 +198,28 @@ def test_any_error_of_the_system_leaves_nothing(
     assert os.listdir(tmp_path) == ["model"]
 
 
-KILLED = """
-import os, random, signal, sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_artifact import TARGET, programs
-from kvc8.backends.npu.artifact import write
-from kvc8.backends.npu.artifact_reader import read
-from kvc8.ir.checkpoint.reader import open_checkpoint
-
-folder = Path({folder!r})
-checkpoint, ready = open_checkpoint(folder / "model"), programs()
-start = time.monotonic()
-write(folder / "first", checkpoint, ready, TARGET)
-took = time.monotonic() - start
-whole = parts = 0
-for turn in range({turns}):
-    out = folder / f"out{{turn}}"
-    pid = os.fork()
-    if not pid:
-        write(out, checkpoint, ready, TARGET)
-        os._exit(0)
-    time.sleep(random.random() * took * 2)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    if out.exists():
-        read(out)
-        whole += 1
-        continue
-    part = folder / f".{{out.name}}.{{pid}}.part"
-    parts += part.exists()
-    write(out, checkpoint, ready, TARGET)  # the next compile cleans up
-    assert not part.exists()
-    read(out)
-print(whole, parts)
-"""
-
-
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # nothing but write() runs
 def test_a_killed_process_leaves_all_or_nothing(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    script = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path), turns=10)
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert leftovers(tmp_path) == sorted(["first", *(f"out{i}" for i in range(10))])
+    ready, turns = programs(), 10
+
+    def written(out: Path) -> int:
+        write(out, checkpoint, ready, TARGET)
+        return 0
+
+    begun = time.monotonic()
+    written(tmp_path / "first")
+    took = time.monotonic() - begun
+    for turn in range(turns):
+        out = tmp_path / f"out{turn}"
+        pid = forked.started(lambda out=out: written(out))
+        time.sleep(random.random() * took * 2)
+        os.kill(pid, signal.SIGKILL)
+        assert forked.ended(pid) in (0, -signal.SIGKILL)
+        if not out.exists():
+            written(out)  # the next compile cleans up
+            assert not (tmp_path / f".{out.name}.{pid}.part").exists()
+        read(out)
+    assert leftovers(tmp_path) == sorted(["first", *(f"out{i}" for i in range(turns))])
 
 
 def test_the_part_of_a_living_process_is_left(tmp_path: Path, checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import forked
 from support.sparse import LLAMA_70B, LLAMA_405B, write_sparse
 
 from kvc8.backends.npu.artifact import disk_use
@@ -239,17 +240,18 @@ def test_a_refused_pass_gives_its_reasons(tiny_model, tmp_path, capsys):
     assert reasons[-1] == "  and 4 more; --traceback shows them all"
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # nothing but work() runs
 def test_a_killed_compile_leaves_nothing_or_all(model, tmp_path):
     """SIGKILL at moments spread over the whole run."""
-    code = "import sys; from kvc8.tools.compile import main; sys.exit(main())"
-    for i, delay in enumerate((0.5, 3.5, 4.5)):
+    begun, kills = time.monotonic(), 6
+    assert compile_(model, tmp_path / "whole") == 0
+    took = time.monotonic() - begun
+    for i in range(kills):
         out = tmp_path / f"out{i}"
-        run = [sys.executable, "-c", code, str(model), "--target", "npu", "-o", str(out)]
-        child = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(delay)
-        os.kill(child.pid, signal.SIGKILL)
-        child.wait()
+        pid = forked.started(lambda out=out: compile_(model, out))
+        time.sleep(took * (i + 1) / kills)
+        os.kill(pid, signal.SIGKILL)
+        assert forked.ended(pid) in (0, -signal.SIGKILL)
         if out.exists():
             read(out)
 

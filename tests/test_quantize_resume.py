@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import forked
 
 from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
@@ -43,21 +44,7 @@ def quantize_(*given: str) -> int:
 
 def start(given: list[str]) -> int:
     """A process that quantizes; its number."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        status = quantize_(*given)
-    finally:
-        os._exit(status)
-
-
-def finished(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return forked.started(lambda: quantize_(*given))
 
 
 @pytest.mark.parametrize("options", [VENDOR, ("--rollback", "30")], ids=["msmodelslim", "kvc8"])
@@ -71,7 +58,7 @@ def test_killed_at_random_moments_and_resumed(options, tiny_model, texts, tmp_pa
     program = capture(open_checkpoint(model), dtype)
     monkeypatch.setattr(quantizing, "capture", lambda *_: program)
     begun = time.monotonic()
-    assert finished(start(arguments(model, tmp_path / "whole", texts, *options))) == 0
+    assert forked.ended(start(arguments(model, tmp_path / "whole", texts, *options))) == 0
     takes = time.monotonic() - begun
     want = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     moments, killed, runs = random.Random(7), 0, 0
@@ -83,7 +70,7 @@ def test_killed_at_random_moments_and_resumed(options, tiny_model, texts, tmp_pa
             if killed < KILLS:
                 time.sleep(moments.uniform(0, takes))
                 os.kill(pid, signal.SIGKILL)
-            status = finished(pid)
+            status = forked.ended(pid)
             killed += status == -signal.SIGKILL
             assert status in (0, -signal.SIGKILL) or out.exists()
             done = out.exists()

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+import os
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from support import forked
 
 from kvc8.backends.npu.artifact import CompiledFor, write
 from kvc8.backends.npu.device import load_torch_npu
@@ -218,15 +219,16 @@ def test_only_our_warnings_are_shown(capsys) -> None:
     assert warnings.showwarning is shown
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # nothing but main() runs
 def test_a_reader_that_has_seen_enough(out, tmp_path) -> None:
-    options = ["--prompt", "x", "--max-new-tokens", "1", "--json"]
-    command = [sys.executable, "-m", "kvc8.tools.run", out, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        assert running.stdout is not None
-        assert running.stderr is not None
-        running.stdout.close()
-        assert running.stderr.read() == b""
-    assert running.returncode == 1
+    given = [str(out), "--prompt", "x", "--max-new-tokens", "1", "--json"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    with (tmp_path / "err").open("w+") as err:
+        pid = forked.started(lambda: run.main(given), out=writing, err=err.fileno())
+        os.close(writing)
+        assert forked.ended(pid) == 1
+        assert err.read() == ""
 
 
 def test_a_character_of_several_tokens_is_shown_when_it_is_complete(out) -> None:
