@@ -16,7 +16,8 @@ from kvc8.tools import command
 from kvc8.tools import inspect as tool
 from kvc8.tools.benchmarks.measured import measured
 from kvc8.tools.inspector.plan import plan
-from kvc8.tools.inspector.seen import Seen, look
+from kvc8.tools.inspector.seen import look
+from kvc8.tools.inspector.stored import Stored
 from kvc8.tools.inspector.verdicts import ENGINES, MINDIE, NEW, OLD, TRAPS, verdicts
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -515,7 +516,7 @@ def test_the_memory_plan_of_llama_70b(tmp_path: Path) -> None:
     tensors = {"w": seen.tensors[f"{K0}.weight"]}
     object.__setattr__(tensors["w"], "nbytes", weights)
     files = type(seen.files)(Path(), LLAMA_70B, None, {}, tensors, ())
-    whole = Seen(files, LLAMA_70B, "float", 80, (1024,) * 80, {}, {}, None, {}, {}, (), (), "")
+    whole = Stored(files, LLAMA_70B, "float", 80, (1024,) * 80, {}, None)
     rows = {(row.cache, row.cards): row for row in plan(whole).rows}
     assert {key: row.bytes_per_token for key, row in rows.items()} == {
         ("float16", 1): 327_680,

@@ -102,5 +102,25 @@ def test_what_can_be_refused_at_once_is_refused_before_anything_heavy_is_importe
     assert run(*cases) == [[1, f"error: {sentence}\n"] for sentence in cases.values()]
 
 
+def test_inspect_says_what_the_files_do_before_anything_heavy_is_imported():
+    """Here up to the memory of the cache; then the import of torch, which is barred, ends it."""
+    code = f"""
+import sys
+sys.modules |= dict.fromkeys({HEAVY!r})
+from kvc8.tools.inspect import main
+main()
+"""
+    command = [sys.executable, "-c", code, str(LLAMA)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    head, layers, memory = done.stdout.split("\n\n")
+    assert head.endswith(
+        "layout      msModelSlim's ascendV1, K measured pre-rope\n"
+        "  weights     208 tensors in 1 file, 3.2 MB"
+    )
+    assert "float16 down; cache int8 by channel,\n              symmetric\n" in layers
+    assert f"  {'C8':<22}{512:>16}" in memory
+    assert "ModuleNotFoundError: import of torch halted" in done.stderr
+
+
 def test_the_help_of_opt_names_each_pass():
     assert opt.names() == sorted(PASSES)

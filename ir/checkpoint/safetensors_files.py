@@ -190,9 +190,18 @@ def _by_shard(index: Path, weight_map: Mapping[str, object]) -> dict[str, set[st
     return shards
 
 
+def is_blank(tensor: StoredTensor) -> bool:
+    """Whether all bytes of a small tensor are zero, and so are its values: told without torch."""
+    return not any(_bytes_of(tensor))
+
+
 def _read_small(tensor: StoredTensor) -> torch.Tensor:
     import torch
 
+    return torch.frombuffer(_bytes_of(tensor), dtype=tensor.dtype).reshape(tensor.shape)
+
+
+def _bytes_of(tensor: StoredTensor) -> bytearray:
     held = bytearray(tensor.nbytes)
     with tensor.file.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
@@ -200,7 +209,7 @@ def _read_small(tensor: StoredTensor) -> torch.Tensor:
         got = file.readinto(held)
     if got != tensor.nbytes:
         raise ModelError(place(tensor.file), "has become shorter", "copy the file again")
-    return torch.frombuffer(held, dtype=tensor.dtype).reshape(tensor.shape)
+    return held
 
 
 class TensorFiles:

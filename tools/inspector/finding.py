@@ -7,11 +7,13 @@ some runtime answer wrongly or cost more; a `note` is what someone who runs the 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from kvc8.ir.checkpoint.model_files import place
 from kvc8.ir.errors import Sentence
-from kvc8.tools.inspector.seen import Seen
+
+if TYPE_CHECKING:  # which imports torch
+    from kvc8.tools.inspector.seen import Seen
 
 DIRECTORY, CONFIG = "the directory", "config.json"  # where a finding may be, beside layers
 Severity = Literal["error", "warning", "note"]
@@ -32,7 +34,7 @@ class Finding:
         return f"{self.where}: {self.what}, so {self.so}; {self.do}"
 
 
-Check = Callable[[Seen], Iterator[Finding]]
+Check = Callable[["Seen"], Iterator[Finding]]
 
 
 def inside(sentence: Sentence, directory: Path) -> str:

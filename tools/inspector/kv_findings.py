@@ -11,7 +11,8 @@ from kvc8.ir.checkpoint.layouts import SIDES, KVName, Side
 from kvc8.ir.checkpoint.w8a8 import whole
 from kvc8.passes.repair_rope_scales import largest_ratio
 from kvc8.tools.inspector.finding import DIRECTORY, Check, Finding, in_layers, plural
-from kvc8.tools.inspector.seen import Seen, head_dim, short_dtype
+from kvc8.tools.inspector.seen import Seen
+from kvc8.tools.inspector.stored import head_dim
 
 AGAIN = "calibrate the KV cache again"
 
@@ -54,7 +55,7 @@ def _subnormal_scales(seen: Seen) -> Iterator[Finding]:
             least = torch.finfo(scale.dtype).smallest_normal
             found[layer] = int(((scale > 0) & (scale < least)).sum())
         if bad := [layer for layer, count in found.items() if count]:
-            dtype = short_dtype(_scales(seen, side)[bad[0]].dtype)
+            dtype = str(_scales(seen, side)[bad[0]].dtype).removeprefix("torch.")
             what = f"{plural(sum(found.values()), 'scale is', 'scales are')} subnormal in {dtype}"
             so = "they have lost bits, and ops that multiply by the reciprocal may get infinity"
             do = "calibrate with texts that reach these channels"

@@ -22,9 +22,10 @@ from kvc8.tools.inspector.finding import (
     numbers,
     plural,
 )
-from kvc8.tools.inspector.seen import Seen, head_dim, kv_heads, linears
+from kvc8.tools.inspector.plan import PARALLEL
+from kvc8.tools.inspector.seen import Seen
+from kvc8.tools.inspector.stored import head_dim, kv_heads, linears
 
-PARALLEL = (2, 4, 8)  # the tensor-parallel sizes of one server of 8 cards
 ATTENTION, NZ_HEADS = "npu_fused_infer_attention_score", "heads and kv heads"
 NZ_HEAD_DIM = 128  # the only one of NZ pages
 BELONG = "copy the description and the weights that belong together"

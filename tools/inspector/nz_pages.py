@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from kvc8.backends.npu.facts import Facts
 from kvc8.backends.npu.legality import Broken, breaks, limits
 from kvc8.tools.driver.request import Target
-from kvc8.tools.inspector.seen import Seen, head_dim, kv_heads
+from kvc8.tools.inspector.seen import Seen
+from kvc8.tools.inspector.stored import head_dim, kv_heads
 
 CARDS = (1, 2, 4, 8)  # of one server
 ATTENTION, HEADS = "npu_fused_infer_attention_score", "heads and kv heads"

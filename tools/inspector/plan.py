@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvc8.passes.matchers.heads import share_evenly
-from kvc8.tools.inspector.model_findings import PARALLEL
-from kvc8.tools.inspector.seen import Seen, kv_heads
+from kvc8.tools.inspector.stored import Stored, kv_heads
 
 GB = 2**30  # the unit of a card's memory
 CARDS = (32, 64)  # GB
+PARALLEL = (2, 4, 8)  # the tensor-parallel sizes of one server of 8 cards
 BLOCK = 128  # tokens a block of the cache holds, by default
 
 
@@ -30,17 +30,17 @@ class MemoryPlan:
     rows: tuple[CacheRow, ...]
 
 
-def plan(seen: Seen) -> MemoryPlan:
+def plan(known: Stored) -> MemoryPlan:
     """Work out the memory plan; without rows where config.json does not say how wide a cache is.
 
     Nothing is set aside for activations, the runtime and what it duplicates on each card.
     """
-    weights = sum(tensor.nbytes for tensor in seen.tensors.values())
-    if seen.latent:  # which stays float, and whole on each card
-        return MemoryPlan(weights, (_row("float16", 1, 2 * seen.latent, weights),))
-    channels = 2 * sum(seen.widths)  # K and V of a token
+    weights = sum(tensor.nbytes for tensor in known.tensors.values())
+    if known.latent:  # which stays float, and whole on each card
+        return MemoryPlan(weights, (_row("float16", 1, 2 * known.latent, weights),))
+    channels = 2 * sum(known.widths)  # K and V of a token
     rows = [_row("float16", 1, 2 * channels, weights), _row("C8", 1, channels, weights)]
-    heads = kv_heads(seen)
+    heads = kv_heads(known)
     for cards in PARALLEL:
         if heads and share_evenly(heads, cards):
             here = channels // heads * max(1, heads // cards)
