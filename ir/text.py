@@ -162,6 +162,9 @@ class _Reader:
 
 
 def _literal(expr: ast.expr) -> str | int | float | bool | None:
+    match expr:
+        case ast.Constant(value=str() | int() | float() | None as constant):
+            return constant
     if ast.unparse(expr) in ("inf", "-inf", "nan"):  # as Python shows what it cannot read
         return float(ast.unparse(expr))
     try:
@@ -182,7 +185,7 @@ def _check_type(node: Node, note: ast.expr) -> None:
 
 
 def _read_op(func: ast.expr) -> Callable[..., object]:
-    space, *rest = ast.unparse(func).split(".")
+    space, *rest = _dotted(func).split(".")
     if space == "operator" and len(rest) == 1 and rest[0] in ("add", "sub", "mul", "floordiv"):
         found: Callable[..., object] = getattr(operator, rest[0])
         return found
@@ -195,6 +198,16 @@ def _read_op(func: ast.expr) -> Callable[..., object]:
             f"line {func.lineno}", f"there is no op {ast.unparse(func)}", "correct its name"
         )
     return named
+
+
+def _dotted(expr: ast.expr) -> str:
+    """What `ast.unparse` gives, which takes long, of the usual `space.op.overload`."""
+    match expr:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=of, attr=name):
+            return f"{_dotted(of)}.{name}"
+    return ast.unparse(expr)
 
 
 def _read_type(note: ast.expr | None) -> Type:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -50,13 +51,15 @@ def build(
     attention.register()
     ALL_EXPERTS_FUNCTIONS.register(attention.NAME, experts)
     try:
-        with mode or FakeTensorMode(allow_non_fake_inputs=True), quiet():
+        # Weights without data are not given their first values; from_pretrained ties them so too.
+        with mode or FakeTensorMode(allow_non_fake_inputs=True), quiet(), no_init_weights():
             model = AutoModelForCausalLM.from_config(
                 config,
                 attn_implementation=attention.NAME,
                 experts_implementation=attention.NAME,
                 dtype=dtype,
             )
+            model.tie_weights()
     except FOREIGN as error:
         name = f"a {config.model_type}"
         if isinstance(error, KeyError) and error.args == (attention.NAME,):
