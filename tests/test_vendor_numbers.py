@@ -21,7 +21,7 @@ from kvc8.tools.quantizer.recipes.vendor_math import (
     linear_parts,
     params,
 )
-from kvc8.tools.quantizer.transforms.smoothing import RATIOS, scales
+from kvc8.tools.quantizer.transforms.smoothing import RATIOS, loss_of, scales, scales_by
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoints"
 M3, M3_OLD, PLAIN = "llama_fp16_m3", "llama_fp16_m3_mindie_safe_tensor", "qwen2_fp16_none_asym"
@@ -208,3 +208,19 @@ def test_the_scales_of_the_first_keys_and_values(name):
             reach = high - low
             assert ((scale * 255 - reach).abs() <= 2 * off + 3 * HALF * reach).all()
             assert ((-low / scale - 128 - offset).abs() <= 0.5 + off / scale + 2 * HALF * 255).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.0, 1.5])
+def test_a_search_that_sums_no_more_than_it_must_ends_at_the_first_least_loss(dtype, spread):
+    """With no spread of channels all ratios give the same scales: the first is taken."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 40, 48, generator=random).sign()
+    x = (x * torch.exp(spread * torch.randn(48, generator=random))).to(dtype)
+    weights = [torch.randn(rows, 48, generator=random).to(dtype) for rows in (400, 30)]
+    pairs = [(weight, torch.nn.functional.linear(x, weight)) for weight in weights]
+    size = x.abs().view(-1, 48).mean(0)
+    losses = [loss_of(scales_by(size, ratio), x, pairs) for ratio in RATIOS]
+    best = RATIOS[losses.index(min(losses))]
+    assert (best > 0) == (spread > 0)
+    assert torch.equal(scales(x, weights), scales_by(size, best))

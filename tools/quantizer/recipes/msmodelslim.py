@@ -4,8 +4,8 @@ Two sweeps over the layers. The first runs the float model: it chooses m3's scal
 far K and V reach and which layers hurt. The second runs the texts with rounded weights and
 inputs, each linear with the range it has seen so far, and writes what comes out.
 
-What is peculiar about msModelSlim stands where it is done, here and in vendor_math.py,
-observers.py and smoothing.py:
+What is peculiar about msModelSlim stands where it is done, here and in vendor_sweep.py,
+vendor_math.py, observers.py and smoothing.py:
 
     K is measured before RoPE, and clips after it; kvc8-compile repairs that (repair_rope_scales)
     m3 looks at the first text only, and at the float model without the other layers' scales
@@ -25,8 +25,7 @@ from kvc8.ir.capture.build import config_dtype
 from kvc8.ir.checkpoint.layouts import layer_index
 from kvc8.ir.checkpoint.w8a8 import part_types
 from kvc8.ir.errors import ModelError
-from kvc8.ir.expression import stored_names
-from kvc8.ir.program import argument, expression_of
+from kvc8.ir.program import argument
 from kvc8.ir.run import Value
 from kvc8.tools.quantizer import eager
 from kvc8.tools.quantizer.layers import plain
@@ -40,14 +39,13 @@ from kvc8.tools.quantizer.recipes.vendor_math import (
     linear_parts,
     params,
 )
+from kvc8.tools.quantizer.recipes.vendor_sweep import Found, measure
 from kvc8.tools.quantizer.sites import LinearSite, cached, disabled_by_name, is_down, sites
-from kvc8.tools.quantizer.transforms.smoothing import NormGroup, groups, scales, smooth
+from kvc8.tools.quantizer.transforms.smoothing import NormGroup, groups, smooth
 from kvc8.tools.quantizer.work import Layer, Texts, Work
 from kvc8.tools.quantizer.writer import ModelWriter
 
-FEATURES = 5  # texts that a linear's range and deviation are taken from
 LARGE, LARGE_FLOAT = 8192, 5  # the hidden size of 70B models, and their first layers left float
-Found = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,104 +74,19 @@ def quantize(work: Work, texts: Texts, options: VendorOptions) -> QuantPlan:
     grouped = groups(linears) if options.m3 else []
     # With m3 the first text runs once more, through the model as it was.
     runs = [texts[0], *texts] if options.m3 else texts
-    layers = work.sweep(runs, lambda layer: _measure(work, layer, linears, grouped, options))
+    layers = work.sweep(
+        runs, lambda layer: measure(work, layer, linears, grouped, m3=options.m3, kv=options.kv)
+    )
     found = {name: tensor for layer in layers for name, tensor in layer.items()}
     chosen = _choose(work, linears, found, options)
     plan = _plan(work, chosen, found, options)
     entries = plan.entries()
     writer = work.writer(entries)
     work.sweep(texts, lambda layer: _write(work, layer, chosen, grouped, found, plan, writer))
-    smoothed = {_stored(group.norm) for group in grouped}
+    smoothed = {group.norm_name for group in grouped}
     copy_rest(plan, writer, entries, smoothed)
     _write_norms(plan, writer, smoothed)
     return plan
-
-
-def _measure(
-    work: Work,
-    layer: Layer,
-    linears: Sequence[LinearSite],
-    grouped: Sequence[NormGroup],
-    options: VendorOptions,
-) -> Found:
-    """Smooth a layer, run the texts, and measure K, V and what linears read."""
-    found: dict[str, Tensor] = {}
-    base = plain(work.checkpoint, eager.attend)
-    if mine := [group for group in grouped if group.norm in layer.weights]:
-        held: dict[Node, Tensor] = {}
-        sources = {group.source for group in mine}
-
-        def hold(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
-            value = base(call, args, kwargs)
-            if call in sources and isinstance(value, Tensor):
-                held[call] = value
-            return value
-
-        layer.run(0, layer.weights, hold)
-        for group in mine:
-            s = scales(held[group.source], [layer.weights[w] for w in group.weights])
-            found[f"smooth {_stored(group.norm)}"] = s
-        for group in mine:
-            smooth(layer.weights, group, found[f"smooth {_stored(group.norm)}"])
-    watch = _Watch({site.linear: site.module for site in linears}, options.kv)
-    for index in range(int(options.m3), len(layer.texts)):
-
-        def observe(call: Node, args: Sequence[Value], kwargs: Mapping[str, Value]) -> Value:
-            value = base(call, args, kwargs)
-            watch.see(call, args, value)
-            return value
-
-        layer.run(index, layer.weights, observe)
-        watch.text += 1
-    return {**found, **watch.found()}
-
-
-class _Watch:
-    """How far K and V reach over all texts, and what linears read in the first five."""
-
-    def __init__(self, modules: Mapping[Node, str], kv: bool) -> None:
-        self._modules, self._kv = modules, kv
-        self.text = 0
-        self._ends: dict[str, tuple[Tensor, Tensor]] = {}
-        self._read: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-
-    def see(self, call: Node, args: Sequence[Value], value: Value) -> None:
-        """See a call."""
-        module = self._modules.get(call)
-        if module is None or not isinstance(value, Tensor):
-            return
-        if self._kv and module.endswith((".k_proj", ".v_proj")):
-            rows = value.view(-1, value.shape[-1])
-            low, high = rows.amin(0), rows.amax(0)
-            old = self._ends.get(module, (low, high))
-            self._ends[module] = torch.min(old[0], low), torch.max(old[1], high)
-        if self.text < FEATURES and isinstance(x := args[0], Tensor):
-            self._read[module] = _features(x, self._read.get(module))
-
-    def found(self) -> Found:
-        """By name: the ends of K and V, and how many deviations a linear's input reaches."""
-        made: dict[str, Tensor] = {}
-        for module, (low, high) in self._ends.items():
-            made |= {f"low {module}": low, f"high {module}": high}
-        for module, (high, low, deviation) in self._read.items():
-            made[f"range {module}"] = torch.maximum(high.abs(), low.abs()) / deviation
-        return made
-
-
-def _features(
-    x: Tensor, old: tuple[Tensor, Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The greatest and least value, and the greatest deviation.
-
-    The deviation is taken after a shift by the sum of each channel's extremes; half of the sum
-    would center it, and msModelSlim does not halve.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    deviation = torch.std(rows - (rows.amax(0) + rows.amin(0)))
-    if old is None:
-        return x.max(), x.min(), deviation
-    high, low, widest = old
-    return torch.max(high, x.max()), torch.min(low, x.min()), torch.max(widest, deviation)
 
 
 @dataclass(frozen=True)
@@ -256,8 +169,8 @@ def _write(
     mine = {s.linear: s for s in chosen.linears.values() if s.weight in weights}
     for group in grouped:
         if group.norm in weights:
-            smooth(weights, group, found[f"smooth {_stored(group.norm)}"])
-            _write_norm(plan, writer, _stored(group.norm), weights[group.norm])
+            smooth(weights, group, found[f"smooth {group.norm_name}"])
+            _write_norm(plan, writer, group.norm_name, weights[group.norm])
     inputs = _Inputs({s.source: m in chosen.histograms for m, s in chosen.linears.items()})
     _run_rounded(work, layer, mine, inputs)
     for site in mine.values():
@@ -330,7 +243,3 @@ def _write_norm(plan: QuantPlan, writer: ModelWriter, name: str, weight: Tensor)
     for prefix in (module, f"{module}.module")[: 1 + (plan.layout == "safe_tensor")]:
         writer.put(f"{prefix}.weight", weight)
         writer.put(f"{prefix}.bias", torch.zeros(len(weight)))
-
-
-def _stored(parameter: Node) -> str:
-    return next(stored_names(expression_of(parameter)))
