@@ -31,8 +31,10 @@ An expression is an expression; in a program's text it stands as the parameter's
 | `fp19(x)` | float32 x cut to the 10 fraction bits that an int8 matmul reads of a packed scale |
 | `masked_above(n)` | bool [n, n], True above the diagonal: the NPU's compressed causal mask |
 | `derived(name)` | what the compiler made of an expression like these; an artifact holds it |
+| `smoothing(scale, zero)` | of [H, D], what brings channels to one size: [H*D], from 1 to 2048 |
 | `cache(scale, zero, calibrated)` | a KV cache: what the runtime allocates, not a tensor on disk |
 | `cache_nz(heads)` | the same of int8 in NZ format (ir/nz.py) |
+| `cache_steps()` | float32 [N, S, 1, 1]: the scale of each token of another cache |
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -49,6 +51,8 @@ from kvc8.ir.types import DTYPE_NAMES
 
 Arg: TypeAlias = "Expression | str | int | float | torch.dtype | tuple[Arg, ...] | None"
 Read = Callable[[str], Tensor]
+SMOOTHING = 0.8  # see passes/insert_token_quant.py
+LARGEST_SMOOTHING = 2048.0  # which float16 and bfloat16 hold, and so its inverse
 EACH_RANK = ("shard", "first")  # what ir/ranks.py binds to a rank
 
 
@@ -175,6 +179,15 @@ def furthest(zero: Tensor) -> Tensor:
     return torch.maximum((-128 - zero).abs(), (127 - zero).abs())
 
 
+def _smoothing(scale: Tensor, zero: Tensor | None) -> Tensor:
+    """See passes/insert_token_quant.py; scale and zero [H, D]."""
+    reach = scale.float() if zero is None else scale.float() * furthest(zero) / 127
+    _, exponent = torch.frexp(reach.amax())
+    ratio = torch.ldexp(torch.ones(()), exponent) / reach.double()
+    # in float64: processors differ in the last bit of a power, and float32 then has none of it
+    return (ratio**SMOOTHING).clamp(max=LARGEST_SMOOTHING).float().flatten()
+
+
 def _rope_bound(
     scale: Tensor, zero: Tensor | None, distance: int, width: int, kind: str, factor: float = 1.0
 ) -> Tensor:
@@ -238,6 +251,7 @@ STEPS: Mapping[str, Callable[..., Tensor]] = MappingProxyType(
         "float_bits": _float_bits,
         "int_bits": _int_bits,
         "rope_bound": _rope_bound,
+        "smoothing": _smoothing,
         "round_up": _round_up,
         "fp19": _fp19,
         "masked_above": _masked_above,

@@ -211,22 +211,49 @@ def _(
 
 
 @torch.library.custom_op("kvc8::quantize_tokens", mutates_args=())
-def _quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_tokens(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric int8 codes of each row and its scale: s = max|row| / 127, round(row / s).
 
-    x [..., K]; gives int8 [..., K] and float32 [...], in float32, half to even. A row of zeros has
-    the scale 0. (npu_dynamic_quant; vllm-ascend quantization/methods/w8a8_dynamic.py.)
+    x [..., K], multiplied by `smooth` [K] first where there is one; gives int8 [..., K] and float32
+    [...], in float32, half to even. A row of zeros has the scale 0. (npu_dynamic_quant, with its
+    smooth_scales; vllm-ascend quantization/methods/w8a8_dynamic.py.)
     """
-    wide = x.float()
+    wide = x.float() if smooth is None else x.float() * smooth.float()
     scale = wide.abs().amax(-1, keepdim=True) / 127
     codes = (wide / scale.masked_fill(scale == 0, 1)).round()
     return codes.clamp(-128, 127).to(torch.int8), scale.squeeze(-1)
 
 
 @_quantize_tokens.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, smooth: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    if smooth is not None:
+        torch._check(smooth.shape == x.shape[-1:], lambda: "smooth is not one a channel of x")
+        torch._check(smooth.dtype == x.dtype, lambda: "smooth and x differ in dtype")
     codes = torch.empty_like(x, dtype=torch.int8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("kvc8::dequantize_tokens", mutates_args=())
+def _dequantize_tokens(
+    q: Tensor, scale: Tensor, smooth: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """q*scale/smooth in float32, then cast to dtype; the inverse of quantize_tokens.
+
+    q int8 [..., H, D] and scale float32 [..., 1, 1], of each token; smooth [H*D] as it was given.
+    """
+    y = q.float() * scale
+    return (y if smooth is None else y / smooth.float().view(q.shape[-2:])).to(dtype)
+
+
+@_dequantize_tokens.register_fake
+def _(q: Tensor, scale: Tensor, smooth: Tensor | None, dtype: torch.dtype) -> Tensor:
+    torch._check(q.dtype == torch.int8, lambda: "q is not int8")
+    torch._check(scale.dtype == torch.float32, lambda: "scale is not float32")
+    torch._check(scale.shape == (*q.shape[:-2], 1, 1), lambda: "scale is not one a token")
+    if smooth is not None:
+        width = q.shape[-2] * q.shape[-1]
+        torch._check(smooth.shape == (width,), lambda: "smooth is not one a channel")
+    return torch.empty_like(q, dtype=dtype)
 
 
 @torch.library.custom_op("kvc8::dynamic_linear", mutates_args=())
@@ -275,4 +302,5 @@ quantize = torch.ops.kvc8.quantize.default
 dequantize = torch.ops.kvc8.dequantize.default
 quant_linear = torch.ops.kvc8.quant_linear.default
 quantize_tokens = torch.ops.kvc8.quantize_tokens.default
+dequantize_tokens = torch.ops.kvc8.dequantize_tokens.default
 dynamic_linear = torch.ops.kvc8.dynamic_linear.default

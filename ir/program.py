@@ -6,9 +6,9 @@ Beside fx's own fields a node carries, in its meta:
     origin   the module of the model it came from, "model.layers.3.self_attn"; "" where none
     expression   parameters and caches only: what it is made of (ir/expression.py)
 
-A placeholder with an expression `cache(...)` or `cache_nz(heads)` is a KV cache, with any other
-expression a parameter, and without one an input of each step. The output lists the logits and then
-each cache as it now is.
+A placeholder with an expression `cache(...)`, `cache_nz(heads)` or `cache_steps()` is a KV cache,
+with any other expression a parameter, and without one an input of each step. The output lists the
+logits and then each cache as it now is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +28,7 @@ from kvc8.ir.expression import Expression
 from kvc8.ir.shapes import Op, Shapes, frozen
 from kvc8.ir.types import TensorType, Type
 
-CACHES = ("cache", "cache_nz")  # expressions
+CACHES = ("cache", "cache_nz", "cache_steps")  # expressions
 
 
 class Stage(Enum):
@@ -70,7 +70,7 @@ class Program:
         return [n for n in self.placeholders() if is_parameter(n)]
 
     def caches(self) -> list[Node]:
-        """The KV caches: of each layer K, then V."""
+        """The KV caches: of each layer K, then V; after all of them scales of tokens, if any."""
         return [n for n in self.placeholders() if is_cache(n)]
 
     def placeholders(self) -> list[Node]:

@@ -30,8 +30,10 @@ from kvc8.ir.program import (
     is_nz,
     tensor_type,
     type_of,
+    users,
 )
 from kvc8.ir.ranks import each_ranks_own
+from kvc8.ir.token_cache import check_same_token, quantized_tokens
 from kvc8.ir.types import show_type
 
 LINEARS = {ops.quantize, ops.quant_linear, ops.quantize_tokens, ops.dynamic_linear}
@@ -46,8 +48,8 @@ RANKS = frozenset(
 OPS: Mapping[Stage, frozenset[OpOverload]] = MappingProxyType(
     {
         Stage.CAPTURED: FLOAT,
-        Stage.QUANTIZED: FLOAT | RANKS | {ops.dequantize},
-        Stage.LOWERING: FLOAT | RANKS | {ops.dequantize},
+        Stage.QUANTIZED: FLOAT | RANKS | {ops.dequantize, ops.dequantize_tokens},
+        Stage.LOWERING: FLOAT | RANKS | {ops.dequantize, ops.dequantize_tokens},
         Stage.LOWERED: frozenset(),
     }
 )
@@ -213,11 +215,12 @@ def _check_cache(stage: Stage, cache: Node) -> None:
 def _check_same_scale(write: Node) -> None:
     """What goes into an int8 cache was quantized as what comes out of it is dequantized."""
     rows = argument(write, 1)
-    if not is_call(rows, ops.quantize):
+    tokens = quantized_tokens(rows)
+    if not is_call(rows, ops.quantize) and tokens is None:
         raise IRError(write.name, f"rows {rows.name} are not quantized", "quantize them")
-    for reader in write.users:
-        if reader.op == "output":
-            continue
-        if not is_call(reader, ops.dequantize) or reader.args[1:3] != rows.args[1:3]:
+    for reader in users(write):
+        if tokens is not None:
+            check_same_token(write, reader, tokens)
+        elif not is_call(reader, ops.dequantize) or reader.args[1:3] != rows.args[1:3]:
             what = f"reads {write.name} otherwise than {rows.name} quantized it"
             raise IRError(reader.name, what, "dequantize by the same scale and zero")

@@ -51,8 +51,9 @@ from torch.fx.node import Argument
 from kvc8.ir import npu, ops
 from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
+from kvc8.ir.token_cache import is_steps, quantized_tokens
 from kvc8.ir.types import TensorType
-from kvc8.passes.rewrite import Remark, hit, miss, rewrite
+from kvc8.passes.rewrite import Remark, hit, keep, miss, rewrite
 
 ATEN = torch.ops.aten
 
@@ -62,6 +63,9 @@ def fold_kv_scales(program: Program) -> Iterator[Remark]:
     """See the module."""
     for write in program.calls(ops.cache_write):
         rows = argument(write, 1)
+        if is_steps(argument(write, 0)) or quantized_tokens(rows) is not None:
+            yield keep(write, "its tokens have scales of their own")
+            continue
         if not is_call(rows, ops.quantize):
             yield miss(write, "its cache is float")
             continue

@@ -104,6 +104,7 @@ from kvc8.passes.matchers.attention import (
     gathered,
     in_dtype,
     scattered,
+    scattered_steps,
     width,
 )
 from kvc8.passes.matchers.float_rows import bound
@@ -111,6 +112,8 @@ from kvc8.passes.matchers.sinks import beside_sinks
 from kvc8.passes.rewrite import Remark, hit, keep, miss, rewrite
 
 ATEN = torch.ops.aten
+Steps = tuple[Node | None, Node | None]  # the scales of tokens of K and V
+TOKENS_IN_PAGES = 4  # the antiquant mode
 PACKED_HEAD_DIMS = (128, 192)  # that the op takes end to end (TND); others go one prompt a call
 NO_SOFT_CAP = (
     "it caps its logits, which no attention op of the NPU does, and in other ops each step would "
@@ -138,36 +141,44 @@ def lower_paged_attention(
         yield keep(node, "an op of the NPU attends there already")
     for node in program.calls(ops.paged_attention):
         k, v = find_side(argument(node, 1)), find_side(argument(node, 2))
-        why = _why_not(node, k, v)
+        why = _why_not(node, k, v, own=phase == "prefill" and prefill_kv == "float")
         if why or k is None or v is None:
             yield miss(node, why)
             continue
         site = AttentionSite(program, node, k, v, shared)
-        caches = scattered(site)
+        caches, steps = scattered(site), scattered_steps(site)
         if phase == "decode":
-            out = _decode(site, caches)
+            out = _decode(site, caches, steps)
+        elif phase == "chunk":
+            out = _chunk(site, caches, steps)
         else:
-            out = _chunk(site, caches) if phase == "chunk" else _prefill(site, prefill_kv)
+            out = _prefill(site, prefill_kv)
         node.replace_all_uses_with(out)
         yield hit(node, f"{phase}, {'int8' if k.back else 'float'} cache")
     _drop_inputs(program)
 
 
-def _why_not(node: Node, k: CacheSide | None, v: CacheSide | None) -> str:
+def _why_not(node: Node, k: CacheSide | None, v: CacheSide | None, *, own: bool) -> str:
     if k is None or v is None:
         return "its K and V do not come out of a cache that this program writes"
+    if not own and any(map(_smoothed, (k, v))):
+        return "its channels were smoothed, which fold_token_smoothing takes out of its cache"
     return NO_SOFT_CAP if node.args[8] else ""
 
 
-def _decode(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
+def _smoothed(side: CacheSide) -> bool:
+    return side.steps is not None and side.back is not None and side.back.args[2] is not None
+
+
+def _decode(site: AttentionSite, caches: tuple[Node, Node], steps: Steps) -> Node:
     """One query a sequence over its pages; the caches are [N, S, H*D] in layout BSH."""
     rows = site.call(ATEN.reshape.default, argument(site.node, 0), [-1, 1, width(site.node)])
     k, v = (site.call(ATEN.flatten.using_ints, cache, 2, 3) for cache in caches)
     block = site.call(ATEN.sym_size.int, caches[0], 1)
     options = {
         **(_in_window(site) if site.window else all_pages(site)),
-        **_antiquant(site, "key", site.k),
-        **_antiquant(site, "value", site.v),
+        **_antiquant(site, "key", site.k, steps[0]),
+        **_antiquant(site, "value", site.v, steps[1]),
         **site.heads,
         "input_layout": "BSH",
         "block_size": block,
@@ -188,10 +199,19 @@ def _in_window(site: AttentionSite) -> dict[str, Argument]:
     }
 
 
-def _antiquant(site: AttentionSite, name: str, side: CacheSide) -> dict[str, Argument]:
-    """Scale and offset of one side in the dtype of the query, [H*D]."""
+def _antiquant(
+    site: AttentionSite, name: str, side: CacheSide, steps: Node | None
+) -> dict[str, Argument]:
+    """Scale and offset of one side in the dtype of the query, [H*D]; or the scales of its tokens.
+
+    Those are float32 [N, S], in pages as the codes are (ops-transformer
+    aclnnFusedInferAttentionScoreV2.md, on Q_S = 1).
+    """
     if side.back is None:
         return {}
+    if steps is not None:
+        paged = site.call(ATEN.flatten.using_ints, steps, 1, 3)
+        return {f"{name}_antiquant_scale": paged, f"{name}_antiquant_mode": TOKENS_IN_PAGES}
     dtype = tensor_type(site.node).dtype
     offset = side.back.kwargs["offset"]
     made = {f"{name}_antiquant_scale": in_dtype(site.program, argument(side.back, 1), dtype)}
@@ -202,18 +222,23 @@ def _antiquant(site: AttentionSite, name: str, side: CacheSide) -> dict[str, Arg
 
 def _prefill(site: AttentionSite, prefill_kv: str) -> Node:
     """Each prompt over itself, as float rows or as what the cache gives back of them."""
-    k, v = (
-        side.rows if prefill_kv == "float" else dequantized(site, side, argument(side.write, 1))
-        for side in (site.k, site.v)
-    )
+    k, v = (_seen(site, side, prefill_kv) for side in (site.k, site.v))
     return _several_rows(site, k, v, "query_ends")
 
 
-def _chunk(site: AttentionSite, caches: tuple[Node, Node]) -> Node:
+def _seen(site: AttentionSite, side: CacheSide, prefill_kv: str) -> Node:
+    """The new rows of one side, [T, heads, head_dim]."""
+    if prefill_kv == "float":
+        return side.rows
+    steps = argument(side.steps, 1) if side.steps is not None else None
+    return dequantized(site, side, argument(side.write, 1), steps)
+
+
+def _chunk(site: AttentionSite, caches: tuple[Node, Node], steps: Steps) -> Node:
     """The new tokens of each sequence over all its tokens, gathered out of the pages."""
     k, v = (
-        dequantized(site, side, gathered(site, cache))
-        for cache, side in zip(caches, (site.k, site.v), strict=True)
+        dequantized(site, side, gathered(site, cache), step and gathered(site, step))
+        for cache, side, step in zip(caches, (site.k, site.v), steps, strict=True)
     )
     return _several_rows(site, k, v, "kv_ends")
 

@@ -14,6 +14,8 @@ class Options:
 
     # K scales that were measured before RoPE: widened to bounds after it, or used as they are.
     kv_scales: Literal["repair", "as-is"] = "repair"
+    # Whose scales the cache has: a channel's, static, or a token's, made as it is written.
+    kv_scales_by: Literal["channel", "token"] = "channel"
     # What a prompt sees of itself: its own float K and V, or what the cache gives back of them.
     prefill_kv: Literal["float", "int8"] = "float"
     # The cache's offsets leave the attention where that is exact, or its scales as well.
@@ -37,6 +39,16 @@ class Options:
             if given not in allowed:
                 what = f"is {given!r} and should be {' or '.join(map(repr, allowed))}"
                 raise TargetError(name, what, "correct it")
+        if self.kv_scales_by == "token":
+            self._check_by_token()
+
+    def _check_by_token(self) -> None:
+        """Refuse what caches with a scale a token do not go with."""
+        without = {"fold": "offsets", "kv_format": "nd", "ranks": 1}
+        for name, only in without.items():
+            if getattr(self, name) != only:
+                what = f"is {getattr(self, name)} with kv_scales_by token, which goes with {only}"
+                raise TargetError(name, what, "leave one of the two out")
 
 
 NAMES = tuple(field.name for field in fields(Options) if field.name != "ranks")  # with a list

@@ -12,6 +12,7 @@ from kvc8.passes.fold_k_offset import fold_k_offset
 from kvc8.passes.fold_k_scale import fold_k_scale
 from kvc8.passes.fold_kv_scales import fold_kv_scales
 from kvc8.passes.fold_latent_attention import fold_latent_attention
+from kvc8.passes.fold_token_smoothing import fold_token_smoothing
 from kvc8.passes.fold_v_offset import fold_v_offset
 from kvc8.passes.fold_v_offset_into_codes import fold_v_offset_into_codes
 from kvc8.passes.fold_v_scale import fold_v_scale
@@ -23,6 +24,7 @@ from kvc8.passes.fuse_swiglu_quant import fuse_swiglu_quant
 from kvc8.passes.insert_dynamic_quant import insert_dynamic_quant
 from kvc8.passes.insert_kv_quant import insert_kv_quant
 from kvc8.passes.insert_linear_quant import insert_linear_quant
+from kvc8.passes.insert_token_quant import insert_token_quant
 from kvc8.passes.lower_caches_to_nz import lower_caches_to_nz
 from kvc8.passes.lower_collectives import lower_collectives
 from kvc8.passes.lower_dynamic_linear import lower_dynamic_linear
@@ -64,6 +66,23 @@ AS_IS: tuple[Step, ...] = (
     insert_kv_quant,
 )
 
+# `--kv-scales-by token`: with scales that tokens bring along, in place of either of the two.
+BY_TOKEN: tuple[Step, ...] = (
+    remove_identities,
+    fold_latent_attention,
+    insert_linear_quant,
+    insert_dynamic_quant,
+    repair_rope_scales,
+    insert_token_quant,
+)
+BY_TOKEN_AS_IS: tuple[Step, ...] = (
+    remove_identities,
+    fold_latent_attention,
+    insert_linear_quant,
+    insert_dynamic_quant,
+    insert_token_quant,
+)
+
 # `--tp N`: after either of the two, with how many ranks and how they sum bound to it.
 DIVIDE: tuple[Step, ...] = (shard,)
 
@@ -85,6 +104,9 @@ FOLD_KV_AND_WEIGHTS: tuple[Step, ...] = (
     fold_v_scale,
     fold_k_scale,
 )
+
+# `--kv-scales-by token`: there are no offsets then, and no other scales.
+FOLD_TOKENS: tuple[Step, ...] = (fold_token_smoothing,)
 
 # A decoder layer without its attention, in NPU ops.
 LAYER: tuple[Step, ...] = (
@@ -134,7 +156,11 @@ FUSE_NZ: tuple[Step, ...] = (fuse_norm_rope_quant_cache, fuse_norm_quant, fuse_s
 
 def quantize_passes(options: Options) -> tuple[Step, ...]:
     """The passes up to QUANTIZED."""
-    passes = QUANTIZE if options.kv_scales == "repair" else AS_IS
+    repair = options.kv_scales == "repair"
+    if options.kv_scales_by == "token":
+        passes = BY_TOKEN if repair else BY_TOKEN_AS_IS
+    else:
+        passes = QUANTIZE if repair else AS_IS
     dividing = (partial(step, ranks=options.ranks, sums=options.sums) for step in DIVIDE)
     return (*passes, *dividing) if options.ranks > 1 else passes
 
@@ -216,7 +242,8 @@ def phases(options: Options = DEFAULT) -> Phases:
     int8, nz = options.prefill_kv == "int8", options.kv_format == "nz"
     every = FOLD_KV_AND_WEIGHTS if int8 else FOLD_KV
     offsets = FOLD_ALL_OFFSETS if nz else FOLD_OFFSETS
-    shared = (*(every if options.fold == "kv" else offsets), *LAYER)
+    folds = every if options.fold == "kv" else offsets
+    shared = (*(FOLD_TOKENS if options.kv_scales_by == "token" else folds), *LAYER)
     fusing = FUSE_NZ if nz else FUSE
     last = (*(NZ if nz else ()), *(fusing if options.fuse == "on" else ()))
     return {

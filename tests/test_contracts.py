@@ -113,8 +113,12 @@ def test_a_repro_of_a_sound_site_keeps_its_contract(models, tmp_path, model, nam
 
 @pytest.mark.parametrize(
     ("directory", "options"),
-    [(QWEN2, []), (LLAMA, ["--fold", "kv", "--prefill-kv", "int8"])],
-    ids=["asymmetric", "symmetric"],
+    [
+        (QWEN2, []),
+        (LLAMA, ["--fold", "kv", "--prefill-kv", "int8"]),
+        (QWEN2, ["--kv-scales-by", "token"]),
+    ],
+    ids=["asymmetric", "symmetric", "by token"],
 )
 def test_every_pass_keeps_its_contract_in_the_dtype_of_the_model(
     directory, options, tmp_path, capsys

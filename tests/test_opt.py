@@ -108,6 +108,7 @@ VARIANTS = [  # what is not fused begins as what is
     Options(ranks=2, sums="half"),
     *(Options(fold=fold, prefill_kv=kv) for fold, kv in product(*map(choices, OF_SCALES))),
     Options(kv_format="nz"),
+    Options(kv_scales_by="token"),
 ]
 
 

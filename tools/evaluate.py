@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--text", type=Path, required=True, help="a file of text, not calibrated on")
     found.add_argument("--windows", type=_count, default=8, help="so many windows of it (8)")
     found.add_argument("--window", type=_count, default=1024, help="tokens of a window (1024)")
-    add_options(found, ("kv_scales",))
+    add_options(found, ("kv_scales", "kv_scales_by"))
     add_kv_calibrated(found)
     found.add_argument(
         "--float-cache", action="store_true", help="model directories: W8A8 alone, without C8"

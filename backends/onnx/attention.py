@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from kvc8.backends.onnx.builder import END, Builder, Value
+from kvc8.backends.onnx.dynamic import dequantized_tokens
 from kvc8.backends.onnx.quantization import dequantized
 from kvc8.ir import ops
 from kvc8.ir.program import argument, is_call, tensor_type
@@ -126,12 +127,20 @@ def _gathered(b: Builder, node: Node, index: int, table: Value) -> Value:
 def _pages(b: Builder, node: Node, cache: Node, table: Value) -> Value:
     """What a cache has of each sequence, [B, L, H, D]."""
     type_ = tensor_type(cache)
-    stored = argument(cache, 0) if is_call(cache, ops.dequantize) else cache
-    wanted = b.shape([0, -1, *type_.shape[2:]])
-    pages = b.op("Reshape", b.op("Gather", b.value(stored), table, axis=0), wanted)
-    if stored is not cache:
-        pages = dequantized(b, cache, pages, type_.shape)
+    if is_call(cache, ops.dequantize):
+        pages = dequantized(b, cache, _rows_of(b, argument(cache, 0), table), type_.shape)
+    elif is_call(cache, ops.dequantize_tokens):
+        codes, steps = (_rows_of(b, argument(cache, i), table) for i in (0, 1))
+        pages = dequantized_tokens(b, cache, codes, steps)
+    else:
+        pages = _rows_of(b, cache, table)
     return b.cast(pages, type_.dtype, _wide(node))
+
+
+def _rows_of(b: Builder, cache: Node, table: Value) -> Value:
+    """The pages of a cache [N, S, H, D] that a table names, as they lie there, [B, L, H, D]."""
+    wanted = b.shape([0, -1, *tensor_type(cache).shape[2:]])
+    return b.op("Reshape", b.op("Gather", b.value(cache), table, axis=0), wanted)
 
 
 def _clean(b: Builder, node: Node, batch: _Batch, values: Value) -> Value:

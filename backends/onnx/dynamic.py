@@ -1,4 +1,4 @@
-"""Linears of activations with a scale a token, alone and of a mixture's experts, in ONNX.
+"""What has a scale a token, in ONNX: caches, and linears, alone and of a mixture's experts.
 
 The arithmetic is that of ir/ops.py and ir/mixture_ops.py bit for bit. ONNX's DynamicQuantizeLinear
 has one scale for the whole tensor and is asymmetric, so the scales are spelled out.
@@ -19,15 +19,37 @@ from kvc8.ir.shapes import Op
 F32 = torch.float32
 
 
-def _quantize_tokens(b: Builder, node: Node, x: Value) -> Sequence[Value]:
+def _quantize_tokens(
+    b: Builder, node: Node, x: Value, smooth: Value | None = None
+) -> Sequence[Value]:
     """`kvc8.quantize_tokens`: ONNX's Round is half to even."""
-    wide = b.cast(x, tensor_type(argument(node, 0)).dtype, F32)
+    dtype = tensor_type(argument(node, 0)).dtype
+    wide = b.cast(x, dtype, F32)
+    if smooth is not None:
+        wide = b.op("Mul", wide, b.cast(smooth, dtype, F32))
     scale = b.op("Div", b.op("ReduceMax", b.op("Abs", wide), [-1], keepdims=1), b.number(127, F32))
     zero = b.op("Equal", scale, b.number(0, F32))
     codes = b.op("Round", b.op("Div", wide, b.op("Where", zero, b.number(1, F32), scale)))
     low, high = b.number(-128, F32), b.number(127, F32)
     codes = b.cast(b.op("Clip", codes, low, high), F32, torch.int8)
     return codes, b.op("Squeeze", scale, [-1])
+
+
+def _dequantize_tokens(
+    b: Builder, node: Node, q: Value, scale: Value, smooth: Value | None, dtype: torch.dtype
+) -> Value:
+    """`kvc8.dequantize_tokens`."""
+    return dequantized_tokens(b, node, q, scale)
+
+
+def dequantized_tokens(b: Builder, node: Node, q: Value, scale: Value) -> Value:
+    """What a `kvc8.dequantize_tokens` gives for some of its codes [..., H, D] and their scales."""
+    y = b.op("Mul", b.cast(q, torch.int8, F32), scale)
+    if isinstance(smooth := node.args[2], Node):
+        each = b.cast(b.value(smooth), tensor_type(smooth).dtype, F32)
+        heads = b.shape([*map(int, tensor_type(node).shape[-2:])])
+        y = b.op("Div", y, b.op("Reshape", each, heads))
+    return b.cast(y, F32, tensor_type(node).dtype)
 
 
 def _dynamic_linear(
@@ -91,6 +113,7 @@ DYNAMIC = mixture_ops.dynamic_grouped_linear
 LOWERINGS: Mapping[Op, Callable[..., object]] = MappingProxyType(
     {
         ops.quantize_tokens: _quantize_tokens,
+        ops.dequantize_tokens: _dequantize_tokens,
         ops.dynamic_linear: _dynamic_linear,
         mixture_ops.dynamic_grouped_linear: _dynamic_grouped_linear,
     }

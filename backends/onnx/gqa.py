@@ -88,6 +88,9 @@ class _Side:
 
 
 def _check(program: Program) -> None:
+    for back in program.calls(ops.dequantize_tokens):
+        what = "has a scale a token, and the int8 cache of GroupQueryAttention one a channel"
+        raise TargetError(argument(back, 0).name, what, "compile with --flavor standard")
     for write in program.calls(ops.cache_write):
         readers = [back for back in users(write) if is_call(back, ops.dequantize)]
         rest = [user for user in users(write) if user not in readers]

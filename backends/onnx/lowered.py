@@ -51,7 +51,7 @@ UNWRITTEN: Mapping[str, tuple[Op, ...]] = MappingProxyType(
             npu.npu_grouped_matmul,
             npu.npu_moe_token_unpermute,
         ),
-        "quantizes activations by token (W8A8_DYNAMIC)": (npu.npu_dynamic_quant,),
+        "quantizes by token (W8A8_DYNAMIC, or --kv-scales-by token)": (npu.npu_dynamic_quant,),
     }
 )
 

@@ -7,6 +7,7 @@ import torch
 from kvc8.ir.errors import IRError
 from kvc8.ir.nz import PIECE, nz_row
 from kvc8.ir.program import Program, is_nz, tensor_type
+from kvc8.ir.token_cache import is_steps
 from kvc8.ir.types import dtype_name, size
 
 BLOCKS, BLOCK_SIZE = size("N"), size("S")
@@ -15,13 +16,13 @@ FLOAT16_BYTES = 2
 
 @dataclass(frozen=True)
 class Cache:
-    """One cache: the K or the V of a layer."""
+    """One cache: the K or the V of a layer, or the scales that tokens have there."""
 
     name: str
     heads: int
     head_dim: int
     dtype: torch.dtype
-    format: str = "nd"  # or "nz": see ir/nz.py
+    format: str = "nd"  # or "nz": see ir/nz.py; "steps": a scale a token, [N, S, 1, 1]
 
     @property
     def bytes_per_token(self) -> int:
@@ -47,7 +48,10 @@ class Cache:
 
 @dataclass(frozen=True)
 class KVLayout:
-    """The caches of a program, in the order of its inputs: of each layer K, then V."""
+    """The caches of a program, in the order of its inputs: of each layer K, then V.
+
+    After those of all layers come, in the same order, the scales of tokens, where they have any.
+    """
 
     caches: tuple[Cache, ...]
 
@@ -59,7 +63,8 @@ class KVLayout:
     @property
     def float16_bytes_per_token(self) -> int:
         """What one token would take in float16."""
-        return sum(cache.heads * cache.head_dim * FLOAT16_BYTES for cache in self.caches)
+        kept = (cache for cache in self.caches if cache.format != "steps")
+        return sum(cache.heads * cache.head_dim * FLOAT16_BYTES for cache in kept)
 
 
 def kv_layout(program: Program) -> KVLayout:
@@ -79,5 +84,6 @@ def kv_layout(program: Program) -> KVLayout:
         heads, head_dim = type_.shape[2:]
         if not isinstance(heads, int) or not isinstance(head_dim, int):
             raise IRError(node.name, f"is {type_}", "its heads and head_dim must be numbers")
-        caches.append(Cache(node.name, heads, head_dim, type_.dtype))
+        kind = "steps" if is_steps(node) else "nd"
+        caches.append(Cache(node.name, heads, head_dim, type_.dtype, kind))
     return KVLayout(tuple(caches))

@@ -117,6 +117,9 @@ class CacheLayer(nn.Module, AttentionLayerBase):  # type: ignore[misc]  # as abo
 
 def layers_of(layout: KVLayout, block_size: int) -> list[CacheLayer]:
     """The layers of a program. Raises TargetError for one that vLLM has no page for."""
+    if any(cache.format == "steps" for cache in layout.caches):
+        what = "has a scale for each token, and a page of vLLM has no room for those"
+        raise TargetError("the cache", what, "use kvc8-run, or compile with --kv-scales-by channel")
     found = []
     pairs = zip(layout.caches[::2], layout.caches[1::2], strict=True)
     for i, (k, v) in enumerate(pairs):

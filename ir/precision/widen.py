@@ -16,6 +16,7 @@ from torch.fx import Node
 from kvc8.ir import mixture_ops, ops, rank_ops
 from kvc8.ir.expression import cast
 from kvc8.ir.program import Program, expression_of, is_call, is_parameter, type_of
+from kvc8.ir.token_cache import is_steps
 from kvc8.ir.types import TensorType
 
 F64 = torch.float64
@@ -52,6 +53,8 @@ def _widen_placeholder(node: Node) -> None:
 def _takes_scale(user: Node, node: Node) -> bool:
     if is_call(user, ops.quantize, ops.dequantize):
         return node in user.args[1:3]
+    if is_steps(node):
+        return True
     return is_call(user, *INTEGER_LINEARS, rank_ops.dequant_sum)
 
 

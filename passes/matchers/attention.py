@@ -13,16 +13,21 @@ from kvc8.ir.program import Program, argument, expression_of, is_call, tensor_ty
 from kvc8.ir.types import IntsType, TensorType, dtype_name, size
 
 ATEN = torch.ops.aten
+TO = ATEN.to.dtype
 TOKENS = size("T")
 MASK = 2048  # the side of the mask that sparse modes 3 and 4 take
 
 
 @dataclass
 class CacheSide:
-    """The K or the V of one attention: the write, and what reads it back (None: a float cache)."""
+    """The K or the V of one attention: the write, and what reads it back (None: a float cache).
+
+    Where tokens have each a scale, those are written beside it.
+    """
 
     write: Node
     back: Node | None
+    steps: Node | None = None
 
     @property
     def rows(self) -> Node:
@@ -30,7 +35,10 @@ class CacheSide:
         codes = argument(self.write, 1)
         if self.back is None:
             return codes
-        return argument(argument(argument(codes, 0), 0), 0)
+        quantized = argument(codes, 0)
+        if self.steps is not None:  # an item of what npu_dynamic_quant gives
+            quantized = argument(quantized, 0)
+        return argument(argument(quantized, 0), 0)
 
     @property
     def shape(self) -> list[int]:
@@ -81,6 +89,10 @@ class AttentionSite:
 
 def find_side(cache: Node) -> CacheSide | None:
     """How the cache that an attention reads was written; None where this program does not."""
+    if is_call(cache, ops.dequantize_tokens):
+        writes = argument(cache, 0), argument(cache, 1)
+        mine = all(is_call(write, ops.cache_write) for write in writes)
+        return CacheSide(writes[0], cache, writes[1]) if mine else None
     back = dequantizer(cache)
     write = argument(argument(back, 0), 0) if back is not None else cache
     return CacheSide(write, back) if is_call(write, ops.cache_write) else None
@@ -101,10 +113,17 @@ def in_dtype(program: Program, source: Node, dtype: torch.dtype) -> Node:
     return program.placeholder(name, type_, cast(expression_of(source), dtype))
 
 
-def dequantized(site: AttentionSite, side: CacheSide, codes: Node) -> Node:
-    """What the cache would give back of codes [..., heads, head_dim], as rows of the same shape."""
+def dequantized(site: AttentionSite, side: CacheSide, codes: Node, steps: Node | None) -> Node:
+    """What the cache would give back of codes [..., heads, head_dim], as rows of the same shape.
+
+    With `steps`, [..., 1, 1] in float32, each token has a scale: in float32, as the product is.
+    """
     if side.back is None:
         return codes
+    if steps is not None:
+        dtype = tensor_type(side.back).dtype
+        wide = site.call(ATEN.mul.Tensor, site.call(TO, codes, torch.float32), steps)
+        return site.call(TO, wide, dtype) if dtype is not torch.float32 else wide
     flat = site.call(ATEN.reshape.default, codes, [-1, width(codes)])
     wide = site.call(npu.npu_anti_quant, flat, side.back.args[1], **side.back.kwargs)
     return site.call(ATEN.reshape.default, wide, [-1, *side.shape])
@@ -120,7 +139,16 @@ def dequantizer(cache: Node) -> Node | None:
 
 def scattered(site: AttentionSite) -> tuple[Node, Node]:
     """Write K and V of a layer by one op; gives the caches as they then are."""
-    k, v = site.k.write, site.v.write
+    return _scattered(site, site.k.write, site.v.write)
+
+
+def scattered_steps(site: AttentionSite) -> tuple[Node | None, Node | None]:
+    """The same of the scales that tokens have, where they have any."""
+    k, v = site.k.steps, site.v.steps
+    return (None, None) if k is None or v is None else _scattered(site, k, v)
+
+
+def _scattered(site: AttentionSite, k: Node, v: Node) -> tuple[Node, Node]:
     codes = (argument(k, 1), argument(v, 1), argument(k, 0), argument(v, 0), argument(k, 2))
     both = site.call(npu.npu_scatter_pa_kv_cache_functional, *codes, cache_mode="Norm")
     new = site.call(getitem, both, 0), site.call(getitem, both, 1)

@@ -1,5 +1,7 @@
 """What the passes that fuse a cache write share: their site, who reads a value, parameters by head."""
 
+from operator import getitem
+
 import torch
 from torch.fx import Node
 from torch.fx.node import Argument
@@ -15,6 +17,7 @@ from kvc8.ir.program import (
     tensor_type,
     unshaped,
 )
+from kvc8.ir.token_cache import is_steps
 from kvc8.ir.types import TensorType
 
 RESHAPE = torch.ops.aten.reshape.default
@@ -26,6 +29,8 @@ def codes_of(write: Node, mode: str, other: str) -> list[Node] | str:
     `mode` is the cache_mode that the fused op writes, and `other` the reason against any other.
     """
     codes = [unshaped(argument(write, i)) for i in (0, 1)]
+    if is_steps(argument(write, 2)) or _of_tokens(codes[0]):
+        return "its tokens have scales of their own"
     if not all(is_call(node, npu.npu_quantize) for node in codes):
         return "its rows are not quantized, for its cache is float"
     if write.kwargs.get("cache_mode") != mode:
@@ -37,6 +42,11 @@ def codes_of(write: Node, mode: str, other: str) -> list[Node] | str:
     if any(readers(node) != {write} for node in codes):
         return "what it quantizes is read beside the cache"
     return codes
+
+
+def _of_tokens(codes: Node) -> bool:
+    """Whether codes are an item of what quantizes tokens."""
+    return is_call(codes, getitem) and is_call(argument(codes, 0), npu.npu_dynamic_quant)
 
 
 def readers(node: Node) -> set[Node]:

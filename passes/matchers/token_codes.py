@@ -16,5 +16,7 @@ def dynamic_codes(program: Program, quantize: Node) -> tuple[Node, Node]:
     x = argument(quantize, 0)
     width = int(tensor_type(x).shape[-1])
     rows = program.call(quantize, RESHAPE, x, [-1, width]) if len(tensor_type(x).shape) > 2 else x
-    both = program.call(quantize, npu.npu_dynamic_quant, rows)
+    smooth = quantize.args[1] if len(quantize.args) > 1 else None
+    options = {} if smooth is None else {"smooth_scales": smooth}
+    both = program.call(quantize, npu.npu_dynamic_quant, rows, kwargs=options)
     return program.call(quantize, getitem, both, 0), program.call(quantize, getitem, both, 1)

@@ -63,6 +63,7 @@ SMOLLM2 = LLAMA_70B | {
     "vocab_size": 49152,
 }
 BFLOAT16 = ("llama_fp16_m3", "tiny-llama-offsets", "tiny-qwen3")  # models lowered in it too
+BY_TOKEN = ("smollm2-shape", "tiny-qwen3")  # caches with a scale a token too
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 SOC, BLOCK_SIZE = "ascend910b", 128
 
@@ -100,6 +101,10 @@ def main(out: str) -> None:
                 if dtype is torch.bfloat16 and name not in BFLOAT16:
                     continue  # the same calls again
                 program = capture(open_checkpoint(directory), dtype)
+                if name in BY_TOKEN:
+                    own, tokens = program.copy(), Options(kv_scales_by="token")
+                    pipeline.run(own, pipeline.quantize_passes(tokens))
+                    write(folder, f"{name}-by-token-{dtype_name}", own, tokens)
                 if name in SHARDED:
                     whole, divided = program.copy(), Options(ranks=RANKS)
                     pipeline.run(whole, pipeline.quantize_passes(divided))

@@ -41,6 +41,7 @@ FORMS: Mapping[str, tuple[str, Options]] = {
     "unfused": ("float16", Options(fuse="off")),
     "all folds": ("float16", Options(fold="kv")),
     "prompts read int8": ("float16", Options(prefill_kv="int8")),
+    "a scale a token": ("float16", Options(kv_scales_by="token")),
     "NZ": ("bfloat16", Options(kv_format="nz", fold="kv")),
     "NZ, unfused": ("bfloat16", Options(kv_format="nz", fold="kv", fuse="off")),
 }

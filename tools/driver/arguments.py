@@ -7,6 +7,8 @@ from kvc8.passes.options import NAMES, Options, choices
 
 HELP = {
     "kv_scales": "widen K scales that were measured before RoPE (default), or use them as they are",
+    "kv_scales_by": "static scales of the checkpoint's channels (default), or each token's own, "
+    "made as it is written; nothing clips then, and K and V take 4 bytes a token more each",
     "prefill_kv": "what a prompt sees of itself: its own K and V (default), or what the cache "
     "gives back of them",
     "fold": "drop the cache's offsets where that is exact (default), or fold its scales as well",

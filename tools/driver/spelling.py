@@ -19,9 +19,10 @@ BETWEEN = re.compile(r",(?![^{]*\})")  # commas outside of braces
 
 def _every() -> dict[str, Pass]:
     """Each pass of any pipeline, by name."""
-    steps = [*pipeline.quantize_passes(Options(ranks=2))]
-    for kv_format in ("nd", "nz"):
-        for shared, own in pipeline.phases(Options(fold="kv", kv_format=kv_format)).values():
+    by_token = Options(kv_scales_by="token")
+    steps = [*pipeline.quantize_passes(Options(ranks=2)), *pipeline.quantize_passes(by_token)]
+    for options in (Options(fold="kv"), Options(fold="kv", kv_format="nz"), by_token):
+        for shared, own in pipeline.phases(options).values():
             steps += [*shared, *own]
     return {pass_of(step).name: pass_of(step) for step in steps}
 

@@ -34,7 +34,7 @@ def evaluate(args: argparse.Namespace, by_cache: ByCache) -> int:
     """Evaluate and print; gives the exit status."""
     windows = windows_of(args.text, args.against, args.windows, args.window)
     base = open_float(args.against, args.window)
-    passes = Options(kv_scales=args.kv_scales)
+    passes = Options(kv_scales=args.kv_scales, kv_scales_by=args.kv_scales_by)
     setup = Setup(_dtype(args.dtype), passes, args.float_cache, args.kv_calibrated)
     setups = [_served(setup, args, engine) for engine in args.engine or ["kvc8"]]
     forms = [open_form(path, setup, args.window) for path in args.out for setup in setups]
@@ -62,7 +62,12 @@ def _served(setup: Setup, args: argparse.Namespace, engine: Engine | Literal["kv
     """The same model, in an engine."""
     if engine not in ENGINES:
         return setup
-    for name, given in {"--float-cache": args.float_cache, "--plot": args.plot}.items():
+    alone = {
+        "--float-cache": args.float_cache,
+        "--plot": args.plot,
+        "--kv-scales-by token": args.kv_scales_by == "token",
+    }
+    for name, given in alone.items():
         if given:
             raise ModelError(name, f"is not for --as {engine}", "leave one of the two out")
     return replace(setup, engine=engine, prompt=args.prompt, chunk=args.chunk)

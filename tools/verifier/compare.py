@@ -1,6 +1,6 @@
 """Compare one form of a model with another that was fed the same tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +63,16 @@ def compare(form: str, made: Run, against: str, base: Run, tokens: Tokens) -> Fo
     pairs = list(zip(made.logits, base.logits, strict=True))
     logits = gap(*(torch.cat([pair[i] for pair in pairs]) for i in (1, 0)))
     kl, same = zip(*(next_token(b[-1], a[-1]) for a, b in pairs), strict=True)
-    quantized = bool(made.caches) and all(
-        cache.dtype is torch.int8 for cache in made.caches.values()
-    )
-    codes = _codes(made, base, tokens) if quantized else None
+    quantized = [name for name, cache in made.caches.items() if cache.dtype is torch.int8]
+    codes = _codes(made, base, tokens, quantized) if quantized else None
     return FormRow(form, against, logits, sum(kl) / len(kl), sum(same), len(pairs), codes)
 
 
-def _codes(made: Run, base: Run, tokens: Tokens) -> CodesOfForm:
+def _codes(made: Run, base: Run, tokens: Tokens, names: Sequence[str]) -> CodesOfForm:
+    """What the caches of some names hold: all, but for the scales of tokens."""
     written = {
         name: (_written(made.caches[name], tokens), _written(base.caches[name], tokens))
-        for name in base.caches
+        for name in names
     }
     each = [codes(old, new) for new, old in written.values()]
     gaps = {name: (new.int() - old.int()).abs() for name, (new, old) in written.items()}
@@ -100,7 +99,7 @@ def _on_same(made: Run, base: Run, gaps: Mapping[str, Tensor]) -> int | None:
     found = 0
     for name, off in gaps.items():
         a, b = (torch.cat(run.rows.get(name, [torch.empty(0)])) for run in (made, base))
-        if a.shape != b.shape:
+        if not a.shape == b.shape == off.shape:  # a scale a token: no code is of one value alone
             return None
         found += int(((a == b) & (off > 0)).sum())
     return found

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -46,6 +47,11 @@ def in_gqa(program: Program, checkpoint: Checkpoint, tokens: Tokens) -> Run:
 def has_offsets(program: Program) -> bool:
     """Whether an int8 cache of a QUANTIZED program has zero points."""
     return any(call.args[2] is not None for call in program.calls(ops.dequantize))
+
+
+def scales_by(program: Program) -> Literal["channel", "token"]:
+    """Whose scales the int8 caches of a QUANTIZED program have, as in passes.options.Options."""
+    return "token" if program.calls(ops.dequantize_tokens) else "channel"
 
 
 def _in_onnxruntime(model: OnnxModel, tokens: Tokens) -> Run:

@@ -21,7 +21,7 @@ from kvc8.passes.options import Options
 from kvc8.tools.driver.faithful import hold
 from kvc8.tools.verifier import phases
 from kvc8.tools.verifier.compare import FormRow, LeftOut, compare, compare_or_leave_out
-from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled
+from kvc8.tools.verifier.compiled_forms import has_offsets, in_gqa, of_compiled, scales_by
 from kvc8.tools.verifier.forms import Run, Tokens, in_onnxruntime, one_program, replay
 from kvc8.tools.verifier.pass_table import decibels
 from kvc8.tools.verifier.rank_forms import in_ranks
@@ -65,7 +65,8 @@ def single_rows(
 ) -> list[FormRow | LeftOut]:
     """The forms as they run, and what was compiled of them, against the reference in float32."""
     base = one_program(reference, checkpoint, tokens)
-    same = Options(prefill_kv="int8", fuse="off")
+    by = scales_by(reference)
+    same = Options(kv_scales_by=by, prefill_kv="int8", fuse="off")
     # As kvc8-compile makes it: in the model's dtype, and a prompt sees its own float K and V.
     dtype = dtype_name(config_dtype(checkpoint))
     on_device = f"NPU emulated {dtype}" + (", float prompt" if dtype == "f32" else "")
@@ -74,7 +75,7 @@ def single_rows(
         F64: lambda: one_program(widen(reference), checkpoint, tokens),
         "NPU emulated f32": lambda: _on_npu(reference, same, checkpoint, tokens),
         "ONNX Runtime f32": lambda: in_onnxruntime(reference, checkpoint, tokens),
-        on_device: lambda: _on_npu(own, Options(), checkpoint, tokens),
+        on_device: lambda: _on_npu(own, Options(kv_scales_by=by), checkpoint, tokens),
     }
     if not has_offsets(reference):  # which GroupQueryAttention has not
         forms["ONNX Runtime gqa"] = lambda: in_gqa(reference, checkpoint, tokens)

@@ -152,7 +152,7 @@ def watch(run: Run) -> Callable[[Node, object], None]:
         seen[node] = value
         for codes, cache in _written(node):
             rows = seen.get(_float_rows(codes))
-            if isinstance(rows, Tensor):
+            if isinstance(rows, Tensor) and rows.is_floating_point():
                 run.rows.setdefault(cache.name, []).append(rows.flatten(1))
 
     return observe

@@ -7,6 +7,8 @@ The same cuts of the QUANTIZED program, in float64, must agree in every code: th
 say (ir/precision/widen.py). That is what shows that a row sees the same whichever way it comes.
 """
 
+from dataclasses import replace
+
 from kvc8.ir.checkpoint.reader import Checkpoint
 from kvc8.ir.errors import KVC8Error
 from kvc8.ir.precision.widen import widen
@@ -14,6 +16,7 @@ from kvc8.ir.program import Program
 from kvc8.passes import pipeline
 from kvc8.passes.options import Options
 from kvc8.tools.verifier.compare import FormRow, LeftOut, compare
+from kvc8.tools.verifier.compiled_forms import scales_by
 from kvc8.tools.verifier.forms import Tokens, replay
 
 WAYS = {"whole": 0, "chunks of 64": 64, "by tokens": 1}  # to take a prompt
@@ -33,10 +36,12 @@ def phase_rows(
 
 def _lowered(checkpoint: Checkpoint, reference: Program, tokens: Tokens) -> list[FormRow]:
     against, rows = "whole, int8 f32", list[FormRow]()
-    int8, _ = pipeline.lower_for_npu(reference, Options(prefill_kv="int8", fuse="off"))
+    by = scales_by(reference)
+    same = Options(kv_scales_by=by, prefill_kv="int8", fuse="off")
+    int8, _ = pipeline.lower_for_npu(reference, same)
     base = replay(int8, checkpoint, tokens)
     for prefill_kv in ("int8", "float"):
-        options = Options(prefill_kv=prefill_kv, fuse="off")
+        options = replace(same, prefill_kv=prefill_kv)
         lowered, _ = pipeline.lower_for_npu(reference, options)
         for way, chunk in WAYS.items():
             if (way, prefill_kv) != ("whole", "int8"):

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvc8.backends.npu.emulation.layouts import NZ_RANK, Layout, Paging
+from kvc8.backends.npu.emulation.antiquant import (
+    by_token,
+    check_codes,
+    check_token_scales,
+    of_each,
+    of_sides,
+)
+from kvc8.backends.npu.emulation.layouts import Layout, Paging
 from kvc8.backends.npu.emulation.quantization import refuse
 from kvc8.backends.npu.emulation.scaled_attention import (
     Codes,
@@ -28,8 +35,6 @@ _FIA = "npu_fused_infer_attention_score"
 _IFA = "npu_incre_flash_attention"
 _UNLIMITED = 2147483647
 _MASK_SIDE = 2048
-
-Antiquant = tuple[Tensor | None, Tensor | None]  # scale and offset
 
 
 def npu_fused_infer_attention_score(
@@ -76,7 +81,8 @@ def npu_fused_infer_attention_score(
     - key and value int8, one query row a sequence: (codes + offset) * scale, in the dtype of query,
       per channel (of kv_heads * D values) or per tensor, mode 0. antiquant_scale and _offset hold
       key's and value's stacked; the key_ and value_ forms hold one each. The offset is minus the
-      zero point.
+      zero point. In mode 4 a scale a token, in pages as the codes: float32 [blocks, block_size]
+      (ops-transformer aclnnFusedInferAttentionScoreV2.md); products in float32 are assumed.
     - sparse_mode 0 sees all keys, or with one query row a sequence those that atten_mask
       [B, 1, 1, S], S at least the slots of a table, does not hide; 3 is causal, the last row
       aligned with the last key; 4 is a band from pre_tokens before to next_tokens after that
@@ -94,8 +100,7 @@ def npu_fused_infer_attention_score(
     Rows past the length of a sequence give zeros (assumed). inner_precise changes nothing here.
     """
     refuse(_FIA, others)
-    if {antiquant_mode, key_antiquant_mode, value_antiquant_mode} != {0}:
-        raise TargetError(_FIA, "antiquant modes other than 0 are not emulated", "leave them out")
+    tokens = by_token((antiquant_mode, key_antiquant_mode, value_antiquant_mode))
     layout = Layout(_FIA, input_layout, num_heads, num_key_value_heads or num_heads)
     layout.check_query(query)
     one_row = layout.rows(query) == 1
@@ -105,15 +110,18 @@ def npu_fused_infer_attention_score(
     window = _window(sparse_mode, pre_tokens, next_tokens, None if masks else atten_mask)
     if sparse_mode == 4 and one_row:
         raise TargetError(_FIA, "a device ignores the band of one query row", "use TND")
-    for_key, for_value = _antiquant(
+    for_key, for_value = of_sides(
         (antiquant_scale, antiquant_offset),
         (key_antiquant_scale, key_antiquant_offset),
         (value_antiquant_scale, value_antiquant_offset),
     )
-    for stored, parameters in ((key, for_key), (value, for_value)):
-        _check_codes(layout, query, stored, parameters)
-    _check_rope(query_rope, key_rope, key, softmax_lse_flag)
     paging = None if block_table is None else Paging(_FIA, block_table, block_size)
+    for stored, parameters in ((key, for_key), (value, for_value)):
+        if tokens:
+            check_token_scales(layout, query, stored, parameters, paging)
+        else:
+            check_codes(layout, query, stored, parameters)
+    _check_rope(query_rope, key_rope, key, softmax_lse_flag)
     out = torch.zeros(query.shape, dtype=query.dtype)
     lse = layout.sums(query) if softmax_lse_flag else None
     queries, outs = (
@@ -133,12 +141,14 @@ def npu_fused_infer_attention_score(
         for x in (query_rope, lse)
     )
     seen: Sequence[Window | Mask] = masks or [window] * len(queries)
-    for q, k, v, r, s, o, total, visible in zip(
-        queries, keys, values, turned, ropes, outs, totals, seen, strict=True
+    pages = paging if tokens else None
+    scales = [of_each(x, pages, actual_seq_lengths_kv, len(queries)) for x in (for_key, for_value)]
+    for q, k, v, of_k, of_v, r, s, o, total, visible in zip(
+        queries, keys, values, *scales, turned, ropes, outs, totals, seen, strict=True
     ):
         layout.check_rows(q, k, v)
         if k.dtype == v.dtype == torch.int8:
-            codes = Codes(k, *for_key), Codes(v, *for_value)
+            codes = Codes(k, *of_k), Codes(v, *of_v)
             found, each = attend_codes(
                 q, *codes, scale, visible, divide_last=True, with_lse=softmax_lse_flag
             )
@@ -219,49 +229,6 @@ def _check_mask(mask: Tensor | None) -> None:
             "atten_mask is not the upper triangle that sparse modes 3 and 4 take",
             f"give torch.ones({_MASK_SIDE}, {_MASK_SIDE}, dtype=torch.bool).triu(1)",
         )
-
-
-def _antiquant(both: Antiquant, key: Antiquant, value: Antiquant) -> tuple[Antiquant, Antiquant]:
-    if not _given(both):
-        return key, value
-    if _given(key) or _given(value):
-        raise TargetError(
-            _FIA, "antiquant_scale and key_antiquant_scale exclude each other", "give one form"
-        )
-    if any(x is not None and x.shape[0] != 2 for x in both):
-        raise TargetError(_FIA, "antiquant_scale does not stack two", "give [2, kv_heads * D]")
-    for_key, for_value = ([None if x is None else x[i] for x in both] for i in (0, 1))
-    return (for_key[0], for_key[1]), (for_value[0], for_value[1])
-
-
-def _given(parameters: Antiquant) -> bool:
-    return any(x is not None for x in parameters)
-
-
-def _check_codes(layout: Layout, query: Tensor, stored: Tensor, parameters: Antiquant) -> None:
-    scale, _ = parameters
-    if stored.dtype == query.dtype and not _given(parameters):
-        return
-    if stored.dtype != torch.int8 or scale is None:
-        raise TargetError(
-            _FIA,
-            f"{stored.dtype} keys or values for a {query.dtype} query",
-            "give its dtype, or int8 with an antiquant scale",
-        )
-    if layout.rows(query) != 1:
-        raise TargetError(
-            _FIA, "int8 keys or values with several query rows a sequence", "dequantize first"
-        )
-    width = stored.shape[-1] if stored.ndim == 3 else layout.kv_heads * stored.shape[-1]
-    if stored.ndim == NZ_RANK:
-        width = stored.shape[1] * stored.shape[2] * stored.shape[4]
-    for parameter in parameters:
-        if parameter is None:
-            continue
-        if parameter.dtype != query.dtype or parameter.numel() not in (1, width):
-            given = f"{parameter.dtype}{list(parameter.shape)}"
-            what = f"an antiquant parameter is {given} for a {query.dtype} query"
-            raise TargetError(_FIA, what, f"give {width} values, or one, in its dtype")
 
 
 def _rows(

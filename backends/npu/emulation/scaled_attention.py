@@ -64,11 +64,15 @@ class Mask:
 
 @dataclass(frozen=True)
 class Codes:
-    """int8 rows [k, M, D], and the scale and offset, of M*D values or of one, that they have."""
+    """int8 rows [k, M, D], and the scale and offset, of M*D values or of one, that they have.
+
+    Or `steps`, float32 [k]: a scale of each row.
+    """
 
     rows: Tensor
     scale: Tensor | None = None
     offset: Tensor | None = None
+    steps: Tensor | None = None
 
     def floats(self, rows: Tensor, memory: Tensor | None) -> Tensor:
         """What some of its rows stand for, float32 [n, M, D], in the first part of `memory`.
@@ -111,8 +115,12 @@ def attend_codes(
     step = max(1, _FLOATS // (heads * query.shape[2]))
     memory = None if length <= step else torch.empty(step, *key.rows.shape[1:])
     logits = _logits(grouped, key, step, memory).mul_(scale)
+    if key.steps is not None:
+        logits.mul_(key.steps)
     weights, total, largest = _softmax(logits, window.hidden_from_last(length))
     weights = (weights if divide_last else weights / total).to(query.dtype).float()
+    if value.steps is not None:
+        weights = weights * value.steps
     sums = _sums(weights, value, step, memory)
     out = (sums.div_(total) if divide_last else sums).to(query.dtype)
     lse = largest.add_(total.log_()).view(1, -1, 1) if with_lse else None
