@@ -4,7 +4,7 @@
     python -m kvc8.tools.bench compile C8_DIR ...
     python -m kvc8.tools.bench quantize FLOAT_DIR --calib-file TEXTS
     python -m kvc8.tools.bench serve ARTIFACT
-    python -m kvc8.tools.bench floor FLOAT_DIR --text TEXT
+    python -m kvc8.tools.bench floor FLOAT_DIR --text TEXT [--w8a8 DIR]
 
 Candidates take turns, so that whatever else the machine does meets all of them alike; a figure is
 the median over all turns, a ratio the median of the turns' own ratios. Threads are always explicit.
@@ -21,6 +21,7 @@ from statistics import median
 from kvc8.tools.benchmarks import compiling as bench_compile
 from kvc8.tools.benchmarks import decode as bench_decode
 from kvc8.tools.benchmarks import floor as bench_floor
+from kvc8.tools.benchmarks import floor_linears
 from kvc8.tools.benchmarks import quantize as bench_quantize
 from kvc8.tools.benchmarks import serving as bench_serving
 from kvc8.tools.benchmarks.rows import STAGES_HEAD, Row, Timing
@@ -88,7 +89,7 @@ def rows(args: argparse.Namespace) -> Sequence[Row]:
     if args.what == "quantize":
         return bench_quantize.rows(args)
     if args.what == "floor":
-        return bench_floor.rows(args)
+        return bench_floor.rows(args) if args.w8a8 is None else floor_linears.rows(args)
     if args.what == "serve":
         serving = bench_serving.Serving(args)
         return [*_timed(serving.cases(), args), *serving.steps()]

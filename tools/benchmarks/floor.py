@@ -12,13 +12,12 @@ floor of their form. It is no proof for every scale: none of these is chosen by 
     V by token      min-max for K, by token for V
 
 K and V are so rounded in the float model's own program in float32; all else is float. Two passes
-over the text measure.
+over the text measure. With --w8a8 a directory is judged instead, by parts (floor_linears.py).
 """
 
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from kvc8.backends.runtime import model as runtime
 from kvc8.ir import ops
 from kvc8.ir.capture.trace import capture
-from kvc8.ir.checkpoint.reader import open_checkpoint
+from kvc8.ir.checkpoint.reader import Checkpoint, open_checkpoint
 from kvc8.ir.expression import make
 from kvc8.ir.program import Program, argument
 from kvc8.tools.benchmarks.rows import CacheLoss
@@ -45,12 +44,17 @@ Rounded = Callable[["JudgedCache", Tensor], Tensor]  # rows [T, H, D] to what th
 class JudgedCache:
     """What the text's own rows of a K or V cache are."""
 
-    side: str  # k or v
+    name: str  # of the cache: k_cache_0
     low: Tensor | None = None  # [H, D]
     high: Tensor | None = None
     errors: Tensor | None = None  # by clip, squared: [CLIPS, H, D]
     tops: Tensor | None = None  # of K at each angle: [ANGLES, H, D]
     power: Tensor | None = None  # of the queries of K at each angle: [ANGLES, H, D]
+
+    @property
+    def side(self) -> str:
+        """Whether it holds k or v."""
+        return self.name[0]
 
     @property
     def top(self) -> Tensor:
@@ -153,7 +157,7 @@ class CacheProbe:
         """Let the program's caches give back what the form makes of their rows."""
         for write in program.calls(ops.cache_write):
             name = argument(write, 0).name
-            self.caches[name] = JudgedCache(name[0])
+            self.caches[name] = JudgedCache(name)
             write.target = self._write(self.caches[name])
         for call in program.calls(ops.paged_attention):
             keys = argument(argument(call, 1), 0).name
@@ -183,6 +187,7 @@ class CacheProbe:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add what this benchmark takes."""
     parser.add_argument("model", type=Path, help="a float model")
+    parser.add_argument("--w8a8", type=Path, help="judge this directory made of it, by parts")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=8, help="of it; default: 8")
     parser.add_argument("--window", type=int, default=1024, help="tokens of one; default: 1024")
@@ -195,14 +200,7 @@ def rows(args: argparse.Namespace) -> list[CacheLoss]:
     checkpoint = open_checkpoint(args.model)
     program, probe = capture(checkpoint, torch.float32), CacheProbe()
     probe.put(program)
-    pages = range(-(-args.window // BLOCK))
-    model = runtime.load(
-        {"prefill": program, "decode": program},
-        lambda expression: make(expression, checkpoint.read),
-        blocks=len(pages),
-        block_size=BLOCK,
-    )
-    logits = partial(_logits, model, pages)
+    logits = runner(program, checkpoint, args.window)
     for form in (reach, clip):
         probe.form = form
         for text in texts:
@@ -218,13 +216,22 @@ def rows(args: argparse.Namespace) -> list[CacheLoss]:
         for (name, sides), seen in figures.items():
             probe.form, probe.sides = FORMS[name], sides
             seen.add(logits(text), reference, tokens)
-    return [_row(case, seen, alone.perplexity) for case, seen in figures.items()]
+    return [told(case, seen, alone.perplexity) for case, seen in figures.items()]
 
 
-def _logits(model: runtime.Model, pages: range, text: list[int]) -> Tensor:
-    return model.prefill([text], [pages], every=True)
+def runner(program: Program, checkpoint: Checkpoint, window: int) -> Callable[[list[int]], Tensor]:
+    """What gives the logits of each token of a text of at most `window` tokens."""
+    pages = range(-(-window // BLOCK))
+    model = runtime.load(
+        {"prefill": program, "decode": program},
+        lambda expression: make(expression, checkpoint.read),
+        blocks=len(pages),
+        block_size=BLOCK,
+    )
+    return lambda text: model.prefill([text], [pages], every=True)
 
 
-def _row(case: tuple[str, str], seen: Figures, own: float) -> CacheLoss:
+def told(case: tuple[str, str], seen: Figures, own: float) -> CacheLoss:
+    """The row of a form and of what it rounds; `own` is the float model's perplexity."""
     change = round(seen.perplexity / own - 1, 6)
     return CacheLoss(*case, change, round(seen.kl_mean, 6), round(seen.kl_p99, 5), seen.top1)

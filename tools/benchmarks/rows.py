@@ -65,10 +65,10 @@ STAGES_HEAD = " ".join(
 
 @dataclass(frozen=True)
 class CacheLoss:
-    """What rounding the cache one way costs, against the float model."""
+    """What rounding the cache, or a model, one way costs, against the float model."""
 
     scales: str
-    rounded: str  # k, v or kv
+    rounded: str  # k, v or kv; of W8A8 w, wc, wa or wac (floor_linears.py)
     perplexity_change: float
     kl_mean: float  # nats
     kl_p99: float
