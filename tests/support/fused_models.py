@@ -14,6 +14,7 @@ from kvc8.ir.capture.trace import capture
 from kvc8.ir.checkpoint.reader import open_checkpoint
 from kvc8.ir.checkpoint.w8a8 import Range, quantize_linear
 from kvc8.ir.expression import Expression, cast, make
+from kvc8.ir.precision.widen import widen
 from kvc8.ir.program import Program, argument, expression_of
 from kvc8.ir.run import run
 from kvc8.passes import pipeline
@@ -44,7 +45,7 @@ def quantized(
     """
     program = _captured(directory, dtype).copy()
     if w8a8:
-        seen = _ranges(directory)
+        seen = _ranges(directory, dtype)
         for linear in program.calls(LINEAR):
             origin = str(linear.meta["origin"])
             if "layers" in origin and not origin.endswith(keep_float or ("none",)):
@@ -60,9 +61,9 @@ def _captured(directory: Path, dtype: torch.dtype) -> Program:
 
 
 @functools.cache
-def _ranges(directory: Path) -> dict[str, tuple[float, float]]:
-    """What each linear of the float model sees of a prompt."""
-    program, seen = _captured(directory, torch.float32), {}
+def _ranges(directory: Path, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+    """What each linear of the float model sees of a prompt, in float64 whatever the dtype."""
+    program, seen = widen(_captured(directory, dtype)), {}
     values_of: dict[Node, torch.Tensor] = {}
 
     def watch(node: Node, value: object) -> None:
