@@ -335,8 +335,8 @@ def test_a_write_in_place_is_seen_by_what_reads_the_cache_after_it(stored, tmp_p
         ),
         (
             "y: (i8[T, 8], f32[T]) = npu.npu_dynamic_quant(x)  # model.layers.0.mlp.up_proj",
-            "model.layers.0.mlp.up_proj: quantizes activations by token (W8A8_DYNAMIC), which "
-            "--flavor lowered cannot write as ONNX yet; use --flavor standard",
+            "model.layers.0.mlp.up_proj: quantizes by token (W8A8_DYNAMIC, or --kv-scales-by "
+            "token), which --flavor lowered cannot write as ONNX yet; use --flavor standard",
         ),
     ],
 )
