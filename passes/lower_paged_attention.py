@@ -14,6 +14,9 @@ whose beginning was found in the cache) gathers the int8 rows of its sequences o
 own among them, and attends over what the cache gives back of them. Any mixture of sequences may
 share such a call, those without a past and those with one new token too.
 
+Where tokens bring scales of their own (passes/insert_token_quant.py), those are written by a second
+scatter, and decode reads them out of their pages; a chunk gathers them as it does the codes.
+
 before:
     def lowering(
         q: f16[T, 4, 32],
@@ -154,7 +157,8 @@ def lower_paged_attention(
         else:
             out = _prefill(site, prefill_kv)
         node.replace_all_uses_with(out)
-        yield hit(node, f"{phase}, {'int8' if k.back else 'float'} cache")
+        of = "float" if k.back is None else "int8" if k.steps is None else "int8, a scale a token,"
+        yield hit(node, f"{phase}, {of} cache")
     _drop_inputs(program)
 
 

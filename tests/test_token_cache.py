@@ -23,6 +23,8 @@ from kvc8.ir.precision.widen import widen
 from kvc8.ir.run import run
 from kvc8.ir.verify import verify
 from kvc8.passes import pipeline
+from kvc8.passes.fold_kv_scales import fold_kv_scales
+from kvc8.passes.lower_paged_attention import lower_paged_attention
 from kvc8.passes.options import Options
 from kvc8.tools import command, evaluate
 from kvc8.tools.driver.faithful import LIMIT
@@ -271,4 +273,17 @@ def test_an_engine_that_has_scales_of_channels_is_not_computed_by_token(tiny_c8,
     assert command.entry(evaluate.parser(), evaluate.work, given) == 1
     assert capsys.readouterr().err.endswith(
         "error: --kv-scales-by token: is not for --as vllm-ascend; leave one of the two out\n"
+    )
+
+
+@pytest.mark.slow
+def test_a_cache_whose_channels_are_smoothed_still_is_not_attended_to(tiny_c8):
+    _, program = quantized(tiny_c8("llama"))
+    fold_kv_scales(program)
+    with pytest.raises(IRError) as refused:
+        lower_paged_attention(program, phase="decode")
+    assert str(refused.value) == (
+        "lower_paged_attention: rewrote nothing (attention_0 (model.layers.0.self_attn) left as it "
+        "was: its channels were smoothed, which fold_token_smoothing takes out of its cache); "
+        "see the reasons"
     )
