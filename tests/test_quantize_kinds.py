@@ -97,9 +97,9 @@ def test_the_words_of_older_models_are_those_of_transformers():
 
 
 NO_FLOAT32 = (
-    "model.layers.0.self_attn: npu_scatter_pa_kv_cache on ascend910b takes key dtype f16 or bf16 "
-    "or i8, and this is f32 (op-plugin docs/zh/custom_APIs/torch_npu/npu_scatter_pa_kv_cache.md); "
-    "compile with --dtype float16"
+    "model.layers.0.self_attn: npu_fused_infer_attention_score on ascend910b takes query dtype f16 "
+    "or bf16, and this is f32 (op-plugin docs/zh/custom_APIs/torch_npu/"
+    "npu_fused_infer_attention_score.md); compile with --dtype float16"
 )
 NO_SOFT_CAP = (
     "lower_paged_attention: rewrote nothing (attention_0 (model.layers.0.self_attn) left as it "
