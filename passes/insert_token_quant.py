@@ -40,6 +40,10 @@ after:
         neg: f16[N, S, 2, 8] = aten.neg(dequantize_tokens)
         return [neg, k_new_0, k_steps_0_new]
 
+A cache for which the checkpoint has no scale is left alone and stays float: unsmoothed, the keys of
+models with a bias in k_proj would lose most of what they say. One of latents (passes/
+fold_latent_attention.py) is too, and a model all of whose caches are such is in order.
+
 Bound: with t the scale of the token, t/2/smooth, and one rounding to the dtype of the cache.
 """
 
