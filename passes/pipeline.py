@@ -49,41 +49,21 @@ log = logging.getLogger("kvc8")
 Phases = dict[str, tuple[tuple[Step, ...], tuple[Step, ...]]]
 DEFAULT = Options()
 
-# What a checkpoint means, with its cache in int8: all targets start here, and ONNX ends here.
-QUANTIZE: tuple[Step, ...] = (
+# What a checkpoint means, but for its cache.
+MEANING: tuple[Step, ...] = (
     remove_identities,
     fold_latent_attention,
     insert_linear_quant,
     insert_dynamic_quant,
-    repair_rope_scales,
-    insert_kv_quant,
 )
-AS_IS: tuple[Step, ...] = (
-    remove_identities,
-    fold_latent_attention,
-    insert_linear_quant,
-    insert_dynamic_quant,
-    insert_kv_quant,
-)
-
+# That, with its cache in int8: all targets start here, and ONNX ends here.
+QUANTIZE: tuple[Step, ...] = (*MEANING, repair_rope_scales, insert_kv_quant)
+AS_IS: tuple[Step, ...] = (*MEANING, insert_kv_quant)
 # `--kv-scales-by token`: with scales that tokens bring along, in place of either of the two.
-BY_TOKEN: tuple[Step, ...] = (
-    remove_identities,
-    fold_latent_attention,
-    insert_linear_quant,
-    insert_dynamic_quant,
-    repair_rope_scales,
-    insert_token_quant,
-)
-BY_TOKEN_AS_IS: tuple[Step, ...] = (
-    remove_identities,
-    fold_latent_attention,
-    insert_linear_quant,
-    insert_dynamic_quant,
-    insert_token_quant,
-)
+BY_TOKEN: tuple[Step, ...] = (*MEANING, repair_rope_scales, insert_token_quant)
+BY_TOKEN_AS_IS: tuple[Step, ...] = (*MEANING, insert_token_quant)
 
-# `--tp N`: after either of the two, with how many ranks and how they sum bound to it.
+# `--tp N`: after either of the first two, with how many ranks and how they sum bound to it.
 DIVIDE: tuple[Step, ...] = (shard,)
 
 # What reads the int8 cache: exact, and free of offsets wherever that costs nothing.
