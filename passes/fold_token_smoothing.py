@@ -70,6 +70,7 @@ from kvc8.ir import ops
 from kvc8.ir.expression import Expression, cast
 from kvc8.ir.program import Program, Stage, argument, expression_of, is_call, tensor_type
 from kvc8.ir.types import TensorType
+from kvc8.passes.matchers.projection import per_query
 from kvc8.passes.rewrite import Remark, hit, miss, rewrite
 
 MUL = torch.ops.aten.mul.Tensor
@@ -105,12 +106,8 @@ def _codes(program: Program, attention: Node, side: Node) -> Node:
 def _inverse(program: Program, attention: Node, smooth: Node) -> Node:
     """1/smooth of the KV head that each query head sees, [Hq, D] in the dtype of the query."""
     type_ = tensor_type(attention)
-    heads, dim = (int(size) for size in type_.shape[1:])
-    [width] = tensor_type(smooth).shape
-    kv_heads = int(width) // dim
+    own = TensorType(type_.dtype, type_.shape[1:])
     each = Expression("reciprocal", (cast(expression_of(smooth), F32),))
-    by_head = Expression("reshape", (each, (kv_heads, dim)))
-    flat = Expression("per_query", (by_head, heads // kv_heads))
-    made = cast(Expression("reshape", (flat, (heads, dim))), type_.dtype)
-    name = smooth.name.replace("smooth", "unsmooth")
-    return program.placeholder(name, TensorType(type_.dtype, (heads, dim)), made)
+    sizes = tuple(int(size) for size in own.shape)
+    made = cast(Expression("reshape", (per_query(each, attention), sizes)), own.dtype)
+    return program.placeholder(smooth.name.replace("smooth", "unsmooth"), own, made)
