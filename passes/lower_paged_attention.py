@@ -209,7 +209,7 @@ def _antiquant(
     """Scale and offset of one side in the dtype of the query, [H*D]; or the scales of its tokens.
 
     Those are float32 [N, S], in pages as the codes are (ops-transformer
-    aclnnFusedInferAttentionScoreV2.md, on Q_S = 1).
+    aclnnFusedInferAttentionScoreV3.md, on Q_S = 1).
     """
     if side.back is None:
         return {}

@@ -82,7 +82,7 @@ def npu_fused_infer_attention_score(
       per channel (of kv_heads * D values) or per tensor, mode 0. antiquant_scale and _offset hold
       key's and value's stacked; the key_ and value_ forms hold one each. The offset is minus the
       zero point. In mode 4 a scale a token, in pages as the codes: float32 [blocks, block_size]
-      (ops-transformer aclnnFusedInferAttentionScoreV2.md); products in float32 are assumed.
+      (ops-transformer aclnnFusedInferAttentionScoreV3.md); products in float32 are assumed.
     - sparse_mode 0 sees all keys, or with one query row a sequence those that atten_mask
       [B, 1, 1, S], S at least the slots of a table, does not hide; 3 is causal, the last row
       aligned with the last key; 4 is a band from pre_tokens before to next_tokens after that
